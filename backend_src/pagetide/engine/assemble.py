@@ -1,0 +1,88 @@
+"""Puts an engine together from settings: model, device, cache, scheduler. The one place in engine/ that knows torch."""
+
+from __future__ import annotations
+
+import gc
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from pagetide.config import Settings, SettingsError
+from pagetide.engine.blocks import BlockManager
+from pagetide.engine.loop import EngineLoop
+from pagetide.engine.scheduler import Scheduler
+from pagetide.engine.strategies import ModelLimits
+from pagetide.kv_cache.layout import KVLayout
+from pagetide.kv_cache.store import make_store
+from pagetide.models.config import DecoderConfig
+from pagetide.models.decoder import Decoder
+from pagetide.models.families import read_model
+from pagetide.models.source import find_model
+from pagetide.models.weights import Checkpoint
+from pagetide.ops.table import select_ops
+from pagetide.runner.device import Device, select_device
+from pagetide.runner.runner import Runner
+from pagetide.text.tokens import token_bytes
+from pagetide.types import EngineInfo
+
+
+@dataclass(frozen=True)
+class Engine:
+    """A running engine: step its loop."""
+
+    loop: EngineLoop
+    info: EngineInfo
+    model: Path
+    runner: Runner
+
+
+def assemble(settings: Settings) -> Engine:
+    """Loads the model and makes everything ready for the first request. Raises SettingsError, UnsupportedModelError."""
+    # Kernels run on a thread of their own beside the loop's: without this, one could hold the interpreter for 5 ms against the other.
+    sys.setswitchinterval(2e-4)
+    model = find_model(settings.model, settings.cache_path)
+    family, config = read_model(model)
+    device = select_device(settings)
+    dtype = _dtype(settings, device)
+    ops = select_ops(device.torch_device, settings)
+    layout = KVLayout(config.num_layers, config.num_kv_heads, config.head_dim, settings.block_size, dtype)
+
+    def load(max_len: int) -> Decoder:
+        checkpoint = Checkpoint(model, dtype, device.torch_device)
+        return Decoder(config, family, checkpoint, ops, max_len, device.activation_dtype or dtype)
+
+    decoder = device.run(load, settings.max_model_len or config.max_position)
+    num_blocks = settings.num_blocks or device.kv_cache_bytes(settings) // layout.block_bytes
+    max_len = _max_model_len(settings, config, num_blocks)
+    store = make_store(layout, num_blocks, device.torch_device)
+    runner = Runner(device, decoder, store, ops, settings.max_num_seqs, max_len, settings.block_size)
+    runner.warm_up(min(settings.max_num_batched_tokens, max_len - 1))
+    table = token_bytes(model / "tokenizer.json") if (model / "tokenizer.json").exists() else []
+    limits = ModelLimits(table, config.end_ids, max_len, settings.max_output_tokens)
+    scheduler = Scheduler(settings, limits, BlockManager(num_blocks, settings.block_size, settings.enable_prefix_caching))
+    info = EngineInfo(str(model), config.vocab_size, max_len, settings.max_num_seqs, config.pad_id)
+    # What is loaded now stays: no collection needs to look at it again.
+    gc.collect()
+    gc.freeze()
+    return Engine(EngineLoop(scheduler, runner, settings.check_integrity), info, model, runner)
+
+
+def _dtype(settings: Settings, device: Device) -> torch.dtype:
+    if settings.dtype == "float16" and device.torch_device.type == "cpu":
+        raise SettingsError("dtype is float16, which needs a GPU; on a CPU use bfloat16 or float32")
+    return torch.bfloat16 if settings.dtype == "auto" else getattr(torch, settings.dtype)
+
+
+def _max_model_len(settings: Settings, config: DecoderConfig, num_blocks: int) -> int:
+    """The longest sequence: what is asked for, or what the model and the cache hold."""
+    capacity = num_blocks * settings.block_size
+    asked = settings.max_model_len
+    if asked > config.max_position:
+        raise SettingsError(f"max_model_len is {asked}, the model's context is {config.max_position} tokens")
+    if asked > capacity:
+        raise SettingsError(f"max_model_len is {asked}, but {num_blocks} KV cache blocks hold {capacity} tokens; raise num_blocks or kv_cache_gb")
+    if capacity < 2:
+        raise SettingsError(f"num_blocks is {num_blocks}: the KV cache must hold at least 2 tokens")
+    return asked or min(config.max_position, capacity)

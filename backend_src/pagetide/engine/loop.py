@@ -1,0 +1,49 @@
+"""The overlapped step loop: the host's work for step k-1 is done while the device runs step k."""
+
+from __future__ import annotations
+
+from typing import Protocol
+
+from pagetide.engine.scheduler import Scheduler
+from pagetide.runner.plan import StepPlan, StepTokens
+from pagetide.types import Output
+
+
+class StepRunner(Protocol):
+    """The engine's view of a device, or of several."""
+
+    def forward(self, plan: StepPlan) -> None:
+        """Queues the model's work behind that of the step before, and returns at once."""
+
+    def sample(self, plan: StepPlan) -> None:
+        """Queues the sampling of the plan's tokens, and their way to the host."""
+
+    def wait(self, plan: StepPlan) -> StepTokens:
+        """Waits for the tokens of a step; raises what the step raised."""
+
+
+class EngineLoop:
+    """Scheduler and runner, one step apart: schedule() knows the tokens of the last step by count only, all older ones exactly."""
+
+    def __init__(self, scheduler: Scheduler, runner: StepRunner, check_integrity: bool = False):
+        self.scheduler = scheduler
+        self._runner = runner
+        self._check_integrity = check_integrity
+        self._last: StepPlan | None = None
+
+    @property
+    def has_work(self) -> bool:
+        return self._last is not None or self.scheduler.has_work
+
+    def step(self) -> list[Output]:
+        """One step; returns what became known in it."""
+        plan = self.scheduler.schedule()
+        if plan is not None:
+            self._runner.forward(plan)
+            self._runner.sample(plan)
+        if self._last is not None:
+            self.scheduler.commit(self._last, self._runner.wait(self._last))
+        self._last = plan
+        if self._check_integrity:
+            self.scheduler.check_integrity()
+        return self.scheduler.take_outputs()

@@ -1,0 +1,47 @@
+"""What clients and the engine process say to each other: MessagePack over a local socket, one message per batch or step."""
+
+from __future__ import annotations
+
+import msgspec
+
+from pagetide.types import EngineInfo, Output, Request
+
+ERROR_PREFIX = "pagetide-error: "  # how a parent finds the reason of a failed start in the engine's standard output
+
+
+class Hello(msgspec.Struct, tag=True, frozen=True):
+    """A client is there, and wants to know the engine."""
+
+
+class Submit(msgspec.Struct, tag=True, frozen=True):
+    requests: list[Request]
+
+
+class Cancel(msgspec.Struct, tag=True, frozen=True):
+    """Ends requests by their numbers, and all that their clients call request_id if it is not empty."""
+
+    numbers: list[int] = []
+    request_id: str = ""
+
+
+class Ready(msgspec.Struct, tag=True, frozen=True):
+    """The engine's answer to Hello."""
+
+    info: EngineInfo
+
+
+class Outputs(msgspec.Struct, tag=True, frozen=True):
+    """All that one step has for one client."""
+
+    outputs: list[Output]
+
+
+class Refused(msgspec.Struct, tag=True, frozen=True):
+    """A request that the engine does not take now."""
+
+    number: int
+    reason: str
+
+
+ToEngine = Hello | Submit | Cancel
+FromEngine = Ready | Outputs | Refused

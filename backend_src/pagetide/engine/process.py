@@ -1,0 +1,119 @@
+"""The engine as a process: serves requests from a local socket, one message per batch in, one per step and client out.
+
+python -m pagetide.engine.process SETTINGS_JSON ADDRESS; ends when its parent does.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import signal
+import sys
+import threading
+import time
+
+import msgspec
+import zmq
+
+from pagetide.config import Settings
+from pagetide.engine.assemble import Engine, assemble
+from pagetide.engine.messages import ERROR_PREFIX, Cancel, FromEngine, Hello, Outputs, Ready, Refused, Submit, ToEngine
+from pagetide.types import Output, QueueFullError
+
+log = logging.getLogger("pagetide.engine")
+
+
+class EngineServer:
+    """Moves messages between a ROUTER socket and the engine's loop."""
+
+    def __init__(self, engine: Engine, socket: zmq.Socket[bytes]):
+        self._scheduler = engine.loop.scheduler
+        self._loop = engine.loop
+        self._socket = socket
+        self._ready = Ready(engine.info)
+        self._decoder = msgspec.msgpack.Decoder(ToEngine)
+        self._client_of: dict[int, bytes] = {}  # request number -> who sent it
+        self._unfinished: dict[int, int] = {}  # request number -> sequences that have not ended
+
+    def run(self) -> None:
+        """Serves for ever."""
+        while True:
+            # Waits for messages only when there is nothing to compute.
+            if self._socket.poll(0 if self._loop.has_work else 1000):
+                self._receive_all()
+            if self._loop.has_work:
+                self._send_outputs(self._loop.step())
+
+    def _receive_all(self) -> None:
+        while self._socket.poll(0):
+            client, body = self._socket.recv_multipart()
+            self._handle(client, self._decoder.decode(body))
+
+    def _handle(self, client: bytes, message: ToEngine) -> None:
+        match message:
+            case Hello():
+                self._send(client, self._ready)
+            case Submit(requests):
+                for request in requests:
+                    self._client_of[request.number] = client
+                    self._unfinished[request.number] = request.params.n
+                    try:
+                        self._scheduler.add(request)
+                    except QueueFullError as error:
+                        self._send(client, Refused(request.number, str(error)))
+                        self._forget(request.number)
+            case Cancel(numbers, request_id):
+                self._scheduler.cancel([*numbers, *(self._scheduler.numbers_of(request_id) if request_id else ())])
+
+    def _send_outputs(self, outputs: list[Output]) -> None:
+        by_client: dict[bytes, list[Output]] = {}
+        for output in outputs:
+            by_client.setdefault(self._client_of[output.number], []).append(output)
+            if output.finish_reason:
+                self._unfinished[output.number] -= 1
+                if not self._unfinished[output.number]:
+                    self._forget(output.number)
+        for client, its_outputs in by_client.items():
+            self._send(client, Outputs(its_outputs))
+
+    def _forget(self, number: int) -> None:
+        del self._client_of[number], self._unfinished[number]
+
+    def _send(self, client: bytes, message: FromEngine) -> None:
+        self._socket.send_multipart([client, msgspec.msgpack.encode(message)])
+
+
+def end_with_parent(parent: int) -> None:
+    """Ends this process when its parent is gone, whatever it is doing then."""
+
+    def watch() -> None:
+        while os.getppid() == parent:
+            time.sleep(0.5)
+        os._exit(1)
+
+    threading.Thread(target=watch, name="pagetide-parent", daemon=True).start()
+
+
+def main() -> int:
+    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(name)s: %(message)s", stream=sys.stderr)
+    # Ctrl-C in a terminal reaches the whole group: the server decides when the engine ends.
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    end_with_parent(os.getppid())
+    settings, address = msgspec.json.decode(sys.argv[1], type=Settings), sys.argv[2]
+    try:
+        begin = time.monotonic()
+        engine = assemble(settings)
+    except Exception as error:
+        print(f"{ERROR_PREFIX}{type(error).__name__}: {error}".replace("\n", " "), flush=True)
+        raise
+    log.info("ready in %.1f s: %s", time.monotonic() - begin, engine.info)
+    socket = zmq.Context.instance().socket(zmq.ROUTER)
+    # A client that reads slowly gets its messages later; none is dropped.
+    socket.sndhwm = socket.rcvhwm = 0
+    socket.bind(address)
+    EngineServer(engine, socket).run()
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,121 @@
+"""The engine without a server: LLM(model).generate(prompts, SamplingParams(...)), with the names that vLLM's users know."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence as Seq
+from dataclasses import dataclass, field
+from typing import Any
+
+from tqdm.auto import tqdm
+
+from pagetide.config import make_settings
+from pagetide.engine.assemble import assemble
+from pagetide.serving.contract import check_request
+from pagetide.text.tokens import decode, token_bytes
+from pagetide.types import Output, Request, SamplingParams
+
+Prompt = str | Seq[int]
+
+
+@dataclass
+class CompletionOutput:
+    """One sample of a prompt. finish_reason: `stop` or `length`."""
+
+    index: int
+    text: str = ""
+    token_ids: list[int] = field(default_factory=list)
+    finish_reason: str = ""
+
+
+@dataclass
+class RequestOutput:
+    """A prompt and its samples. num_cached_tokens: tokens of the prompt that the prefix cache held."""
+
+    prompt: str | None
+    prompt_token_ids: list[int]
+    outputs: list[CompletionOutput]
+    num_cached_tokens: int = 0
+
+
+class LLM:
+    """A model with an engine in this process.
+
+    model: as the setting of that name; every other setting can be given by name too, for example dtype, max_num_seqs, max_model_len.
+    Raises SettingsError, UnsupportedModelError.
+    """
+
+    def __init__(self, model: str = "", **settings: Any):
+        self._engine = assemble(make_settings(model=model, **settings))
+        self._table = token_bytes(self._engine.model / "tokenizer.json") if self._has_tokenizer else []
+        self._tokenizer: Any = None
+        self._num_requests = 0
+
+    @property
+    def _has_tokenizer(self) -> bool:
+        return (self._engine.model / "tokenizer.json").exists()
+
+    def get_tokenizer(self) -> Any:
+        """The model's transformers tokenizer."""
+        if self._tokenizer is None:
+            from transformers import AutoTokenizer  # slow to import; not needed for prompts of token ids
+
+            self._tokenizer = AutoTokenizer.from_pretrained(str(self._engine.model))
+        return self._tokenizer
+
+    def generate(
+        self,
+        prompts: Prompt | Seq[Prompt],
+        sampling_params: SamplingParams | Seq[SamplingParams] | None = None,
+        use_tqdm: bool = False,
+    ) -> list[RequestOutput]:
+        """Completes prompts (texts, or lists of token ids) all together; one result for each, in their order.
+
+        sampling_params: for all prompts, or one for each. Raises RequestError before anything runs.
+        """
+        listed = _as_list(prompts)
+        params = list(sampling_params) if isinstance(sampling_params, Seq) else [sampling_params or SamplingParams()] * len(listed)
+        if len(params) != len(listed):
+            raise ValueError(f"there are {len(listed)} prompts but {len(params)} sampling_params")
+        requests = [self._make_request(prompt, one) for prompt, one in zip(listed, params, strict=True)]
+        results = {
+            request.number: RequestOutput(
+                prompt if isinstance(prompt, str) else None, request.prompt_ids, [CompletionOutput(i) for i in range(request.params.n)]
+            )
+            for prompt, request in zip(listed, requests, strict=True)
+        }
+        self._run(requests, results, use_tqdm)
+        return list(results.values())
+
+    def _make_request(self, prompt: Prompt, params: SamplingParams) -> Request:
+        ids = self.get_tokenizer()(prompt).input_ids if isinstance(prompt, str) else [int(token) for token in prompt]
+        self._num_requests += 1
+        request = Request(number=self._num_requests, prompt_ids=ids, params=params)
+        check_request(request, self._engine.info.vocab_size, self._engine.info.max_model_len, self._engine.info.max_num_seqs)
+        return request
+
+    def _run(self, requests: list[Request], results: dict[int, RequestOutput], use_tqdm: bool) -> None:
+        loop = self._engine.loop
+        for request in requests:
+            loop.scheduler.add(request)
+        with tqdm(total=sum(request.params.n for request in requests), disable=not use_tqdm, unit="sequence") as progress:
+            while loop.has_work:
+                for output in loop.step():
+                    self._take(output, results[output.number])
+                    progress.update(bool(output.finish_reason))
+
+    def _take(self, output: Output, result: RequestOutput) -> None:
+        sample = result.outputs[output.index]
+        sample.token_ids.extend(output.ids)
+        sample.text += decode(self._table, output.ids, output.num_cut)
+        sample.finish_reason = output.finish_reason
+        result.num_cached_tokens = output.num_cached_tokens
+
+    def close(self) -> None:
+        """Waits for the device; the engine cannot be used afterwards."""
+        self._engine.runner.close()
+
+
+def _as_list(prompts: Prompt | Seq[Prompt]) -> list[Prompt]:
+    if isinstance(prompts, str) or (len(prompts) > 0 and isinstance(prompts[0], int)):
+        return [prompts]  # type: ignore[list-item]
+    return list(prompts)  # type: ignore[arg-type]

@@ -1,0 +1,91 @@
+"""The shape of a decoder, whatever file it came from. Frozen."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+
+class UnsupportedModelError(ValueError):
+    """The model needs something that the decoder does not have; the message says what."""
+
+
+@dataclass(frozen=True)
+class DecoderConfig:
+    """Sizes in elements. windows: for each layer the tokens that a token sees, 0: all. rope: the Hugging Face rope parameters."""
+
+    vocab_size: int
+    hidden_size: int
+    intermediate_size: int
+    num_layers: int
+    num_heads: int
+    num_kv_heads: int
+    head_dim: int
+    max_position: int
+    norm_eps: float
+    rope: dict[str, Any]
+    windows: tuple[int, ...]
+    tie_embeddings: bool
+    qk_norm: bool
+    end_ids: frozenset[int]
+    pad_id: int
+
+
+def read_json(file: Path) -> dict[str, Any]:
+    return json.loads(file.read_bytes()) if file.exists() else {}
+
+
+def read_config(model: Path, has_qk_norm: bool) -> DecoderConfig:
+    """The configuration in a Hugging Face model directory. Raises UnsupportedModelError."""
+    raw = read_json(model / "config.json")
+    if raw.get("hidden_act", "silu") != "silu":
+        raise UnsupportedModelError(f"hidden_act is {raw['hidden_act']}, only silu is supported")
+    if raw.get("quantization_config"):
+        raise UnsupportedModelError("the checkpoint is quantized (quantization_config); only unquantized weights and GGUF are supported")
+    heads = raw["num_attention_heads"]
+    end_ids = _end_ids(read_json(model / "generation_config.json"), raw)
+    pad_id = raw.get("pad_token_id")
+    return DecoderConfig(
+        vocab_size=raw["vocab_size"],
+        hidden_size=raw["hidden_size"],
+        intermediate_size=raw["intermediate_size"],
+        num_layers=raw["num_hidden_layers"],
+        num_heads=heads,
+        num_kv_heads=raw.get("num_key_value_heads") or heads,
+        head_dim=raw.get("head_dim") or raw["hidden_size"] // heads,
+        max_position=raw["max_position_embeddings"],
+        norm_eps=raw["rms_norm_eps"],
+        rope=_rope(raw),
+        windows=_windows(raw),
+        tie_embeddings=raw.get("tie_word_embeddings", False),
+        qk_norm=has_qk_norm,
+        end_ids=end_ids,
+        pad_id=pad_id if isinstance(pad_id, int) else min(end_ids, default=0),
+    )
+
+
+def _end_ids(generation: dict[str, Any], raw: dict[str, Any]) -> frozenset[int]:
+    ids = generation.get("eos_token_id", raw.get("eos_token_id"))
+    if ids is None:
+        return frozenset()
+    return frozenset(ids if isinstance(ids, list) else [ids])
+
+
+def _rope(raw: dict[str, Any]) -> dict[str, Any]:
+    """Rope parameters in one form: older files have rope_theta and rope_scaling, newer ones rope_parameters."""
+    rope = dict(raw.get("rope_parameters") or raw.get("rope_scaling") or {})
+    rope.setdefault("rope_theta", raw.get("rope_theta", 10000.0))
+    rope["rope_type"] = rope.get("rope_type") or rope.get("type") or "default"
+    return rope
+
+
+def _windows(raw: dict[str, Any]) -> tuple[int, ...]:
+    num_layers, window = raw["num_hidden_layers"], raw.get("sliding_window") or 0
+    if not window or raw.get("use_sliding_window") is False:
+        return (0,) * num_layers
+    if kinds := raw.get("layer_types"):
+        return tuple(window if kind == "sliding_attention" else 0 for kind in kinds)
+    first = raw.get("max_window_layers", 0) if raw.get("use_sliding_window") else 0
+    return tuple(window if layer >= first else 0 for layer in range(num_layers))

@@ -1,0 +1,88 @@
+"""Every operation in plain torch, on any device: the truth that the kernels are compared with."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+
+_MASK_32 = 0xFFFFFFFF
+
+
+def rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
+    """Root mean square norm over the last dimension, computed in float32 (arXiv:1910.07467). x [..., size], weight [size]."""
+    wide = x.float()
+    return (wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + eps)).to(x.dtype) * weight
+
+
+def add_rms_norm(x: torch.Tensor, residual: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
+    """Adds x to the residual, in place, and returns the norm of the sum. x, residual [t, size]."""
+    residual += x
+    return rms_norm(residual, weight, eps)
+
+
+def silu_mul(gate_up: torch.Tensor) -> torch.Tensor:
+    """silu(gate) * up of [t, 2 * size], gate first; returns [t, size] (SwiGLU, arXiv:2002.05202)."""
+    gate, up = gate_up.chunk(2, dim=-1)
+    return F.silu(gate) * up
+
+
+def apply_rotary(x: torch.Tensor, cos_sin: torch.Tensor) -> torch.Tensor:
+    """Rotates pairs (i, i + head_dim/2) of x [t, heads, head_dim] by cos_sin float32 [t, head_dim] (cosines, then sines; arXiv:2104.09864)."""
+    cos, sin = cos_sin.unsqueeze(1).chunk(2, dim=-1)
+    first, second = x.float().chunk(2, dim=-1)
+    return torch.cat([first * cos - second * sin, second * cos + first * sin], dim=-1).to(x.dtype)
+
+
+def argmax(logits: torch.Tensor) -> torch.Tensor:
+    """The most likely token of each row: [s, vocabulary] -> int64 [s]."""
+    return logits.argmax(-1)
+
+
+def sample(
+    logits: torch.Tensor,
+    temperature: torch.Tensor,
+    top_k: torch.Tensor,
+    top_p: torch.Tensor,
+    min_p: torch.Tensor,
+    seed: torch.Tensor,
+    position: torch.Tensor,
+) -> torch.Tensor:
+    """One token for each row of logits float32 [s, vocabulary]; all parameters [s]. Returns int64 [s].
+
+    Temperature 0 is the argmax. Otherwise: scale, keep the top_k likeliest, of those the smallest set with probability top_p, of those
+    the ones with at least min_p of the likeliest's probability (ties at a border are all kept), and draw by the Gumbel-max rule with noise
+    that is a function of (seed, position, token): the same row gives the same token in any batch.
+    """
+    is_greedy = temperature == 0
+    scaled = logits / torch.where(is_greedy, 1.0, temperature).unsqueeze(1)
+    ordered = scaled.sort(-1, descending=True).values
+    vocabulary = logits.shape[-1]
+    k = torch.where(top_k <= 0, vocabulary, top_k).clamp(max=vocabulary)
+    kth = ordered.gather(1, (k - 1).unsqueeze(1))
+    ordered = ordered.masked_fill(ordered < kth, -torch.inf)
+    probabilities = ordered.softmax(-1)
+    # A token is outside when those before it already reach top_p.
+    outside = probabilities.cumsum(-1) - probabilities >= top_p.unsqueeze(1)
+    outside[:, 0] = False
+    threshold = ordered.masked_fill(outside, torch.inf).min(-1, keepdim=True).values
+    threshold = torch.maximum(threshold, kth)
+    threshold = torch.maximum(threshold, ordered[:, :1] + min_p.unsqueeze(1).log())
+    noisy = (scaled + gumbel_noise(seed, position, vocabulary)).masked_fill(scaled < threshold, -torch.inf)
+    return torch.where(is_greedy, logits.argmax(-1), noisy.argmax(-1))
+
+
+def gumbel_noise(seed: torch.Tensor, position: torch.Tensor, vocabulary: int) -> torch.Tensor:
+    """Gumbel noise float32 [s, vocabulary], a pure function of (seed, position, token); seed, position int64 [s]."""
+    token = torch.arange(vocabulary, device=seed.device).unsqueeze(0)
+    state = _mix((seed & _MASK_32) ^ _mix((seed >> 32) & _MASK_32))
+    state = _mix(state ^ _mix(position & _MASK_32)).unsqueeze(1)
+    bits = _mix(state ^ _mix(token + 0x9E3779B9 & _MASK_32))
+    uniform = ((bits >> 8).float() + 0.5) * 2.0**-24
+    return -(-uniform.log()).log()
+
+
+def _mix(x: torch.Tensor) -> torch.Tensor:
+    """A 32-bit integer hash with good avalanche (lowbias32, nullprogram.com/blog/2018/07/31), in int64 so that every device has it."""
+    x = ((x ^ (x >> 16)) * 0x7FEB352D) & _MASK_32
+    x = ((x ^ (x >> 15)) * 0x846CA68B) & _MASK_32
+    return x ^ (x >> 16)

@@ -1,0 +1,118 @@
+"""What differs between devices: how work is queued, how results reach the host, how much memory the KV cache may take."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor
+from typing import Any, Protocol, TypeVar
+
+import numpy as np
+import torch
+
+from pagetide.config import Settings, SettingsError
+
+Result = TypeVar("Result")
+
+
+class Device(Protocol):
+    """A queue of work that keeps its order, like a CUDA stream."""
+
+    torch_device: torch.device
+    activation_dtype: torch.dtype | None  # None: that of the weights
+
+    def run(self, function: Callable[..., Result], *args: Any) -> Result:
+        """Runs the function where the kernels run, and waits for what it returns."""
+
+    def queue(self, function: Callable[..., Any], *args: Any) -> None:
+        """Runs the function behind everything queued before, and returns at once."""
+
+    def fetch(self, function: Callable[..., torch.Tensor], *args: Any) -> Callable[[], np.ndarray]:
+        """Like queue; the result waits for the function's tensor, on the host, and raises what anything queued has raised."""
+
+    def kv_cache_bytes(self, settings: Settings) -> int:
+        """How many bytes the KV cache may take, now that the weights are loaded."""
+
+    def close(self) -> None:
+        """Waits for what is queued."""
+
+
+class CpuDevice:
+    """One worker thread, so that the host's work for the last step and this step's kernels run side by side.
+
+    All kernels run on that thread: an OpenMP pool belongs to the thread that opens it.
+    """
+
+    torch_device = torch.device("cpu")
+    activation_dtype = torch.float32
+
+    def __init__(self, num_threads: int):
+        self._worker = ThreadPoolExecutor(1, "pagetide-device")
+        self._queued: list[Future[Any]] = []
+        if num_threads:
+            self.run(torch.set_num_threads, num_threads)
+
+    def run(self, function: Callable[..., Result], *args: Any) -> Result:
+        return self._worker.submit(function, *args).result()
+
+    def queue(self, function: Callable[..., Any], *args: Any) -> None:
+        self._queued.append(self._worker.submit(function, *args))
+
+    def fetch(self, function: Callable[..., torch.Tensor], *args: Any) -> Callable[[], np.ndarray]:
+        before, self._queued = self._queued, []
+        future = self._worker.submit(lambda: function(*args).numpy())
+
+        def wait() -> np.ndarray:
+            for queued in before:
+                queued.result()
+            return future.result()
+
+        return wait
+
+    def kv_cache_bytes(self, settings: Settings) -> int:
+        return int(settings.kv_cache_gb * 2**30)
+
+    def close(self) -> None:
+        self._worker.shutdown()
+
+
+class CudaDevice:
+    """The current CUDA stream; results come through pinned memory and an event."""
+
+    activation_dtype = None
+
+    def __init__(self) -> None:
+        self.torch_device = torch.device("cuda", torch.cuda.current_device())
+
+    def run(self, function: Callable[..., Result], *args: Any) -> Result:
+        return function(*args)
+
+    def queue(self, function: Callable[..., Any], *args: Any) -> None:
+        function(*args)
+
+    def fetch(self, function: Callable[..., torch.Tensor], *args: Any) -> Callable[[], np.ndarray]:
+        result = function(*args)
+        host = torch.empty(result.shape, dtype=result.dtype, pin_memory=True)
+        host.copy_(result, non_blocking=True)
+        done = torch.cuda.Event()
+        done.record()
+
+        def wait() -> np.ndarray:
+            done.synchronize()
+            return host.numpy()
+
+        return wait
+
+    def kv_cache_bytes(self, settings: Settings) -> int:
+        free, _ = torch.cuda.mem_get_info(self.torch_device)
+        return int(free * settings.gpu_memory_fraction)
+
+    def close(self) -> None:
+        torch.cuda.synchronize(self.torch_device)
+
+
+def select_device(settings: Settings) -> Device:
+    """The device that the settings ask for; raises SettingsError if this machine has none of the kind."""
+    has_gpu = torch.cuda.is_available()
+    if settings.device == "cuda" and not has_gpu:
+        raise SettingsError("device is cuda, but torch sees no CUDA GPU here; use auto or cpu")
+    return CudaDevice() if has_gpu and settings.device != "cpu" else CpuDevice(settings.num_threads)

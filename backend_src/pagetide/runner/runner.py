@@ -1,0 +1,92 @@
+"""Runs plans on one device: forward() and sample() queue work and return at once, wait() brings a step's tokens to the host."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import numpy as np
+import torch
+
+from pagetide.kv_cache.store import KVStore
+from pagetide.models.decoder import Decoder
+from pagetide.ops.table import Ops
+from pagetide.runner.batch import make_batch
+from pagetide.runner.device import Device
+from pagetide.runner.plan import Admission, RowParams, StepPlan, StepTokens
+from pagetide.runner.rows import Rows
+from pagetide.runner.sampler import Sampler
+
+
+class Runner:
+    """The model, its KV cache and the rows of one device."""
+
+    def __init__(self, device: Device, decoder: Decoder, store: KVStore, ops: Ops, max_rows: int, max_len: int, block_size: int):
+        self._device = device
+        self._decoder = decoder
+        self._store = store
+        self._block_size = block_size
+        self._rows = Rows(max_rows, max_len, block_size, device.torch_device)
+        self._sampler = Sampler(self._rows, ops)
+        self._logits: torch.Tensor | None = None
+        self._results: dict[int, Callable[[], np.ndarray]] = {}
+
+    def forward(self, plan: StepPlan) -> None:
+        self._device.queue(self._forward, plan)
+
+    def sample(self, plan: StepPlan) -> None:
+        self._results[plan.step] = self._device.fetch(self._sample, plan)
+
+    def wait(self, plan: StepPlan) -> StepTokens:
+        return StepTokens(self._results.pop(plan.step)())
+
+    @torch.inference_mode()
+    def _forward(self, plan: StepPlan) -> None:
+        self._rows.apply(plan)
+        if len(plan.copies):
+            copies = self._rows.to_device(plan.copies).long()
+            self._store.copy_blocks(copies[:, 0], copies[:, 1])
+        batch = make_batch(plan, self._rows, self._block_size)
+        self._logits = self._decoder.forward(batch, self._store.pool)
+
+    @torch.inference_mode()
+    def _sample(self, plan: StepPlan) -> torch.Tensor:
+        assert self._logits is not None
+        logits, self._logits = self._logits, None
+        return self._sampler(plan, logits)
+
+    def warm_up(self, num_tokens: int) -> None:
+        """Runs a prompt chunk of num_tokens and one token of decode, so that no request waits for compilers. Writes to block 0 only."""
+        for count, start, temperature in ((num_tokens, 0, 0.0), (1, num_tokens, 0.0), (1, num_tokens, 1.0)):
+            plan = warm_up_plan(count, start, temperature, self._block_size)
+            self.forward(plan)
+            self.sample(plan)
+            self.wait(plan)
+
+    def close(self) -> None:
+        self._device.close()
+
+
+def warm_up_plan(count: int, start: int, temperature: float, block_size: int) -> StepPlan:
+    """A step of row 0 alone, all of whose blocks are block 0."""
+    num_blocks = -(-(start + count) // block_size)
+    params = RowParams(temperature, 0, 0.9, 0.0, 0, 0, ())
+
+    def ints(*values: int) -> np.ndarray:
+        return np.array(values, np.int32)
+
+    return StepPlan(
+        step=-1,
+        rows=ints(0),
+        starts=ints(start),
+        counts=ints(count),
+        logit_index=ints(count - 1),
+        sample_rows=ints(0),
+        sample_positions=ints(start + count),
+        admissions=(Admission(0, np.zeros(start + count, np.int32), params),),
+        block_rows=np.zeros(num_blocks, np.int32),
+        block_indices=np.arange(num_blocks, dtype=np.int32),
+        block_ids=np.zeros(num_blocks, np.int32),
+        copies=np.empty((0, 2), np.int32),
+        is_greedy=temperature == 0,
+        masks_end_ids=False,
+    )

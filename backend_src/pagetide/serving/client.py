@@ -1,0 +1,226 @@
+"""The way from a stub process to the engine: EngineClient talks to it, EngineSupervisor starts it and starts it again when it dies."""
+
+from __future__ import annotations
+
+import os
+import queue
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import msgspec
+import zmq
+import zmq.utils.monitor
+
+import pagetide
+from pagetide.config import Settings
+from pagetide.engine.messages import ERROR_PREFIX, Cancel, FromEngine, Hello, Outputs, Ready, Refused, Submit, ToEngine
+from pagetide.types import EngineInfo, Output, Request
+
+
+class EngineStartError(RuntimeError):
+    """The engine did not become ready; the message says why."""
+
+
+def socket_path(server_pid: int) -> Path:
+    """Where the engine of the Triton server with this process id listens."""
+    folder = Path(tempfile.gettempdir()) / f"pagetide-{os.getuid()}"
+    folder.mkdir(mode=0o700, exist_ok=True)
+    return folder / f"engine-{server_pid}.sock"
+
+
+def failure_file(path: Path) -> Path:
+    """Where the owner of the engine at this socket tells its other clients why it could not start."""
+    return path.with_suffix(".failed")
+
+
+class EngineClient:
+    """Sends requests to the engine and hands on what comes back. All callbacks run on the client's own thread.
+
+    on_outputs: what a step brought. on_refused(number, reason): a request that the engine does not take.
+    on_lost: the engine is gone, and with it everything that was sent to it.
+    """
+
+    def __init__(
+        self,
+        path: Path,
+        on_outputs: Callable[[list[Output]], None],
+        on_refused: Callable[[int, str], None],
+        on_lost: Callable[[], None],
+    ):
+        self._on_outputs = on_outputs
+        self._on_refused = on_refused
+        self._on_lost = on_lost
+        self._decoder = msgspec.msgpack.Decoder(FromEngine)
+        self._to_send: queue.SimpleQueue[ToEngine | None] = queue.SimpleQueue()
+        self._wake_read, self._wake_write = os.pipe()
+        self._connected = threading.Event()
+        self.engine: EngineInfo | None = None
+        self._socket = zmq.Context.instance().socket(zmq.DEALER)
+        self._socket.sndhwm = self._socket.rcvhwm = 0
+        self._socket.linger = 0
+        self._socket.reconnect_ivl, self._socket.reconnect_ivl_max = 20, 200
+        # Messages go to an engine that is there, or nowhere: never to one that is started later.
+        self._socket.immediate = True
+        self._monitor = self._socket.get_monitor_socket(zmq.EVENT_HANDSHAKE_SUCCEEDED | zmq.EVENT_DISCONNECTED)
+        self._socket.connect(f"ipc://{path}")
+        self._thread = threading.Thread(target=self._run, name="pagetide-client", daemon=True)
+        self._thread.start()
+
+    @property
+    def is_ready(self) -> bool:
+        return self._connected.is_set()
+
+    def wait_until_ready(self, timeout_s: float) -> bool:
+        return self._connected.wait(timeout_s)
+
+    def submit(self, requests: list[Request]) -> None:
+        """Sends requests; those that cannot be delivered are refused through on_refused."""
+        self._post(Submit(requests))
+
+    def cancel(self, numbers: list[int], request_id: str = "") -> None:
+        """Ends requests; those that have ended already are left alone."""
+        self._post(Cancel(numbers, request_id))
+
+    def close(self) -> None:
+        self._to_send.put(None)
+        os.write(self._wake_write, b"x")
+        self._thread.join()
+
+    def _post(self, message: ToEngine) -> None:
+        self._to_send.put(message)
+        os.write(self._wake_write, b"x")
+
+    def _run(self) -> None:
+        poller = zmq.Poller()
+        for source in (self._socket, self._monitor, self._wake_read):
+            poller.register(source, zmq.POLLIN)
+        is_open = True
+        while is_open:
+            ready = dict(poller.poll())
+            # Answers first: an engine that died may have said something before.
+            if self._socket in ready:
+                self._receive_all()
+            if self._monitor in ready:
+                self._follow_connection()
+            if self._wake_read in ready:
+                os.read(self._wake_read, 4096)
+                is_open = self._send_all()
+        self._socket.disable_monitor()
+        self._socket.close()
+        os.close(self._wake_read)
+        os.close(self._wake_write)
+
+    def _receive_all(self) -> None:
+        while self._socket.poll(0):
+            match self._decoder.decode(self._socket.recv()):
+                case Outputs(outputs):
+                    self._on_outputs(outputs)
+                case Refused(number, reason):
+                    self._on_refused(number, reason)
+                case Ready(info):
+                    self.engine = info
+                    self._connected.set()
+
+    def _follow_connection(self) -> None:
+        event = zmq.utils.monitor.recv_monitor_message(self._monitor)["event"]
+        if event == zmq.EVENT_HANDSHAKE_SUCCEEDED:
+            self._socket.send(msgspec.msgpack.encode(Hello()))
+        elif event == zmq.EVENT_DISCONNECTED:
+            self._connected.clear()
+            self._on_lost()
+
+    def _send_all(self) -> bool:
+        """Sends what has been posted; False when the client is to be closed."""
+        while not self._to_send.empty():
+            message = self._to_send.get()
+            if message is None:
+                return False
+            if self._connected.is_set():
+                self._socket.send(msgspec.msgpack.encode(message))
+            elif isinstance(message, Submit):
+                for request in message.requests:
+                    self._on_refused(request.number, "the engine is not running; it is being started again")
+        return True
+
+
+class EngineSupervisor:
+    """Owns the engine process: starts it, and starts it again whenever it ends by itself."""
+
+    def __init__(self, settings: Settings, path: Path, log: Callable[[str], None]):
+        self._settings = settings
+        self._path = path
+        self._log = log
+        self._stopping = threading.Event()
+        self._has_started = threading.Event()
+        failure_file(path).unlink(missing_ok=True)
+        self._process = self._spawn()
+        self._watcher = threading.Thread(target=self._watch, name="pagetide-supervisor", daemon=True)
+        self._watcher.start()
+
+    @property
+    def pid(self) -> int:
+        return self._process.pid
+
+    def mark_started(self) -> None:
+        """The first start has succeeded: from now on an engine that ends is started again."""
+        self._has_started.set()
+
+    def stop(self) -> None:
+        """Ends the engine and removes its socket."""
+        self._stopping.set()
+        self._process.kill()
+        self._watcher.join()
+        self._path.unlink(missing_ok=True)
+
+    def _spawn(self) -> subprocess.Popen[str]:
+        source = str(Path(pagetide.__file__).parents[1])
+        environment = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, (source, os.environ.get("PYTHONPATH"))))}
+        settings = msgspec.json.encode(self._settings).decode()
+        command = [sys.executable, "-m", "pagetide.engine.process", settings, f"ipc://{self._path}"]
+        return subprocess.Popen(command, stdout=subprocess.PIPE, stdin=subprocess.DEVNULL, text=True, env=environment)
+
+    def _watch(self) -> None:
+        delay = 0.0
+        while True:
+            begin = time.monotonic()
+            reason = self._wait_for_end()
+            if self._stopping.is_set():
+                return
+            if not self._has_started.is_set():
+                failure_file(self._path).write_text(reason, encoding="utf-8")
+                return
+            # An engine that lived is started at once; one that cannot start is tried less and less often.
+            delay = 0.0 if time.monotonic() - begin > 60 else min(30.0, delay * 2 + 0.5)
+            self._log(f"the engine ended ({reason}); starting it again in {delay:.1f} s")
+            if self._stopping.wait(delay):
+                return
+            self._process = self._spawn()
+            if self._stopping.is_set():
+                self._process.kill()
+
+    def _wait_for_end(self) -> str:
+        """Waits until the process has ended; returns why, as far as it has said so."""
+        said = ""
+        assert self._process.stdout is not None
+        for line in self._process.stdout:
+            if line.startswith(ERROR_PREFIX):
+                said = line.removeprefix(ERROR_PREFIX).strip()
+        code = self._process.wait()
+        return said or (f"signal {-code}" if code < 0 else f"exit code {code}")
+
+
+def wait_for_engine(client: EngineClient, path: Path, timeout_s: float) -> None:
+    """Returns when the engine is ready; raises EngineStartError with the reason if it is not in time, or ended."""
+    begin = time.monotonic()
+    failed = failure_file(path)
+    while not client.wait_until_ready(0.1):
+        # A file that is older than this wait belongs to an earlier start.
+        if failed.exists() and time.time() - failed.stat().st_mtime < time.monotonic() - begin + 1:
+            raise EngineStartError(f"the engine could not start: {failed.read_text(encoding='utf-8')}")
+        if time.monotonic() - begin > timeout_s:
+            raise EngineStartError(f"the engine was not ready within {timeout_s:.0f} s (the setting engine_start_timeout_s)")

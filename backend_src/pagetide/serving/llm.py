@@ -1,0 +1,179 @@
+"""The models `llm` (decoupled: one response for each chunk) and `llm_unary` (one response for each request).
+
+Thin: Triton requests become engine requests, engine outputs become responses. `llm` also starts and watches the engine.
+"""
+
+from __future__ import annotations
+
+import itertools
+import json
+import logging
+import os
+import threading
+from typing import Any
+
+import msgspec
+import numpy as np
+import triton_python_backend_utils as pb_utils
+
+from pagetide.config import settings_beside
+from pagetide.serving import triton
+from pagetide.serving.client import EngineClient, EngineStartError, EngineSupervisor, socket_path, wait_for_engine
+from pagetide.serving.contract import ParsedRequest, check_request, parse
+from pagetide.serving.pacer import ResponsePacer
+from pagetide.serving.responses import ClientRequest, Prompt, send
+from pagetide.types import Output, QueueFullError, Request, RequestError
+
+log = logging.getLogger("pagetide.llm")
+
+_CANCEL_POLL_S = 0.05
+_NOT_RUNNING = "the engine is not running; it is being started again"
+
+
+class LlmModel:
+    """Triton's Python model class."""
+
+    def initialize(self, args: dict[str, str]) -> None:
+        config = json.loads(args["model_config"])
+        self._is_decoupled = config.get("model_transaction_policy", {}).get("decoupled", False)
+        self._settings = settings_beside(args["model_repository"])
+        self._open: dict[int, ClientRequest] = {}  # request number of each prompt -> its client request
+        self._lock = threading.Lock()
+        self._numbers = itertools.count(os.getpid() << 32)
+        path = socket_path(triton.server_pid())
+        # Only one of the engine's clients starts it.
+        self._supervisor = EngineSupervisor(self._settings, path, log.warning) if self._is_decoupled else None
+        self._pacer = ResponsePacer(self._send)
+        self._client = EngineClient(path, self._pacer.put, self._on_refused, self._on_lost)
+        try:
+            wait_for_engine(self._client, path, self._settings.engine_start_timeout_s)
+        except EngineStartError as error:
+            self._close()
+            raise pb_utils.TritonModelException(str(error)) from error
+        if self._supervisor is not None:
+            self._supervisor.mark_started()
+        self._closing = threading.Event()
+        self._poller = threading.Thread(target=self._poll_cancels, name="pagetide-cancels", daemon=True)
+        self._poller.start()
+
+    def execute(self, requests: list[Any]) -> None:
+        """Parses and queues; returns at once. Responses come from the pacer's thread."""
+        submitted: list[Request] = []
+        for request in requests:
+            sender = request.get_response_sender()
+            try:
+                submitted += self._accept(request, sender)
+            except (RequestError, ConnectionError) as error:
+                send(sender, triton.error_response(error), is_last=True)
+        if submitted:
+            self._client.submit(submitted)
+
+    def _accept(self, request: Any, sender: Any) -> list[Request]:
+        """Checks a client request and registers it; returns its engine requests, none for a cancel."""
+        engine = self._client.engine
+        if engine is None or not self._client.is_ready:
+            raise ConnectionError(_NOT_RUNNING)
+        prompts = self._read_prompts(request)
+        opened = ClientRequest(sender, request.requested_output_names(), prompts, self._is_decoupled, engine.pad_id)
+        if any(prompt.parsed.cancel for prompt in prompts):
+            self._cancel_named(request.request_id(), opened)
+            return []
+        requests = [
+            Request(
+                number=prompt.number,
+                prompt_ids=prompt.ids,
+                params=prompt.parsed.params,
+                request_id=request.request_id(),
+                stream=prompt.parsed.stream and self._is_decoupled,
+            )
+            for prompt in prompts
+        ]
+        for one in requests:
+            check_request(one, engine.vocab_size, engine.max_model_len, engine.max_num_seqs)
+        with self._lock:
+            self._open.update((one.number, opened) for one in requests)
+        return requests
+
+    def _read_prompts(self, request: Any) -> list[Prompt]:
+        arrays = triton.input_arrays(request)
+        packed, lengths = arrays.pop("PARAMS", None), arrays.pop("input_lengths", None)
+        if packed is not None:
+            parsed = [_unpack(one) for one in packed.reshape(-1)]
+        else:
+            parsed = parse(arrays, triton.parameters(request), self._settings.exclude_input_in_output)
+        ids = arrays.get("input_ids", np.zeros((len(parsed), 0), np.int32))
+        if lengths is not None and (lengths.size != len(ids) or lengths.min() < 0 or lengths.max() > ids.shape[1]):
+            raise RequestError(f"input_lengths is {lengths.reshape(-1).tolist()}, must be from 0 to {ids.shape[1]} for each prompt")
+        counts = [ids.shape[1]] * len(parsed) if lengths is None else lengths.reshape(-1).tolist()
+        return [
+            Prompt(next(self._numbers), index, one, row[:count].tolist(), is_direct=packed is None)
+            for index, (one, row, count) in enumerate(zip(parsed, ids, counts, strict=True))
+        ]
+
+    # -- answers -----------------------------------------------------------------------------------------------------
+
+    def _send(self, output: Output) -> None:
+        """Called by the pacer, in order for each sequence."""
+        with self._lock:
+            opened = self._open.get(output.number)
+        if opened is not None and opened.take(output):
+            self._forget(opened)
+
+    def _on_refused(self, number: int, reason: str) -> None:
+        self._fail([number], ConnectionError(reason) if reason == _NOT_RUNNING else QueueFullError(reason))
+
+    def _on_lost(self) -> None:
+        with self._lock:
+            numbers = list(self._open)
+        self._fail(numbers, RuntimeError("the engine failed while it was working on this request; send it again"))
+
+    def _fail(self, numbers: list[int], error: Exception) -> None:
+        with self._lock:
+            failed = {id(opened): opened for number in numbers if (opened := self._open.get(number))}.values()
+        for opened in failed:
+            self._forget(opened)
+            self._client.cancel([number for number in opened.numbers if number not in numbers])
+            opened.fail(error)
+
+    def _forget(self, opened: ClientRequest) -> None:
+        with self._lock:
+            for number in opened.numbers:
+                self._open.pop(number, None)
+
+    # -- cancelling --------------------------------------------------------------------------------------------------
+
+    def _cancel_named(self, request_id: str, opened: ClientRequest) -> None:
+        """Ends the running requests of this name, and answers the request that asked for it."""
+        if not request_id:
+            raise RequestError("cancel needs the request_id of the requests to end, and it is empty")
+        self._client.cancel([], request_id)
+        for prompt in opened.prompts:
+            opened.take(Output(prompt.number, 0, [], finish_reason="cancelled"))
+
+    def _poll_cancels(self) -> None:
+        """Looks for clients that are gone. Inside an ensemble Triton does not say so here; `postprocessing` hears of it."""
+        while not self._closing.wait(_CANCEL_POLL_S):
+            with self._lock:
+                opened = {id(one): one for one in self._open.values()}.values()
+            for one in opened:
+                if one.is_cancelled():
+                    self._client.cancel(one.numbers)
+
+    def finalize(self) -> None:
+        self._closing.set()
+        self._poller.join()
+        self._close()
+
+    def _close(self) -> None:
+        self._client.close()
+        self._pacer.close()
+        if self._supervisor is not None:
+            self._supervisor.stop()
+
+
+def _unpack(packed: bytes) -> ParsedRequest:
+    """What `preprocessing` has checked; anything else that calls itself PARAMS is refused."""
+    try:
+        return msgspec.msgpack.decode(packed, type=ParsedRequest)
+    except msgspec.MsgspecError as error:
+        raise RequestError(f"PARAMS is not what preprocessing makes ({error}); send the parameters by their own names") from None

@@ -1,0 +1,67 @@
+"""The model `postprocessing`: chunks of token ids to text. Never fails, keeps no state, and tells the engine of cancelled requests."""
+
+from __future__ import annotations
+
+import logging
+from typing import Any
+
+import numpy as np
+import triton_python_backend_utils as pb_utils
+
+from pagetide.config import settings_beside
+from pagetide.models.source import find_model
+from pagetide.serving import triton
+from pagetide.serving.client import EngineClient, socket_path
+from pagetide.text.tokens import decode, token_bytes
+
+log = logging.getLogger("pagetide.postprocess")
+
+
+class PostprocessModel:
+    """Triton's Python model class. Exactly one instance, and no dynamic batching: Triton pairs responses by order of arrival."""
+
+    def initialize(self, args: dict[str, str]) -> None:
+        settings = settings_beside(args["model_repository"])
+        self._table = token_bytes(find_model(settings.model, settings.cache_path) / "tokenizer.json")
+        self._client = EngineClient(
+            socket_path(triton.server_pid()), on_outputs=lambda outputs: None, on_refused=lambda number, reason: None, on_lost=lambda: None
+        )
+
+    def execute(self, requests: list[Any]) -> list[Any]:
+        return [self._answer(request) for request in requests]
+
+    def _answer(self, request: Any) -> Any:
+        # An error from here would leak the whole request inside Triton's ensemble: the client gets what text there is instead.
+        try:
+            arrays = triton.input_arrays(request)
+            self._report_cancel(request, arrays)
+            texts = self._texts(arrays)
+        except Exception:
+            log.exception("a chunk could not be turned into text")
+            texts = ["\ufffd"]
+        return pb_utils.InferenceResponse([triton.tensor("OUTPUT", triton.text_array([text.encode() for text in texts]))])
+
+    def _report_cancel(self, request: Any, arrays: dict[str, np.ndarray]) -> None:
+        if "REQUEST_NUMBER" in arrays and request.is_cancelled():
+            self._client.cancel(arrays["REQUEST_NUMBER"].reshape(-1).tolist())
+
+    def _texts(self, arrays: dict[str, np.ndarray]) -> list[str]:
+        """The text of each row of TOKENS_BATCH [rows, beams, n], beams flattened."""
+        if "TOKENS_BATCH" not in arrays:
+            return [""]
+        ids = arrays["TOKENS_BATCH"]
+        rows = ids.reshape(-1, ids.shape[-1]) if ids.size else np.zeros((ids.shape[0] * ids.shape[1], 0), np.int32)
+        lengths = _flat(arrays.get("SEQUENCE_LENGTH"), len(rows), rows.shape[1])
+        cuts = _flat(arrays.get("TEXT_CUT"), len(rows), 0)
+        prompts = _flat(arrays.get("PROMPT_TEXT"), len(rows), b"")
+        return [
+            prompt.decode() + decode(self._table, row[:length].tolist(), cut)
+            for row, length, cut, prompt in zip(rows, lengths, cuts, prompts, strict=True)
+        ]
+
+    def finalize(self) -> None:
+        self._client.close()
+
+
+def _flat(array: np.ndarray | None, rows: int, default: Any) -> list[Any]:
+    return [default] * rows if array is None else array.reshape(-1).tolist()

@@ -1,0 +1,99 @@
+"""The model `preprocessing`: texts and chats to token ids and ONE tensor of checked parameters."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import msgspec
+import numpy as np
+import triton_python_backend_utils as pb_utils
+
+from pagetide.config import settings_beside
+from pagetide.models.source import find_model
+from pagetide.serving import triton
+from pagetide.serving.contract import ParsedRequest, parse
+from pagetide.text.chat import ChatTemplateError, render_chat
+from pagetide.types import RequestError
+
+# TensorRT-LLM's names of what this model takes; its clients chain the steps by hand.
+TENSOR_OF_FIELD = {"text_input": "QUERY", "max_tokens": "REQUEST_OUTPUT_LEN"}
+_FIELD_OF_TENSOR = {tensor: field for field, tensor in TENSOR_OF_FIELD.items()}
+
+
+class PreprocessModel:
+    """Triton's Python model class."""
+
+    def initialize(self, args: dict[str, str]) -> None:
+        self._settings = settings_beside(args["model_repository"])
+        self._model = find_model(self._settings.model, self._settings.cache_path)
+        from transformers import AutoTokenizer  # slow to import: after the settings have been found to be right
+
+        self._tokenizer: Any = AutoTokenizer.from_pretrained(str(self._model))
+
+    def execute(self, requests: list[Any]) -> list[Any]:
+        parsed = [self._parse(request) for request in requests]
+        self._tokenize([prompt for prompts in parsed if isinstance(prompts, list) for prompt in prompts])
+        return [self._respond(prompts) for prompts in parsed]
+
+    def _parse(self, request: Any) -> list[_Prompt] | RequestError:
+        arrays = {_FIELD_OF_TENSOR.get(name, name): array for name, array in triton.input_arrays(request).items()}
+        try:
+            parsed = parse(arrays, triton.parameters(request), self._settings.exclude_input_in_output)
+            return [self._render(prompt) for prompt in parsed]
+        except RequestError as error:
+            return error
+
+    def _render(self, parsed: ParsedRequest) -> _Prompt:
+        if parsed.messages is not None:
+            try:
+                return _Prompt(parsed, render_chat(self._tokenizer, parsed), adds_special_tokens=False)
+            except ChatTemplateError as error:
+                raise RequestError(str(error)) from error
+        return _Prompt(parsed, parsed.text)
+
+    def _tokenize(self, prompts: list[_Prompt]) -> None:
+        """Token ids of all prompts, in one call for texts and one for chats (whose templates write special tokens themselves)."""
+        for adds_special_tokens in (True, False):
+            texts = [p for p in prompts if p.text is not None and p.adds_special_tokens == adds_special_tokens]
+            if texts:
+                encoded = self._tokenizer([p.text for p in texts], add_special_tokens=adds_special_tokens).input_ids
+                for prompt, ids in zip(texts, encoded, strict=True):
+                    prompt.ids = ids
+
+    def _respond(self, prompts: list[_Prompt] | RequestError) -> Any:
+        if isinstance(prompts, RequestError):
+            return triton.error_response(prompts)
+        longest = max(1, *(len(prompt.ids) for prompt in prompts))
+        ids = np.zeros((len(prompts), longest), np.int32)
+        for row, prompt in zip(ids, prompts, strict=True):
+            row[: len(prompt.ids)] = prompt.ids
+        return pb_utils.InferenceResponse(
+            [
+                triton.tensor("INPUT_ID", ids),
+                triton.tensor("REQUEST_INPUT_LEN", np.array([[len(prompt.ids)] for prompt in prompts], np.int32)),
+                triton.tensor("PARAMS", triton.text_array([prompt.packed() for prompt in prompts]).reshape(-1, 1)),
+            ]
+        )
+
+
+class _Prompt:
+    """A prompt on its way from text to ids."""
+
+    def __init__(self, parsed: ParsedRequest, text: str | None, adds_special_tokens: bool = True):
+        self.parsed = parsed
+        self.text = text
+        self.adds_special_tokens = adds_special_tokens
+        self.ids: list[int] = parsed.prompt_ids or []
+
+    def packed(self) -> bytes:
+        """What `llm` needs to know beside the ids, as MessagePack."""
+        rest = msgspec.structs.replace(
+            self.parsed,
+            text=None,
+            messages=None,
+            prompt_ids=None,
+            tools=None,
+            chat_template_kwargs={},
+            prompt_text=self.text if self.parsed.includes_input else None,
+        )
+        return msgspec.msgpack.encode(rest)

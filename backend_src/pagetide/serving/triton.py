@@ -1,0 +1,52 @@
+"""What the four models share in their dealings with Triton's Python backend: requests to numpy, errors to Triton's codes."""
+
+from __future__ import annotations
+
+import json
+import os
+from typing import Any
+
+import numpy as np
+import triton_python_backend_utils as pb_utils
+
+from pagetide.types import QueueFullError, RequestError
+
+
+def input_arrays(request: Any) -> dict[str, np.ndarray]:
+    """The request's input tensors by name."""
+    return {tensor.name(): tensor.as_numpy() for tensor in request.inputs()}
+
+
+def parameters(request: Any) -> dict[str, Any]:
+    """The request's own parameters: texts, numbers and booleans by name."""
+    text = request.parameters()
+    return json.loads(text) if text else {}
+
+
+def tensor(name: str, array: np.ndarray) -> Any:
+    """An output tensor. (The stub fills triton_python_backend_utils only after it has imported the model.)"""
+    return pb_utils.Tensor(name, array)
+
+
+def text_array(texts: list[bytes]) -> np.ndarray:
+    return np.array(texts, dtype=np.object_)
+
+
+def error_of(error: Exception) -> Any:
+    """An exception as Triton reports it: the client's fault, a full queue, or ours."""
+    if isinstance(error, RequestError):
+        code = pb_utils.TritonError.INVALID_ARG
+    elif isinstance(error, QueueFullError | ConnectionError):
+        code = pb_utils.TritonError.UNAVAILABLE
+    else:
+        code = pb_utils.TritonError.INTERNAL
+    return pb_utils.TritonError(str(error) if code != pb_utils.TritonError.INTERNAL else f"internal error: {error}", code)
+
+
+def error_response(error: Exception) -> Any:
+    return pb_utils.InferenceResponse(output_tensors=[], error=error_of(error))
+
+
+def server_pid() -> int:
+    """The process id of the Triton server: stubs are its children."""
+    return os.getppid()

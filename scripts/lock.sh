@@ -1,0 +1,12 @@
+#!/usr/bin/env bash
+# Writes the lock files anew from pyproject.toml. torch is left out: scripts/setup.sh installs it by itself, from an index of choice.
+set -euo pipefail
+cd "$(dirname "$0")/.."
+compile() {
+    local file=$1
+    shift
+    uv pip compile pyproject.toml "$@" --universal --python-version 3.10 --no-emit-package torch --no-header --no-annotate -q -o "$file"
+    sed -i "1i # Pinned versions; written by scripts/lock.sh" "$file"
+}
+compile requirements-test.lock --extra server --extra test
+compile requirements.lock --extra server -c requirements-test.lock

@@ -1,0 +1,154 @@
+"""Starts Pagetide on Triton, streams one completion, tells how to send requests, and serves until Ctrl-C. Run by serve.sh."""
+
+from __future__ import annotations
+
+import argparse
+import signal
+import sys
+import threading
+import time
+from pathlib import Path
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "backend_src"))
+
+from rich.console import Console  # noqa: E402
+from rich.panel import Panel  # noqa: E402
+from rich.text import Text  # noqa: E402
+from triton_server import ROOT, Address, ServerError, TritonServer, find_running  # noqa: E402
+
+from pagetide.config import SettingsError, make_settings, settings_fields  # noqa: E402
+
+console = Console(highlight=False)
+QUESTION = "What is the capital of France? Explain in two sentences."
+
+CURL = """curl -sN http://{http}/v2/models/ensemble/generate_stream \\
+  -d '{{"text_input": "The tide rises because", "max_tokens": 40, "temperature": 0, "stream": true}}'"""
+
+PYTHON = """.venv/bin/python clients/grpc_stream.py --url {grpc} "Why does the tide rise?\""""
+
+
+def parse_arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(prog="serve.sh", description=__doc__, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    parser.add_argument("--host", default="127.0.0.1", help="address to listen on; 0.0.0.0 for all")
+    parser.add_argument("--http-port", type=int, default=8000)
+    parser.add_argument("--grpc-port", type=int, default=8001)
+    parser.add_argument("--metrics-port", type=int, default=8002)
+    parser.add_argument("--detach", action="store_true", help="return once the server is ready; scripts/stop.sh ends it")
+    parser.add_argument("--torch-index", metavar="URL", help="package index for torch at set-up, for example one with CPU builds")
+    settings = parser.add_argument_group("settings of the engine")
+    for field in settings_fields():
+        flag = f"--{field.name.replace('_', '-')}"
+        if field.type is bool:
+            settings.add_argument(flag, action=argparse.BooleanOptionalAction, default=field.default, help=field.description)
+        else:
+            default = str(ROOT / ".cache") if field.name == "cache_dir" else field.default
+            settings.add_argument(flag, type=field.type, choices=field.choices or None, default=default, help=field.description)
+    return parser.parse_args()
+
+
+def settings_of(arguments: argparse.Namespace) -> dict[str, Any]:
+    """The settings, checked before anything starts. A relative model path counts from here, not from the server's folder."""
+    values = {field.name: getattr(arguments, field.name) for field in settings_fields()}
+    if values["model"] and Path(values["model"]).expanduser().exists():
+        values["model"] = str(Path(values["model"]).expanduser().resolve())
+    make_settings(**values)
+    return values
+
+
+def wait_with_progress(server: TritonServer) -> None:
+    """Shows what the server is doing until it is ready."""
+    begin = time.monotonic()
+    waiting = threading.Thread(target=lambda: _wait(server, failures), daemon=True)
+    failures: list[ServerError] = []
+    waiting.start()
+    said = ""
+    with console.status("starting Triton") as status:
+        while waiting.is_alive():
+            waiting.join(0.2)
+            stage = _stage(server)
+            status.update(f"{stage} ({time.monotonic() - begin:.0f} s)")
+            if stage != said and not console.is_terminal:
+                console.print(stage)
+            said = stage
+    if failures:
+        raise failures[0]
+    console.print(f"ready in {time.monotonic() - begin:.1f} s")
+
+
+def _wait(server: TritonServer, failures: list[ServerError]) -> None:
+    try:
+        server.wait_until_ready()
+    except ServerError as error:
+        failures.append(error)
+
+
+def _stage(server: TritonServer) -> str:
+    log = server.log.read_text(errors="replace") if server.log.exists() else ""
+    if "pagetide.engine: ready" in log:
+        return "starting Triton's front ends"
+    if "loading: llm" in log:
+        return "loading the model (the first start converts it and compiles kernels: about a minute)"
+    return "starting Triton"
+
+
+def show_one_completion(address: Address) -> None:
+    """Streams a real answer to the terminal."""
+    sys.path.insert(0, str(ROOT / "clients"))
+    from grpc_stream import stream_chat
+    from tritonclient.utils import InferenceServerException
+
+    console.print(Text(f"> {QUESTION}", style="bold"))
+    begin, first = time.monotonic(), None
+    try:
+        for text in stream_chat(address.grpc, QUESTION, max_tokens=64, temperature=0.0):
+            first = first or time.monotonic() - begin
+            console.print(text, end="", markup=False)
+        console.print(f"\n(first text after {1000 * (first or 0):.0f} ms)", style="dim")
+    except InferenceServerException as error:
+        console.print(f"(no chat: {error.message()})", style="dim")
+
+
+def serve_until_stopped(server: TritonServer) -> int:
+    stopped = threading.Event()
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, lambda *_: stopped.set())
+    while not stopped.wait(0.5):
+        if not server.is_alive():
+            console.print(f"Triton ended by itself; its log: {server.log}", style="red")
+            return 1
+    console.print("stopping")
+    is_clean = server.stop()
+    console.print("stopped" if is_clean else "stopped; some processes had to be killed")
+    return 0
+
+
+def main() -> int:
+    arguments = parse_arguments()
+    address = Address(arguments.host, arguments.http_port, arguments.grpc_port, arguments.metrics_port)
+    try:
+        settings = settings_of(arguments)
+        if find_running(address.http_port):
+            raise ServerError(f"a server started here already listens on port {address.http_port}; scripts/stop.sh ends it")
+        server = TritonServer(address, settings)
+        server.start(ends_with_parent=not arguments.detach)
+        try:
+            wait_with_progress(server)
+        except KeyboardInterrupt:
+            server.stop()
+            return 130
+    except (ServerError, SettingsError) as error:
+        console.print(str(error), style="red", markup=False)
+        return 1
+    show_one_completion(address)
+    commands = f"{CURL.format(http=address.http)}\n\n{PYTHON.format(grpc=address.grpc)}"
+    console.print(Panel(Text(commands), title="send requests", expand=False) if console.is_terminal else commands, markup=False)
+    if arguments.detach:
+        console.print(f"serving on http://{address.http}, gRPC {address.grpc}, metrics http://{address.metrics}/metrics; scripts/stop.sh ends it")
+        return 0
+    console.print(f"serving on http://{address.http}, gRPC {address.grpc}, metrics http://{address.metrics}/metrics; Ctrl-C ends it")
+    return serve_until_stopped(server)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

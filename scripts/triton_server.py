@@ -1,0 +1,254 @@
+"""Starts and stops a Triton server on this repository's models: the container's own binary, or the one in the nvidia-pytriton wheel.
+
+Each server has a folder .run/PORT with its settings, its log and what is needed to stop it. Used by serve.py, the tests and the benchmark.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import importlib.util
+import json
+import os
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import sysconfig
+import time
+import urllib.error
+import urllib.request
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import psutil
+
+ROOT = Path(__file__).resolve().parents[1]
+RUN = ROOT / ".run"
+REPOSITORY = ROOT / "model_repository"
+EXIT_TIMEOUT_S = 15
+MIN_SHARED_MEMORY_MB = 128
+
+
+class ServerError(RuntimeError):
+    """The server cannot start or stop; the message says why."""
+
+
+@dataclass(frozen=True)
+class Address:
+    """Where a server listens."""
+
+    host: str = "127.0.0.1"
+    http_port: int = 8000
+    grpc_port: int = 8001
+    metrics_port: int = 8002
+
+    @property
+    def _reachable_host(self) -> str:
+        return "127.0.0.1" if self.host in ("0.0.0.0", "::") else self.host
+
+    @property
+    def http(self) -> str:
+        return f"{self._reachable_host}:{self.http_port}"
+
+    @property
+    def grpc(self) -> str:
+        return f"{self._reachable_host}:{self.grpc_port}"
+
+    @property
+    def metrics(self) -> str:
+        return f"{self._reachable_host}:{self.metrics_port}"
+
+    @property
+    def ports(self) -> tuple[int, int, int]:
+        return (self.http_port, self.grpc_port, self.metrics_port)
+
+
+def free_address() -> Address:
+    """An address whose ports nobody uses now."""
+    sockets = [socket.socket() for _ in range(3)]
+    for one in sockets:
+        one.bind(("127.0.0.1", 0))
+    ports = [one.getsockname()[1] for one in sockets]
+    for one in sockets:
+        one.close()
+    return Address("127.0.0.1", *ports)
+
+
+class TritonServer:
+    """A server that this process has started, or found in its folder."""
+
+    def __init__(self, address: Address, settings: dict[str, Any]):
+        self.address = address
+        self.folder = RUN / str(address.http_port)
+        self._settings = settings
+        self._process: subprocess.Popen[bytes] | None = None
+
+    @property
+    def log(self) -> Path:
+        return self.folder / "server.log"
+
+    @property
+    def pid(self) -> int:
+        return int(json.loads((self.folder / "server.json").read_text())["pid"])
+
+    def start(self, ends_with_parent: bool = True) -> None:
+        """Starts the server; wait_until_ready() tells when it serves. Raises ServerError if it cannot be started here."""
+        self._check_machine()
+        shutil.rmtree(self.folder, ignore_errors=True)
+        self._make_repository()
+        command, environment = self._command()
+        with self.log.open("wb") as log:
+            self._process = subprocess.Popen(
+                command,
+                stdout=log,
+                stderr=subprocess.STDOUT,
+                stdin=subprocess.DEVNULL,
+                env=environment,
+                start_new_session=True,  # Ctrl-C is for the start script, which stops the server in order
+                preexec_fn=_end_with_parent if ends_with_parent else None,
+            )
+        facts = {"pid": self._process.pid, "started": psutil.Process(self._process.pid).create_time(), **asdict(self.address)}
+        (self.folder / "server.json").write_text(json.dumps(facts))
+
+    def _check_machine(self) -> None:
+        for port in self.address.ports:
+            with socket.socket() as probe:
+                probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+                try:
+                    probe.bind((self.address.host, port))
+                except OSError as error:
+                    raise ServerError(f"port {port} on {self.address.host} cannot be used ({error.strerror}); choose others, see --help") from None
+        shared = shutil.disk_usage("/dev/shm").free / 2**20
+        if shared < MIN_SHARED_MEMORY_MB:
+            raise ServerError(f"/dev/shm has {shared:.0f} MB free, Triton's models need {MIN_SHARED_MEMORY_MB}; with Docker: --shm-size=1g")
+
+    def _make_repository(self) -> None:
+        """The repository's models by link, beside the settings of this server."""
+        models = self.folder / "models"
+        models.mkdir(parents=True)
+        for model in REPOSITORY.iterdir():
+            if model.is_dir():
+                (models / model.name).symlink_to(model)
+        (models / "pagetide.json").write_text(json.dumps(self._settings, indent=2))
+
+    def _command(self) -> tuple[list[str], dict[str, str]]:
+        address = self.address
+        options = [
+            f"--model-repository={self.folder / 'models'}",
+            f"--http-address={address.host}",
+            f"--http-port={address.http_port}",
+            f"--grpc-address={address.host}",
+            f"--grpc-port={address.grpc_port}",
+            f"--metrics-address={address.host}",
+            f"--metrics-port={address.metrics_port}",
+            f"--exit-timeout-secs={EXIT_TIMEOUT_S}",
+            "--disable-auto-complete-config",
+        ]
+        own = shutil.which("tritonserver")
+        if own:
+            return [own, *options], dict(os.environ)
+        binary, environment = self._from_wheel()
+        return [str(binary), f"--backend-directory={self.folder / 'backends'}", *options], environment
+
+    def _from_wheel(self) -> tuple[Path, dict[str, str]]:
+        """The wheel's server, with the stub of this Python's version beside the Python backend."""
+        spec = importlib.util.find_spec("pytriton")
+        if spec is None or spec.origin is None:
+            raise ServerError("there is no tritonserver on the PATH, and the wheel nvidia-pytriton is not installed; run scripts/setup.sh")
+        package = Path(spec.origin).parent
+        triton = package / "tritonserver"
+        backend = self.folder / "backends" / "python"
+        backend.mkdir(parents=True)
+        version = f"{sys.version_info.major}.{sys.version_info.minor}"
+        stub = triton / "python_backend_stubs" / version / "triton_python_backend_stub"
+        if not stub.exists():
+            raise ServerError(f"the wheel nvidia-pytriton has no stub for Python {version}")
+        for file in (*(triton / "backends" / "python").glob("*.*"), stub):
+            (backend / file.name).symlink_to(file)
+        libraries = [str(package.parent / "nvidia_pytriton.libs"), sysconfig.get_config_var("LIBDIR") or "", os.environ.get("LD_LIBRARY_PATH", "")]
+        environment = {
+            **os.environ,
+            "LD_LIBRARY_PATH": os.pathsep.join(filter(None, libraries)),
+            # The stubs take the first python3 on the path, and with it this environment.
+            "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}",
+        }
+        return triton / "bin" / "tritonserver", environment
+
+    # -- while it runs -------------------------------------------------------------------------------------------------
+
+    def is_alive(self) -> bool:
+        return self._process is not None and self._process.poll() is None
+
+    def is_ready(self) -> bool:
+        try:
+            with urllib.request.urlopen(f"http://{self.address.http}/v2/health/ready", timeout=2) as answer:
+                return answer.status == 200
+        except (urllib.error.URLError, OSError):
+            return False
+
+    def wait_until_ready(self, timeout_s: float = 600.0) -> None:
+        """Raises ServerError with what the log says if the server ends or is not ready in time."""
+        deadline = time.monotonic() + timeout_s
+        while not self.is_ready():
+            if not self.is_alive():
+                raise ServerError(f"Triton ended while it started: {self.failure()}\nThe whole log: {self.log}")
+            if "failed to load '" in self.log.read_text(errors="replace"):
+                self.stop()
+                raise ServerError(f"Triton could not start: {self.failure()}\nThe whole log: {self.log}")
+            if time.monotonic() > deadline:
+                self.stop()
+                raise ServerError(f"Triton was not ready within {timeout_s:.0f} s. The log: {self.log}")
+            time.sleep(0.1)
+
+    def failure(self) -> str:
+        """What the log says about a failed start."""
+        lines = self.log.read_text(errors="replace").splitlines()
+        told = [line for line in lines if "failed to load" in line and "Internal: " in line]
+        return told[0].split("Internal: ", 1)[-1].split("\\n\\nAt:")[0] if told else "\n".join(lines[-15:])
+
+    def processes(self) -> list[psutil.Process]:
+        """The server and all that it has started."""
+        try:
+            server = psutil.Process(self.pid)
+            return [server, *server.children(recursive=True)]
+        except psutil.NoSuchProcess:
+            return []
+
+    def stop(self) -> bool:
+        """Ends the server and waits for it; True if it ended by itself within its time-out, False if it had to be killed."""
+        processes = self.processes()
+        if processes:
+            processes[0].send_signal(signal.SIGTERM)
+        if self._process is not None:
+            try:
+                self._process.wait(EXIT_TIMEOUT_S + 15)
+            except subprocess.TimeoutExpired:
+                pass
+        _, left = psutil.wait_procs(processes, timeout=5 if self._process is not None else EXIT_TIMEOUT_S + 15)
+        for process in left:
+            process.kill()
+        psutil.wait_procs(left, timeout=5)
+        return not left
+
+
+def find_running(http_port: int) -> TritonServer | None:
+    """The server that was started for this HTTP port and still runs."""
+    file = RUN / str(http_port) / "server.json"
+    if not file.exists():
+        return None
+    facts = json.loads(file.read_text())
+    try:
+        is_same = abs(psutil.Process(facts["pid"]).create_time() - facts["started"]) < 1
+    except psutil.NoSuchProcess:
+        return None
+    if not is_same:
+        return None
+    return TritonServer(Address(facts["host"], facts["http_port"], facts["grpc_port"], facts["metrics_port"]), {})
+
+
+def _end_with_parent() -> None:
+    """In the child: end when the start script does, however it ends."""
+    pr_set_pdeathsig = 1
+    ctypes.CDLL(None).prctl(pr_set_pdeathsig, signal.SIGTERM)
