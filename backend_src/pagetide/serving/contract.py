@@ -34,8 +34,8 @@ class Field:
     aliases: tuple[str, ...] = ()
     is_list: bool = False
     attribute: str = ""
-    low: float | None = None
-    high: float | None = None
+    low: int | None = None
+    high: int | None = None
     off: tuple[float, ...] = ()
     is_named_tensor_only: bool = False
 
@@ -61,7 +61,7 @@ FIELDS = (
     Field("max_tokens", "INT32", "at most so many new tokens", "rest of the context", attribute="max_tokens", low=1, high=_INT32),
     Field("min_tokens", "INT32", "no end before so many new tokens", "0", ("min_length",), attribute="min_tokens", low=0, high=_INT32),
     Field("stream", "BOOL", "responses as tokens come; otherwise one for each sequence, at its end", "false"),
-    Field("temperature", "FP32", "0 is greedy", "1.0", attribute="temperature", low=0, high=1e6),
+    Field("temperature", "FP32", "0 is greedy", "1.0", attribute="temperature", low=0, high=10**6),
     Field("top_k", "INT32", "keep the k likeliest tokens; 0 and -1: all", "0", ("runtime_top_k",), attribute="top_k", low=-1, high=_INT32),
     Field(
         "top_p",
@@ -225,9 +225,8 @@ def _convert(field: Field, name: str, raw: Any) -> Value:
 
 def _allowed(field: Field) -> str:
     assert field.low is not None and field.high is not None
-    if field.high >= _INT32 or field.high >= 1e6:
-        return f"at least {field.low:g}" if field.high < 2**63 else f"from {field.low:g} to 2^64 - 1"
-    return f"from {field.low:g} to {field.high:g}"
+    high = f"{field.high:g}" if field.dtype == "FP32" else f"{field.high:d}"
+    return f"from {field.low:g} to {high}"
 
 
 def _text(name: str, raw: Any) -> str:

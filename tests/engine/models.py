@@ -1,0 +1,60 @@
+"""Small random-weight models of every family, written as Hugging Face directories, and transformers as their reference."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import AutoModelForCausalLM, LlamaConfig, MistralConfig, PretrainedConfig, Qwen2Config, Qwen3Config
+
+SIZES: dict[str, Any] = {
+    "vocab_size": 199,
+    "hidden_size": 48,
+    "intermediate_size": 80,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 6,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 512,
+    "eos_token_id": 5,
+    "bos_token_id": 1,
+    "pad_token_id": 0,
+}
+LLAMA3_ROPE = {
+    "rope_type": "llama3",
+    "rope_theta": 10000.0,
+    "factor": 8.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 64,
+}
+
+FAMILIES: dict[str, PretrainedConfig] = {
+    "llama2": LlamaConfig(**SIZES),
+    "llama3.1": LlamaConfig(**SIZES, rope_parameters=LLAMA3_ROPE, tie_word_embeddings=True),
+    "llama-biases": LlamaConfig(**SIZES, attention_bias=True),
+    "smollm2": LlamaConfig(**{**SIZES, "num_attention_heads": 9, "num_key_value_heads": 3, "hidden_size": 72}, tie_word_embeddings=True),
+    "mistral": MistralConfig(**SIZES, sliding_window=None, head_dim=16),
+    "mistral-window": MistralConfig(**SIZES, sliding_window=24, head_dim=8),
+    "qwen2.5": Qwen2Config(**SIZES),
+    "qwen3": Qwen3Config(**SIZES, head_dim=16),
+}
+
+
+def write_model(folder: Path, config: PretrainedConfig, shards: bool = False) -> Any:
+    """Writes a random model of this configuration into the folder; returns transformers' copy in float32."""
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            # Far from zero and one, so that a forgotten bias or norm weight shows.
+            parameter.copy_(torch.randn_like(parameter) * (0.5 if parameter.dim() == 1 else 0.15) + (parameter.dim() == 1))
+    model.save_pretrained(folder, max_shard_size="100KB" if shards else "5GB")
+    return model
+
+
+def greedy(model: Any, prompt: list[int], num_tokens: int) -> list[int]:
+    """transformers' greedy continuation; ends with an end token."""
+    ids = torch.tensor([prompt])
+    output = model.generate(ids, attention_mask=torch.ones_like(ids), do_sample=False, max_new_tokens=num_tokens)
+    return output[0, len(prompt) :].tolist()

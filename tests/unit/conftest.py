@@ -1,0 +1,57 @@
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+from context_runner import VOCABULARY, ContextRunner
+
+from pagetide.config import make_settings
+from pagetide.engine.blocks import BlockManager
+from pagetide.engine.loop import EngineLoop
+from pagetide.engine.scheduler import Scheduler
+from pagetide.engine.strategies import ModelLimits
+from pagetide.types import Output, Request, SamplingParams
+
+END_ID = 7
+
+
+class SmallEngine:
+    """The engine's decisions on a ContextRunner, with an integrity check after every step."""
+
+    def __init__(self, num_blocks: int = 64, block_size: int = 4, max_model_len: int = 64, **settings: Any):
+        values = {"max_num_seqs": 4, "max_num_batched_tokens": 16, "num_blocks": num_blocks, "block_size": block_size, **settings}
+        self.settings = make_settings(**values)
+        table = [bytes([ord("a") + i % 26]) for i in range(VOCABULARY)]
+        limits = ModelLimits(table, frozenset([END_ID]), max_model_len, 32)
+        self.blocks = BlockManager(num_blocks, block_size, self.settings.enable_prefix_caching)
+        self.scheduler = Scheduler(self.settings, limits, self.blocks)
+        self.runner = ContextRunner(self.settings.max_num_seqs, max_model_len, num_blocks, block_size, self.settings.max_num_batched_tokens)
+        self.loop = EngineLoop(self.scheduler, self.runner, check_integrity=True)
+        self.outputs: list[Output] = []
+
+    def add(self, number: int, prompt: list[int], **params: Any) -> None:
+        values = {"ignore_eos": True, "seed": 0, **params}
+        stream = values.pop("stream", False)
+        self.scheduler.add(Request(number=number, prompt_ids=prompt, params=SamplingParams(**values), stream=stream, request_id=f"r{number}"))
+
+    def step(self) -> None:
+        self.outputs += self.loop.step()
+
+    def run(self, max_steps: int = 5000) -> None:
+        for _ in range(max_steps):
+            if not self.loop.has_work:
+                return
+            self.step()
+        raise AssertionError(f"not done after {max_steps} steps")
+
+    def tokens(self, number: int, index: int = 0) -> list[int]:
+        return [t for o in self.outputs if o.number == number and o.index == index for t in o.ids]
+
+    def reason(self, number: int, index: int = 0) -> list[str]:
+        return [o.finish_reason for o in self.outputs if o.number == number and o.index == index and o.finish_reason]
+
+
+@pytest.fixture
+def engine() -> Callable[..., SmallEngine]:
+    return SmallEngine

@@ -1,0 +1,99 @@
+"""When a sequence ends, and which tokens may be shown before that."""
+
+from __future__ import annotations
+
+import random
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from pagetide.engine.stops import StopChecker, num_incomplete_bytes
+from pagetide.text.tokens import decode
+
+
+def run(tokens: list[bytes], stops: tuple[str, ...] = (), end: int | None = None, min_tokens: int = 0) -> tuple[list[str], str, list[int]]:
+    """The texts of the chunks, the reason, and all shown ids."""
+    checker = StopChecker(tokens, frozenset() if end is None else frozenset([end]), tuple(s.encode() for s in stops), min_tokens)
+    texts, ids = [], []
+    for token in range(len(tokens)):
+        reason = checker.push(token)
+        shown = checker.take(is_last=bool(reason))
+        ids += shown
+        texts.append(decode(tokens, shown, checker.num_cut if reason else 0))
+        if reason:
+            return texts, reason, ids
+    shown = checker.take(is_last=True)
+    return [*texts, decode(tokens, shown)], "", ids + shown
+
+
+def test_a_character_spread_over_tokens_is_held_back_until_it_is_whole():
+    emoji = "🌊".encode()
+    texts, _, _ = run([b"a", emoji[:1], emoji[1:3], emoji[3:], b"b"])
+    assert texts == ["a", "", "", "🌊", "b", ""]
+
+
+def test_bytes_that_are_no_character_are_replaced_and_do_not_block():
+    texts, _, _ = run([b"a", b"\xff", b"\xf0\x9f", b"b"])
+    assert "".join(texts) == b"a\xff\xf0\x9fb".decode("utf-8", "replace")
+
+
+@pytest.mark.parametrize("stop, expected", [("ST", "ab"), ("bS", "a"), ("TOP", "abS"), ("abSTOPc", ""), ("x", None)])
+def test_stop_text_across_token_borders_is_cut_off(stop, expected):
+    texts, reason, _ = run([b"a", b"bS", b"TO", b"Pc", b"d"], (stop,))
+    assert ("".join(texts), reason) == (("abSTOPcd", "") if expected is None else (expected, "stop"))
+
+
+def test_the_beginning_of_a_stop_text_is_not_shown_before_it_is_decided():
+    texts, _, _ = run([b"a", b"S", b"T", b"x", b"y"], ("STOP",))
+    assert texts == ["a", "", "", "STx", "y", ""]
+
+
+def test_the_earliest_of_several_stop_texts_counts():
+    texts, reason, _ = run([b"one two three"], ("three", "two"))
+    assert ("".join(texts), reason) == ("one ", "stop")
+
+
+def test_stop_text_inside_a_character_of_several_bytes():
+    wave = "🌊".encode()
+    texts, reason, _ = run([b"a", wave[:2], wave[2:], b"b"], ("🌊",))
+    assert ("".join(texts), reason) == ("a", "stop")
+
+
+def test_stops_do_not_count_before_min_tokens():
+    texts, reason, ids = run([b"a", b"b", b"c", b"a"], ("a",), min_tokens=2)
+    assert ("".join(texts), reason, ids) == ("abc", "stop", [0, 1, 2, 3])
+    assert run([b"a", b"b", b"c"], end=0, min_tokens=2)[1] == ""
+
+
+def test_the_text_of_an_end_token_is_not_shown():
+    texts, reason, ids = run([b"a", b"END", b"b"], end=1)
+    assert ("".join(texts), reason, ids) == ("a", "stop", [0, 1])
+
+
+@given(st.text(max_size=6), st.integers(0, 24))
+def test_incomplete_bytes_are_those_after_the_last_whole_character(text, cut):
+    cut = min(cut, len(text.encode()))
+    borders = [len(text[:i].encode()) for i in range(len(text) + 1)]
+    assert num_incomplete_bytes(text.encode()[:cut]) == cut - max(border for border in borders if border <= cut)
+
+
+@settings(max_examples=300, deadline=None)
+@given(st.text(alphabet="ab🌊é漢", max_size=30), st.lists(st.text(alphabet="ab🌊é", min_size=1, max_size=4), max_size=3), st.integers(0, 2**32))
+def test_chunks_joined_are_the_text_before_the_first_stop(text, stops, seed):
+    data, chooser, tokens = text.encode(), random.Random(seed), []
+    while data:
+        size = chooser.randint(1, 5)
+        tokens.append(data[:size])
+        data = data[size:]
+    texts, reason, _ = run(tokens, tuple(stops))
+    # A stop is found with the token that completes it; of those found then, the earliest counts.
+    expected, whole = text, b""
+    for token in tokens:
+        whole += token
+        found = [at for stop in stops if (at := whole.find(stop.encode())) >= 0]
+        if found:
+            expected = whole[: min(found)].decode("utf-8", "replace")
+            break
+    assert "".join(texts) == expected
+    assert reason == ("stop" if expected != text or any(text.endswith(s) and whole == text.encode() for s in stops) else "")
