@@ -21,7 +21,7 @@ from pagetide.models.decoder import Decoder
 from pagetide.models.families import read_model
 from pagetide.models.source import find_model
 from pagetide.models.weights import Checkpoint
-from pagetide.ops.table import select_ops
+from pagetide.ops.table import Ops, select_ops
 from pagetide.runner.device import Device, select_device
 from pagetide.runner.runner import Runner
 from pagetide.text.tokens import token_bytes
@@ -46,18 +46,19 @@ def assemble(settings: Settings) -> Engine:
     family, config = read_model(model)
     device = select_device(settings)
     dtype = _dtype(settings, device)
-    ops = select_ops(device.torch_device, settings)
     layout = KVLayout(config.num_layers, config.num_kv_heads, config.head_dim, settings.block_size, dtype)
 
-    def load(max_len: int) -> Decoder:
+    # Nothing may compute on this thread: a second OpenMP pool would make the first one sleep between its kernels.
+    def load(max_len: int) -> tuple[Ops, Decoder]:
+        ops = select_ops(device.torch_device, settings)
         checkpoint = Checkpoint(model, dtype, device.torch_device)
-        return Decoder(config, family, checkpoint, ops, max_len, device.activation_dtype or dtype)
+        return ops, Decoder(config, family, checkpoint, ops, max_len, device.activation_dtype or dtype)
 
-    decoder = device.run(load, settings.max_model_len or config.max_position)
+    ops, decoder = device.run(load, settings.max_model_len or config.max_position)
     num_blocks = settings.num_blocks or device.kv_cache_bytes(settings) // layout.block_bytes
     max_len = _max_model_len(settings, config, num_blocks)
-    store = make_store(layout, num_blocks, device.torch_device)
-    runner = Runner(device, decoder, store, ops, settings.max_num_seqs, max_len, settings.block_size)
+    store = device.run(make_store, layout, num_blocks, device.torch_device)
+    runner = device.run(Runner, device, decoder, store, ops, settings.max_num_seqs, max_len, settings.block_size)
     runner.warm_up(min(settings.max_num_batched_tokens, max_len - 1))
     table = token_bytes(model / "tokenizer.json") if (model / "tokenizer.json").exists() else []
     limits = ModelLimits(table, config.end_ids, max_len, settings.max_output_tokens)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from typing import Protocol
 
+import numpy as np
 import torch
 
 from pagetide.kv_cache.layout import KVLayout
@@ -23,8 +24,13 @@ class TorchStore:
     """The pool as one torch tensor."""
 
     def __init__(self, layout: KVLayout, num_blocks: int, device: torch.device):
-        # Zeros, not empty: masked reads of memory never written must not meet NaN. The pages stay untouched until used.
-        self.pool = torch.zeros(layout.pool_shape(num_blocks), dtype=layout.dtype, device=device)
+        # Zeros, not empty: masked reads of memory that was never written must not meet NaN.
+        if device.type == "cpu":
+            # NumPy's zeros are pages that the kernel brings when they are first used; torch's would take all memory now.
+            memory = np.zeros(num_blocks * layout.block_bytes, np.uint8)
+            self.pool = torch.from_numpy(memory).view(layout.dtype).view(layout.pool_shape(num_blocks))
+        else:
+            self.pool = torch.zeros(layout.pool_shape(num_blocks), dtype=layout.dtype, device=device)
 
     def copy_blocks(self, sources: torch.Tensor, targets: torch.Tensor) -> None:
         self.pool[:, targets] = self.pool[:, sources]

@@ -48,8 +48,9 @@ class CpuDevice:
     def __init__(self, num_threads: int):
         self._worker = ThreadPoolExecutor(1, "pagetide-device")
         self._queued: list[Future[Any]] = []
-        if num_threads:
-            self.run(torch.set_num_threads, num_threads)
+        from pagetide.ops.cpu.threads import open_pools  # imports Numba, which a GPU does not need
+
+        self.run(open_pools, num_threads)
 
     def run(self, function: Callable[..., Result], *args: Any) -> Result:
         return self._worker.submit(function, *args).result()

@@ -14,7 +14,7 @@ from numba import prange
 
 from pagetide.ops.attention import HeadShape, LayerAttention, TorchAttention
 from pagetide.ops.batch import Batch
-from pagetide.ops.cpu.compiled import as_numpy, device_function, kernel, load, store
+from pagetide.ops.cpu.compiled import as_numpy, device_function, fast_exp, kernel, load, row_kernel, store
 
 _TILE = 16  # queries of a task
 _LONGEST = 64  # chunks with more tokens go to torch
@@ -65,7 +65,8 @@ class NumbaAttention(TorchAttention):
         q = torch.empty((qkv.shape[0], shape.num_heads, shape.head_dim), dtype=torch.float32)
         has_norm = layer.q_norm is not None and layer.k_norm is not None
         norms = (layer.q_norm.numpy(), layer.k_norm.numpy()) if has_norm else (_NO_NORM, _NO_NORM)  # type: ignore[union-attr]
-        _write(qkv.numpy(), as_numpy(kv), plan.slots, plan.positions, layer.cos_sin.numpy(), *norms, has_norm, np.float32(layer.eps), q.numpy())
+        positions = (plan.slots, plan.positions, layer.cos_sin.numpy())
+        _write(len(q), qkv.numpy(), as_numpy(kv), *positions, *norms, has_norm, np.float32(layer.eps), q.numpy())
         return q
 
     def attend(self, q: torch.Tensor, kv: torch.Tensor, layer: LayerAttention, batch: Batch) -> torch.Tensor:
@@ -87,10 +88,10 @@ def spread(tasks: np.ndarray, cost: np.ndarray) -> np.ndarray:
     return np.ascontiguousarray(np.concatenate([tasks[order[0::2]], tasks[order[1::2]]]))
 
 
-@kernel
-def _write(qkv, kv, slots, positions, cos_sin, q_norm, k_norm, has_norm, eps, q):  # type: ignore[no-untyped-def]
+@row_kernel
+def _write(num_tokens, qkv, kv, slots, positions, cos_sin, q_norm, k_norm, has_norm, eps, q):  # type: ignore[no-untyped-def]
     """QK-norm, rotary and the write into the cache, one pass. qkv [t, (H + 2K) * D], kv [blocks, 2, K, block_size, D], q [t, H, D]."""
-    num_tokens, num_heads, head_dim = q.shape
+    num_heads, head_dim = q.shape[1], q.shape[2]
     num_kv_heads, block_size = kv.shape[2], kv.shape[3]
     for token in prange(num_tokens):
         block, offset = slots[token] // block_size, slots[token] % block_size
@@ -209,12 +210,12 @@ def _accumulate(scores, values, sums, row, low, high, largest, totals):  # type:
     peak = largest[row]
     for at in range(low, high):
         peak = max(peak, scores[at])
-    decay = np.exp(largest[row] - peak)
+    decay = fast_exp(largest[row] - peak)
     total = totals[row] * decay
     for i in range(sums.shape[0]):
         sums[i] *= decay
     for at in range(low, high):
-        scores[at] = np.exp(scores[at] - peak)
+        scores[at] = fast_exp(scores[at] - peak)
         total += scores[at]
     at = low
     while at + 4 <= high:

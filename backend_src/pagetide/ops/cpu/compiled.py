@@ -6,6 +6,7 @@ Numba knows no bfloat16: arrays of it come as uint16, and float32 arrays as they
 from __future__ import annotations
 
 from collections.abc import Callable
+from types import FunctionType
 from typing import Any
 
 import numba
@@ -20,11 +21,28 @@ numba.config.THREADING_LAYER = "omp"
 
 # Sums may be reordered, products and sums fused; but NaN and infinity keep their meaning.
 FAST_MATH = {"reassoc", "contract", "arcp", "nsz"}
+_FEW_ROWS = 4
 
 
 def kernel(function: Callable[..., Any]) -> Any:
     """A function compiled for all cores, kept on disk, that leaves the interpreter lock alone while it runs."""
     return numba.njit(parallel=True, fastmath=FAST_MATH, nogil=True, cache=True, error_model="numpy", boundscheck=False)(function)
+
+
+def row_kernel(function: Callable[..., Any]) -> Callable[..., None]:
+    """A kernel whose loop runs over few, cheap rows: its first argument is their number. Below _FEW_ROWS one thread does it alone.
+
+    A parallel region of one iteration would cost 50 us: OpenMP shrinks its pool for it, and grows it again for the next region.
+    """
+    # Numba's files on disk are named after the function: two versions of one function need two names.
+    twin = FunctionType(function.__code__, function.__globals__, function.__name__ + "_alone", function.__defaults__, function.__closure__)
+    twin.__qualname__, twin.__module__ = function.__qualname__ + "_alone", function.__module__
+    together, alone = kernel(function), device_function(twin)
+
+    def call(num_rows: int, *args: Any) -> None:
+        (alone if num_rows < _FEW_ROWS else together)(num_rows, *args)
+
+    return call
 
 
 def device_function(function: Callable[..., Any]) -> Any:
@@ -63,6 +81,36 @@ def store(typing_context, array, index, value):  # type: ignore[no-untyped-def]
         return context.get_dummy_value()
 
     return types.none(array, types.intp, types.float32), generate
+
+
+@intrinsic
+def _float_of_bits(typing_context, bits):  # type: ignore[no-untyped-def]
+    """The float32 with these bits (int32)."""
+
+    def generate(context, builder, signature, args):  # type: ignore[no-untyped-def]
+        return builder.bitcast(args[0], ir.FloatType())
+
+    return types.float32(types.int32), generate
+
+
+@device_function
+def fast_exp(x):  # type: ignore[no-untyped-def]
+    """exp of a float32, relative error below 3e-7, in operations that the compiler can vectorize; below -87 it is 0.
+
+    exp(x) = 2^n * exp(r) with n the nearest integer to x / ln 2 and |r| <= ln 2 / 2 (the range reduction of Cephes' expf).
+    """
+    clamped = min(max(x, np.float32(-87.0)), np.float32(88.0))
+    n = np.floor(clamped * np.float32(1.44269504) + np.float32(0.5))
+    r = (clamped - n * np.float32(0.693359375)) + n * np.float32(2.12194440e-4)
+    p = np.float32(1.9875691500e-4)
+    p = p * r + np.float32(1.3981999507e-3)
+    p = p * r + np.float32(8.3334519073e-3)
+    p = p * r + np.float32(4.1665795894e-2)
+    p = p * r + np.float32(1.6666665459e-1)
+    p = p * r + np.float32(5.0000001201e-1)
+    power = _float_of_bits(np.int32(np.int32(n) + np.int32(127)) << np.int32(23))
+    result = (p * r * r + r + np.float32(1)) * power
+    return np.float32(0) if x < np.float32(-87.0) else result
 
 
 def as_numpy(tensor: torch.Tensor) -> np.ndarray:

@@ -6,12 +6,12 @@ import numpy as np
 import torch
 from numba import prange
 
-from pagetide.ops.cpu.compiled import kernel
+from pagetide.ops.cpu.compiled import row_kernel
 
 
-@kernel
-def _add_rms_norm(x, residual, weight, eps, out):  # type: ignore[no-untyped-def]
-    num_tokens, size = x.shape
+@row_kernel
+def _add_rms_norm(num_tokens, x, residual, weight, eps, out):  # type: ignore[no-untyped-def]
+    size = x.shape[1]
     for token in prange(num_tokens):
         squares = np.float32(0)
         for i in range(size):
@@ -26,5 +26,5 @@ def _add_rms_norm(x, residual, weight, eps, out):  # type: ignore[no-untyped-def
 def add_rms_norm(x: torch.Tensor, residual: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
     """Adds x to the residual, in place, and returns the norm of the sum."""
     out = torch.empty_like(x)
-    _add_rms_norm(x.numpy(), residual.numpy(), weight.numpy(), np.float32(eps), out.numpy())
+    _add_rms_norm(x.shape[0], x.numpy(), residual.numpy(), weight.numpy(), np.float32(eps), out.numpy())
     return out

@@ -6,21 +6,21 @@ import numpy as np
 import torch
 from numba import prange
 
-from pagetide.ops.cpu.compiled import device_function, kernel
+from pagetide.ops.cpu.compiled import device_function, row_kernel
 
 _MASK_32 = np.uint64(0xFFFFFFFF)
 _MINUS_INFINITY = np.float32(-np.inf)
 
 
-@kernel
-def _argmax(logits, out):  # type: ignore[no-untyped-def]
-    for row in prange(logits.shape[0]):
+@row_kernel
+def _argmax(num_rows, logits, out):  # type: ignore[no-untyped-def]
+    for row in prange(num_rows):
         out[row] = _argmax_row(logits[row])
 
 
 def argmax(logits: torch.Tensor) -> torch.Tensor:
     out = torch.empty(logits.shape[0], dtype=torch.int64)
-    _argmax(logits.numpy(), out.numpy())
+    _argmax(len(out), logits.numpy(), out.numpy())
     return out
 
 
@@ -36,13 +36,13 @@ def sample(
     """As ops.reference.sample."""
     out = torch.empty(logits.shape[0], dtype=torch.int64)
     rows = (temperature, top_k, top_p, min_p, seed, position)
-    _sample(logits.numpy(), *(values.numpy() for values in rows), out.numpy())
+    _sample(len(out), logits.numpy(), *(values.numpy() for values in rows), out.numpy())
     return out
 
 
-@kernel
-def _sample(logits, temperature, top_k, top_p, min_p, seed, position, out):  # type: ignore[no-untyped-def]
-    for row in prange(logits.shape[0]):
+@row_kernel
+def _sample(num_rows, logits, temperature, top_k, top_p, min_p, seed, position, out):  # type: ignore[no-untyped-def]
+    for row in prange(num_rows):
         values = logits[row]
         if temperature[row] == 0:
             out[row] = _argmax_row(values)

@@ -1,0 +1,48 @@
+"""One thread of each OpenMP pool for each core, held there.
+
+Left to itself, the kernel moves the threads of a pool together onto one core whenever they pause, and a parallel region of 1 us takes 50 us.
+torch and Numba bring an OpenMP runtime each, so there are two pools; only one of them works at a time.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+
+import numba
+import numpy as np
+import torch
+
+from pagetide.ops.cpu.compiled import kernel
+
+
+@kernel
+def _touch(counts):  # type: ignore[no-untyped-def]
+    for i in numba.prange(counts.shape[0]):
+        counts[i] += 1
+
+
+def open_pools(num_threads: int) -> None:
+    """Opens the calling thread's pools with num_threads threads (0: one for each core) and holds each thread on a core of its own."""
+    cores = sorted(os.sched_getaffinity(0))
+    count = min(num_threads or len(cores), len(cores))
+    for open_pool in (_open_numba_pool, _open_torch_pool):
+        for core, thread in zip(cores[1:], _threads_made_by(lambda: open_pool(count)), strict=False):  # noqa: B023 (called at once)
+            os.sched_setaffinity(thread, {core})
+    os.sched_setaffinity(0, {cores[0]})
+
+
+def _threads_made_by(action: Callable[[], object]) -> list[int]:
+    before = set(os.listdir("/proc/self/task"))
+    action()
+    return sorted(int(thread) for thread in set(os.listdir("/proc/self/task")) - before)
+
+
+def _open_numba_pool(count: int) -> None:
+    numba.set_num_threads(count)  # makes the threads already
+    _touch(np.zeros(1024, np.int64))
+
+
+def _open_torch_pool(count: int) -> None:
+    torch.set_num_threads(count)
+    torch.ones(2**20).add_(1)

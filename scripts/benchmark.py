@@ -1,0 +1,401 @@
+"""Measures Pagetide on fixed workloads, alone and through Triton, beside transformers and the machine's limits, all in one run.
+
+   single  1 x (128 tokens in, 128 out)      mixed   64 x (16..512 in, 16..256 out), seeded
+   batch  64 x (128, 128)                    prefix  64 x (512 shared + 32 own, 64)
+Greedy, exact lengths, all submitted at once, at most 32 running. Figures are output tokens a second; a claim is a ratio from one run, engines in turn.
+
+python scripts/benchmark.py [--engine] [--server] [--workloads single batch] [--repeats 2] [--json FILE] [--plot FILE]
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import platform
+import random
+import resource
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT / "backend_src"))
+sys.path.insert(0, str(ROOT / "scripts"))
+
+CACHE = str(ROOT / ".cache")
+MAX_RUNNING = 32
+
+
+@dataclass(frozen=True)
+class Job:
+    """One prompt of token ids, and how many tokens to generate."""
+
+    prompt: list[int]
+    num_tokens: int
+
+
+@dataclass
+class Figures:
+    """What a run of one workload gives. Times in seconds; ttft and tpot are medians over its requests."""
+
+    tokens_per_s: float
+    ttft_s: float | None = None
+    tpot_s: float | None = None
+
+
+def workload(name: str, seed: int = 0) -> list[Job]:
+    """The jobs of a workload; another seed gives other tokens of the same lengths, so that no run finds another's prefix."""
+    lengths, tokens = random.Random(7), random.Random(f"{name}{seed}")
+
+    def ids(count: int) -> list[int]:
+        return tokens.choices(range(100, 40_000), k=count)
+
+    if name == "single":
+        return [Job(ids(128), 128)]
+    if name == "batch":
+        return [Job(ids(128), 128) for _ in range(64)]
+    if name == "mixed":
+        return [Job(ids(lengths.randint(16, 512)), lengths.randint(16, 256)) for _ in range(64)]
+    shared = ids(512)
+    return [Job(shared + ids(32), 64) for _ in range(64)]
+
+
+WORKLOADS = ("single", "batch", "mixed", "prefix")
+
+
+# -- engines: each runs all workloads in a process of its own ---------------------------------------------------------
+
+
+def run_pagetide(jobs_of: Callable[[str], list[Job]], names: list[str], **settings: Any) -> Iterator[tuple[str, Figures]]:
+    """The engine without a server."""
+    from pagetide.llm import LLM
+    from pagetide.types import Request, SamplingParams
+
+    llm = LLM(cache_dir=CACHE, max_num_seqs=MAX_RUNNING, **settings)
+    loop, numbers = llm._engine.loop, iter(range(10**9))
+    for name in ["single", *names]:  # the first one warms up
+        first, last, counts = {}, {}, {}
+        begin = time.perf_counter()
+        for job in jobs_of(name):
+            params = SamplingParams(temperature=0, max_tokens=job.num_tokens, ignore_eos=True)
+            loop.scheduler.add(Request(number=next(numbers), prompt_ids=job.prompt, params=params, stream=True))
+        while loop.has_work:
+            for output in loop.step():
+                now = time.perf_counter() - begin
+                first.setdefault(output.number, now)
+                last[output.number] = now
+                counts[output.number] = counts.get(output.number, 0) + len(output.ids)
+        yield name, figures(time.perf_counter() - begin, first, last, counts)
+
+
+def run_transformers(jobs_of: Callable[[str], list[Job]], names: list[str], dtype: str) -> Iterator[tuple[str, Figures]]:
+    """transformers' generate in static batches of 32: each batch runs until its longest answer is there."""
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    from pagetide.models.source import find_model
+
+    model = AutoModelForCausalLM.from_pretrained(str(find_model("", Path(CACHE))), dtype=getattr(torch, dtype)).eval()
+
+    def generate(batch: list[Job]) -> None:
+        longest, new = max(len(job.prompt) for job in batch), max(job.num_tokens for job in batch)
+        ids = torch.tensor([[0] * (longest - len(job.prompt)) + job.prompt for job in batch])
+        mask = torch.tensor([[0] * (longest - len(job.prompt)) + [1] * len(job.prompt) for job in batch])
+        with torch.inference_mode():
+            out = model.generate(ids, attention_mask=mask, do_sample=False, max_new_tokens=new, min_new_tokens=new, pad_token_id=0)
+        assert out.shape[1] == longest + new
+
+    for name in ["single", *names]:
+        jobs = jobs_of(name)
+        first = None
+        if name == "single":
+            begin = time.perf_counter()
+            generate([Job(jobs[0].prompt, 1)])
+            first = time.perf_counter() - begin
+        begin = time.perf_counter()
+        for at in range(0, len(jobs), MAX_RUNNING):
+            generate(jobs[at : at + MAX_RUNNING])
+        seconds = time.perf_counter() - begin
+        count = sum(job.num_tokens for job in jobs)
+        tpot = (seconds - first) / (count - 1) if first else None
+        yield name, Figures(count / seconds, first, tpot)
+
+
+def run_server(jobs_of: Callable[[str], list[Job]], names: list[str], stream: bool) -> Iterator[tuple[str, Figures]]:
+    """Through Triton's ensemble over gRPC, all requests on one connection."""
+    import threading
+
+    import numpy as np
+    import tritonclient.grpc as grpc
+    from triton_server import TritonServer, free_address
+
+    server = TritonServer(free_address(), {"cache_dir": CACHE, "max_num_seqs": MAX_RUNNING})
+    server.start()
+    server.wait_until_ready()
+
+    def tensor(name: str, array: np.ndarray, kind: str) -> grpc.InferInput:
+        result = grpc.InferInput(name, array.shape, kind)
+        result.set_data_from_numpy(array)
+        return result
+
+    def inputs(job: Job) -> list[grpc.InferInput]:
+        return [
+            tensor("input_ids", np.array([job.prompt], np.int32), "INT32"),
+            tensor("max_tokens", np.array([[job.num_tokens]], np.int32), "INT32"),
+            tensor("temperature", np.array([[0]], np.float32), "FP32"),
+            tensor("ignore_eos", np.array([[True]]), "BOOL"),
+            tensor("stream", np.array([[stream]]), "BOOL"),
+        ]
+
+    try:
+        for name in ["single", *names]:
+            first, last, counts = {}, {}, {}
+            jobs, done = jobs_of(name), threading.Event()
+            num_open = len(jobs)
+            begin = time.perf_counter()
+
+            def receive(result: Any, error: Any) -> None:
+                nonlocal num_open
+                if error is not None:
+                    print(f"error: {error}", file=sys.stderr)
+                    done.set()
+                    return
+                now, number = time.perf_counter() - begin, result.get_response().id
+                first.setdefault(number, now)
+                last[number] = now
+                counts[number] = counts.get(number, 0) + int(result.as_numpy("sequence_length")[0, 0])
+                if result.as_numpy("finish_reason")[0]:
+                    num_open -= 1
+                    if not num_open:
+                        done.set()
+
+            with grpc.InferenceServerClient(server.address.grpc) as client:
+                client.start_stream(receive)
+                for number, job in enumerate(jobs):
+                    client.async_stream_infer("ensemble", inputs(job), request_id=str(number))
+                assert done.wait(600)
+                seconds = time.perf_counter() - begin
+            assert sum(counts.values()) == sum(job.num_tokens for job in jobs)
+            yield name, figures(seconds, first if stream else {}, last, counts)
+    finally:
+        server.stop()
+
+
+def figures(seconds: float, first: dict[Any, float], last: dict[Any, float], counts: dict[Any, int]) -> Figures:
+    rates = [(last[n] - first[n]) / (counts[n] - 1) for n in first if counts[n] > 1]
+    ttft = statistics.median(first.values()) if first else None
+    return Figures(sum(counts.values()) / seconds, ttft, statistics.median(rates) if rates else None)
+
+
+ENGINES: dict[str, Callable[..., Iterator[tuple[str, Figures]]]] = {
+    "pagetide": run_pagetide,
+    "pagetide, static batches, contiguous KV": lambda jobs, names: run_pagetide(jobs, names, batching="static", kv_reservation="contiguous"),
+    "pagetide float32": lambda jobs, names: run_pagetide(jobs, names, dtype="float32"),
+    "transformers bfloat16": lambda jobs, names: run_transformers(jobs, names, "bfloat16"),
+    "transformers float32": lambda jobs, names: run_transformers(jobs, names, "float32"),
+    "pagetide through Triton, streams": lambda jobs, names: run_server(jobs, names, stream=True),
+    "pagetide through Triton, whole answers": lambda jobs, names: run_server(jobs, names, stream=False),
+}
+
+
+# -- limits of the machine --------------------------------------------------------------------------------------------
+
+
+def machine_limits() -> dict[str, float]:
+    """What memory and matrix products allow: read bandwidth in GB/s, products in GFLOP/s (bfloat16 and float32), weights of a step in MB."""
+    import numba
+    import numpy as np
+    import torch
+
+    from pagetide.models.families import read_model
+    from pagetide.models.source import find_model
+
+    @numba.njit(parallel=True, fastmath=True)
+    def read(array: np.ndarray) -> float:
+        total = 0.0
+        for i in numba.prange(array.shape[0]):
+            total += array[i]
+        return total
+
+    def best(function: Callable[[], Any], seconds: float = 1.5) -> float:
+        function()
+        times, end = [], time.perf_counter() + seconds
+        while time.perf_counter() < end:
+            begin = time.perf_counter()
+            function()
+            times.append(time.perf_counter() - begin)
+        return min(times)
+
+    array = np.ones(2**27, np.float32)
+    limits = {"read_gb_s": array.nbytes / best(lambda: read(array)) / 1e9}
+    for name, dtype in (("bfloat16", torch.bfloat16), ("float32", torch.float32)):
+        a, b = torch.randn(512, 1024).to(dtype), torch.randn(4096, 1024).to(dtype)
+        limits[f"{name}_gflop_s"] = 2 * 512 * 1024 * 4096 / best(lambda a=a, b=b: torch.nn.functional.linear(a, b)) / 1e9
+    _, config = read_model(find_model("", Path(CACHE)))
+    heads = (2 * config.num_heads + 2 * config.num_kv_heads) * config.head_dim * config.hidden_size
+    layer = heads + 3 * config.hidden_size * config.intermediate_size
+    limits["weights_mb"] = 2 * (config.num_layers * layer + config.vocab_size * config.hidden_size) / 1e6
+    limits["max_single_tokens_s"] = limits["read_gb_s"] * 1e3 / limits["weights_mb"]
+    return limits
+
+
+# -- the run ----------------------------------------------------------------------------------------------------------
+
+
+def run_one(engine: str, names: list[str], seed: int) -> None:
+    """In a process of its own: prints a JSON line for each workload, and the peak memory of the process and its children."""
+    measured = ENGINES[engine](lambda name: workload(name, next(seeds)), names)
+    seeds = iter(range(seed * 1000, seed * 1000 + 1000))
+    next(measured)
+    for name, result in measured:
+        print(json.dumps({"workload": name, **asdict(result)}), flush=True)
+    peak = max(resource.getrusage(who).ru_maxrss for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)) / 1024
+    print(json.dumps({"peak_mb": peak}), flush=True)
+
+
+def measure(engine: str, names: list[str], seed: int) -> tuple[dict[str, Figures], float]:
+    command = [sys.executable, __file__, "--run-one", engine, "--workloads", *names, "--seed", str(seed)]
+    output = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True).stdout
+    rows = [json.loads(line) for line in output.splitlines() if line.startswith("{")]
+    found = {row.pop("workload"): Figures(**row) for row in rows if "workload" in row}
+    return found, rows[-1]["peak_mb"]
+
+
+def report(results: dict[str, dict[str, list[Figures]]], peaks: dict[str, float], names: list[str], limits: dict[str, float]) -> str:
+    """A table: tokens/s by engine and workload, in brackets the ratio to the faster transformers."""
+    base = {
+        name: max((median_rate(runs[name]) for engine, runs in results.items() if engine.startswith("transformers")), default=None) for name in names
+    }
+    header = ["engine", *names, "TTFT ms", "TPOT ms", "peak MB"]
+    lines = [f"| {' | '.join(header)} |", "|" + " --- |" * len(header)]
+    for engine, runs in results.items():
+        cells = [engine]
+        for name in names:
+            rate = median_rate(runs[name])
+            cells.append(f"{rate:.0f}" + (f" ({rate / base[name]:.1f}x)" if base[name] else ""))
+        shown = runs["single" if "single" in names else names[0]]
+        for attribute in ("ttft_s", "tpot_s"):
+            values = [v for figure in shown if (v := getattr(figure, attribute)) is not None]
+            cells.append(f"{1000 * statistics.median(values):.1f}" if values else "-")
+        lines.append(f"| {' | '.join([*cells, f'{peaks[engine]:.0f}'])} |")
+    share = ""
+    if "pagetide" in results and "single" in names:
+        tpot = results["pagetide"]["single"][0].tpot_s or 1
+        share = f" Decode of `single` runs at {1 / tpot / limits['max_single_tokens_s']:.0%} of it."
+    lines.append("")
+    lines.append(
+        f"Limits: memory read {limits['read_gb_s']:.0f} GB/s, so at most {limits['max_single_tokens_s']:.0f} tokens/s for one sequence "
+        f"({limits['weights_mb']:.0f} MB of weights a step).{share} Matrix products: {limits['bfloat16_gflop_s']:.0f} GFLOP/s in bfloat16, "
+        f"{limits['float32_gflop_s']:.0f} in float32 (torch)."
+    )
+    return "\n".join(lines)
+
+
+def median_rate(runs: list[Figures]) -> float:
+    return statistics.median(run.tokens_per_s for run in runs)
+
+
+def draw(results: dict[str, dict[str, list[Figures]]], names: list[str], file: Path) -> None:
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    figure, axes = plt.subplots(1, len(names), figsize=(3.2 * len(names), 0.5 * len(results) + 1.6), sharey=True)
+    engines = list(results)[::-1]
+    for axis, name in zip([axes] if len(names) == 1 else axes, names, strict=True):
+        bars = axis.barh(engines, [median_rate(results[engine][name]) for engine in engines])
+        for bar, engine in zip(bars, engines, strict=True):
+            bar.set_color("#1f6f8b" if engine.startswith("pagetide") else "#b0b7bd")
+        axis.bar_label(bars, fmt="%.0f", padding=2, fontsize=8)
+        axis.set_title(name)
+        axis.margins(x=0.18)
+        axis.spines[["top", "right"]].set_visible(False)
+    figure.suptitle("output tokens per second")
+    figure.tight_layout()
+    figure.savefig(file, dpi=130)
+
+
+def versions() -> dict[str, str]:
+    import numba
+    import torch
+    import transformers
+
+    from pagetide.ops.cpu.table import cpu_model
+
+    name = next((line.split(":", 1)[1].strip() for line in cpu_model().splitlines() if line.startswith("model name")), platform.processor())
+    has_bf16 = "avx512_bf16" in cpu_model()
+    return {
+        "processor": name,
+        "avx512_bf16": str(has_bf16),
+        "threads": str(torch.get_num_threads()),
+        "torch": torch.__version__,
+        "numba": numba.__version__,
+        "transformers": transformers.__version__,
+    }
+
+
+def parse_arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--engine", action="store_true", help="the engine alone (the default, with transformers and static batching beside it)")
+    parser.add_argument("--server", action="store_true", help="through Triton too")
+    parser.add_argument("--only", nargs="+", choices=ENGINES, metavar="ENGINE", help=f"run just these: {', '.join(ENGINES)}")
+    parser.add_argument("--workloads", nargs="+", choices=WORKLOADS, default=list(WORKLOADS))
+    parser.add_argument("--repeats", type=int, default=1, help="rounds in which all engines take their turn; medians are shown")
+    parser.add_argument("--json", type=Path, help="write all figures to this file")
+    parser.add_argument("--plot", type=Path, help="draw a plot into this file")
+    parser.add_argument("--run-one", help=argparse.SUPPRESS)
+    parser.add_argument("--seed", type=int, default=0, help=argparse.SUPPRESS)
+    return parser.parse_args()
+
+
+def engines_of(arguments: argparse.Namespace) -> list[str]:
+    if arguments.only:
+        return arguments.only
+    alone = ["pagetide", "pagetide, static batches, contiguous KV", "transformers bfloat16", "transformers float32"]
+    served = ["pagetide", "pagetide through Triton, whole answers", "pagetide through Triton, streams"]
+    if arguments.server and not arguments.engine:
+        return served
+    return list(dict.fromkeys(alone + (served if arguments.server else [])))
+
+
+def main() -> int:
+    arguments = parse_arguments()
+    if arguments.run_one:
+        run_one(arguments.run_one, arguments.workloads, arguments.seed)
+        return 0
+    results: dict[str, dict[str, list[Figures]]] = {}
+    peaks: dict[str, float] = {}
+    engines = engines_of(arguments)
+    for repeat in range(arguments.repeats):
+        for engine in engines:
+            begin = time.perf_counter()
+            print(f"round {repeat + 1} of {arguments.repeats}: {engine} ...", end=" ", file=sys.stderr, flush=True)
+            found, peak = measure(engine, arguments.workloads, repeat)
+            for name, result in found.items():
+                results.setdefault(engine, {}).setdefault(name, []).append(result)
+            peaks[engine] = max(peaks.get(engine, 0), peak)
+            print(f"{time.perf_counter() - begin:.0f} s", file=sys.stderr)
+    limits = machine_limits()
+    print(report(results, peaks, arguments.workloads, limits))
+    summary = {
+        "machine": versions(),
+        "limits": limits,
+        "peak_mb": peaks,
+        "results": {engine: {name: [asdict(run) for run in runs] for name, runs in by_name.items()} for engine, by_name in results.items()},
+    }
+    if arguments.json:
+        arguments.json.write_text(json.dumps(summary, indent=1))
+    if arguments.plot:
+        draw(results, arguments.workloads, arguments.plot)
+    print(json.dumps(summary))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
