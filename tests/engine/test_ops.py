@@ -51,7 +51,7 @@ def test_the_timed_winners_are_kept_on_disk_and_used(tmp_path):
     for rows in (1, 3, 300):
         x = torch.randn(rows, 16)
         torch.testing.assert_close(product(x), x @ weight.T + bias, atol=1e-4, rtol=1e-4)
-    kept = MatmulTimings(tmp_path / "matmul.json").winners(weight, {})
+    kept = MatmulTimings(tmp_path / "matmul.json").winners(weight)
     assert len(kept) == len(TIMED_ROWS) and set(kept) <= set(candidates(weight))
 
 

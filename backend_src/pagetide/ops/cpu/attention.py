@@ -7,6 +7,8 @@ keys and values are read once for the whole group. Long chunks go to torch's fla
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import lru_cache
+from typing import Any
 
 import numpy as np
 import torch
@@ -73,7 +75,8 @@ class NumbaAttention(TorchAttention):
         out, plan = torch.empty_like(q), batch.attention
         if len(plan.tasks):
             scale = np.float32(self._shape.head_dim**-0.5)
-            _attend(q.numpy(), as_numpy(kv), plan.tasks, plan.block_table, plan.positions, layer.window, scale, out.numpy())
+            attend = make_attend(self._shape.group, self._shape.head_dim, kv.shape[3])
+            attend(q.numpy(), as_numpy(kv), plan.tasks, plan.block_table, plan.positions, layer.window, scale, out.numpy())
         for first, sequence in plan.long_chunks:
             self._attend_chunk(q, kv, layer, batch, first, sequence, out)
         return out.flatten(1)
@@ -133,99 +136,85 @@ def _rotate(source, turn, norm, has_norm, eps, out):  # type: ignore[no-untyped-
         out[half + i] = second * turn[i] + first * turn[half + i]
 
 
-@kernel
-def _attend(q, kv, tasks, block_table, positions, window, scale, out):  # type: ignore[no-untyped-def]
-    """q, out float32 [t, H, D]; kv [blocks, 2, K, block_size, D]; tasks of NumbaPlan; window 0: everything is seen."""
-    num_heads, head_dim = q.shape[1], q.shape[2]
-    block_size = kv.shape[3]
-    group = num_heads // kv.shape[2]
-    for task in prange(tasks.shape[0]):
-        sequence, head, first, num_queries = tasks[task, 0], tasks[task, 1], tasks[task, 2], tasks[task, 3]
-        num_rows = num_queries * group
-        queries = np.empty((num_rows, head_dim), np.float32)
-        sums = np.zeros((num_rows, head_dim), np.float32)
-        weights = np.zeros((num_rows, block_size), np.float32)
-        largest = np.full(num_rows, _MINUS_INFINITY, np.float32)
-        totals = np.zeros(num_rows, np.float32)
-        keys = np.empty((block_size, head_dim), np.float32)
-        values = np.empty((block_size, head_dim), np.float32)
-        for row in range(num_rows):
-            for i in range(head_dim):
-                queries[row, i] = q[first + row // group, head * group + row % group, i] * scale
-        start = positions[first]
-        begin = max(0, start - window + 1) // block_size if window > 0 else 0
-        for index in range(begin, (start + num_queries - 1) // block_size + 1):
-            block = block_table[sequence, index]
-            _widen(kv[block, 0, head], keys)
-            _widen(kv[block, 1, head], values)
-            _score(queries, keys, weights)
+@lru_cache
+def make_attend(group: int, head_dim: int, block_size: int) -> Any:
+    """The kernel for these sizes: loops of known length become a few vector instructions, without remainders.
+
+    q, out float32 [t, H, head_dim]; kv [blocks, 2, K, block_size, head_dim]; tasks of NumbaPlan; window 0: everything is seen.
+    """
+
+    @kernel
+    def attend(q, kv, tasks, block_table, positions, window, scale, out):  # type: ignore[no-untyped-def]
+        for task in prange(tasks.shape[0]):
+            sequence, head, first, num_queries = tasks[task, 0], tasks[task, 1], tasks[task, 2], tasks[task, 3]
+            num_rows = num_queries * group
+            queries = np.empty((num_rows, head_dim), np.float32)
+            sums = np.zeros((num_rows, head_dim), np.float32)
+            largest = np.full(num_rows, _MINUS_INFINITY, np.float32)
+            totals = np.zeros(num_rows, np.float32)
+            scores = np.empty(block_size, np.float32)
+            keys = np.empty((block_size, head_dim), np.float32)
+            values = np.empty((block_size, head_dim), np.float32)
             for row in range(num_rows):
-                position = start + row // group
-                low = position - window + 1 - index * block_size if window > 0 else 0
-                _accumulate(weights[row], values, sums[row], row, low, position + 1 - index * block_size, largest, totals)
-        for row in range(num_rows):
-            inverse = np.float32(1) / totals[row]
+                for i in range(head_dim):
+                    queries[row, i] = q[first + row // group, head * group + row % group, i] * scale
+            start = positions[first]
+            begin = max(0, start - window + 1) // block_size if window > 0 else 0
+            for index in range(begin, (start + num_queries - 1) // block_size + 1):
+                block = block_table[sequence, index]
+                widen(kv[block, 0, head], keys)
+                widen(kv[block, 1, head], values)
+                for row in range(num_rows):
+                    position = start + row // group - index * block_size
+                    low = max(position - window + 1, 0) if window > 0 else 0
+                    high = min(position + 1, block_size)
+                    if high > low:
+                        score(queries[row], keys, low, high, scores)
+                        accumulate(scores, values, sums[row], row, low, high, largest, totals)
+            for row in range(num_rows):
+                inverse = np.float32(1) / totals[row]
+                for i in range(head_dim):
+                    out[first + row // group, head * group + row % group, i] = sums[row, i] * inverse
+
+    @device_function
+    def widen(source, target):  # type: ignore[no-untyped-def]
+        for token in range(block_size):
             for i in range(head_dim):
-                out[first + row // group, head * group + row % group, i] = sums[row, i] * inverse
+                target[token, i] = load(source[token, i])
 
-
-@device_function
-def _widen(source, target):  # type: ignore[no-untyped-def]
-    for token in range(target.shape[0]):
-        for i in range(target.shape[1]):
-            target[token, i] = load(source[token, i])
-
-
-@device_function
-def _score(queries, keys, scores):  # type: ignore[no-untyped-def]
-    """scores [rows, block_size] = queries @ keys.T, four keys at a time so that a query is loaded once for them."""
-    num_rows, head_dim = queries.shape
-    block_size = keys.shape[0]
-    for row in range(num_rows):
-        query = queries[row]
-        for at in range(0, block_size - 3, 4):
-            k0, k1, k2, k3 = keys[at], keys[at + 1], keys[at + 2], keys[at + 3]
-            a = b = c = d = np.float32(0)
-            for i in range(head_dim):
-                value = query[i]
-                a += value * k0[i]
-                b += value * k1[i]
-                c += value * k2[i]
-                d += value * k3[i]
-            scores[row, at], scores[row, at + 1], scores[row, at + 2], scores[row, at + 3] = a, b, c, d
-        for at in range(block_size - block_size % 4, block_size):
-            key = keys[at]
+    @device_function
+    def score(query, keys, low, high, scores):  # type: ignore[no-untyped-def]
+        """query @ keys.T of one block; minus infinity for tokens outside [low, high)."""
+        for at in range(block_size):
             total = np.float32(0)
             for i in range(head_dim):
-                total += query[i] * key[i]
-            scores[row, at] = total
+                total += query[i] * keys[at, i]
+            scores[at] = total if low <= at < high else _MINUS_INFINITY
 
+    @device_function
+    def accumulate(scores, values, sums, row, low, high, largest, totals):  # type: ignore[no-untyped-def]
+        """Takes one block into a row's running softmax."""
+        peak = largest[row]
+        for at in range(block_size):
+            peak = max(peak, scores[at])
+        decay = fast_exp(largest[row] - peak)
+        total = np.float32(0)
+        for at in range(block_size):
+            scores[at] = fast_exp(scores[at] - peak)
+            total += scores[at]
+        largest[row], totals[row] = peak, totals[row] * decay + total
+        for i in range(head_dim):
+            sums[i] *= decay
+        at = low
+        # Only the tokens that are seen: what else stands in the block may be anything.
+        while at + 4 <= high:
+            w0, w1, w2, w3 = scores[at], scores[at + 1], scores[at + 2], scores[at + 3]
+            for i in range(head_dim):
+                sums[i] += w0 * values[at, i] + w1 * values[at + 1, i] + w2 * values[at + 2, i] + w3 * values[at + 3, i]
+            at += 4
+        while at < high:
+            for i in range(head_dim):
+                sums[i] += scores[at] * values[at, i]
+            at += 1
 
-@device_function
-def _accumulate(scores, values, sums, row, low, high, largest, totals):  # type: ignore[no-untyped-def]
-    """Takes the tokens [low, high) of one block into one row's running softmax; scores become weights."""
-    low, high = max(low, 0), min(high, values.shape[0])
-    if high <= low:
-        return
-    peak = largest[row]
-    for at in range(low, high):
-        peak = max(peak, scores[at])
-    decay = fast_exp(largest[row] - peak)
-    total = totals[row] * decay
-    for i in range(sums.shape[0]):
-        sums[i] *= decay
-    for at in range(low, high):
-        scores[at] = fast_exp(scores[at] - peak)
-        total += scores[at]
-    at = low
-    while at + 4 <= high:
-        v0, v1, v2, v3 = values[at], values[at + 1], values[at + 2], values[at + 3]
-        w0, w1, w2, w3 = scores[at], scores[at + 1], scores[at + 2], scores[at + 3]
-        for i in range(sums.shape[0]):
-            sums[i] += w0 * v0[i] + w1 * v1[i] + w2 * v2[i] + w3 * v3[i]
-        at += 4
-    while at < high:
-        for i in range(sums.shape[0]):
-            sums[i] += scores[at] * values[at, i]
-        at += 1
-    largest[row], totals[row] = peak, total
+    return attend

@@ -5,6 +5,7 @@ Numba knows no bfloat16: arrays of it come as uint16, and float32 arrays as they
 
 from __future__ import annotations
 
+import ctypes
 from collections.abc import Callable
 from types import FunctionType
 from typing import Any
@@ -16,8 +17,17 @@ from llvmlite import ir
 from numba.core import types
 from numba.extending import intrinsic
 
-# torch brings the OpenMP runtime and is imported above: both then use one pool of threads instead of two that spin against each other.
-numba.config.THREADING_LAYER = "omp"
+
+def _has_openmp() -> bool:
+    try:
+        ctypes.CDLL("libgomp.so.1.0.0")
+    except OSError:
+        return False
+    return True
+
+
+# torch's kind of threads, so that both can use one pool (see pagetide/__init__.py); Numba's own where the system has no OpenMP runtime.
+numba.config.THREADING_LAYER = "omp" if _has_openmp() else "workqueue"
 
 # Sums may be reordered, products and sums fused; but NaN and infinity keep their meaning.
 FAST_MATH = {"reassoc", "contract", "arcp", "nsz"}

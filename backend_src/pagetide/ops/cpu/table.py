@@ -5,14 +5,13 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import statistics
 import time
 from bisect import bisect_right
-from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 
 import numba
-import numpy as np
 import torch
 import torch.nn.functional as F
 
@@ -28,7 +27,8 @@ from pagetide.ops.table import Matmul, Ops
 
 # Numbers of rows at which the candidates are compared; between two of them the lower one's winner is used.
 TIMED_ROWS = (1, 2, 4, 8, 16, 32, 64, 256)
-_MIN_SECONDS = 0.004
+_MIN_SECONDS = 0.006
+_ROTATION_BYTES = 64 * 2**20
 
 
 def make_cpu_ops(cache: Path) -> Ops:
@@ -72,7 +72,7 @@ def make_matmul(weight: torch.Tensor, bias: torch.Tensor | None, timings: Matmul
     """x -> x @ weight.T + bias that uses, for each number of rows, what was fastest."""
     weight = weight.contiguous()
     ways = candidates(weight)
-    winners = [ways[name] for name in timings.winners(weight, ways)]
+    winners = [ways[name] for name in timings.winners(weight)]
     wide_bias = None if bias is None else bias.float()
 
     def choose(x: torch.Tensor) -> torch.Tensor:
@@ -90,11 +90,14 @@ class MatmulTimings:
         self._machine = machine_key()
         self._winners: dict[str, list[str]] = self._read().get(self._machine, {})
 
-    def winners(self, weight: torch.Tensor, ways: dict[str, Matmul]) -> list[str]:
+    def winners(self, weight: torch.Tensor) -> list[str]:
         """The name of the fastest way for each of TIMED_ROWS."""
         key = f"{weight.shape[0]}x{weight.shape[1]} {weight.dtype}"
         if key not in self._winners:
-            self._winners[key] = [fastest(weight, ways, rows) for rows in TIMED_ROWS]
+            # Copies enough to leave the cache between two uses, as in a step where all other weights come between.
+            count = max(2, min(64, _ROTATION_BYTES // weight.nbytes))
+            copies = [candidates(weight.clone()) for _ in range(count)]
+            self._winners[key] = [fastest(weight.shape[1], copies, rows) for rows in TIMED_ROWS]
             self._write()
         return self._winners[key]
 
@@ -111,21 +114,21 @@ class MatmulTimings:
         partial_file.replace(self._file)
 
 
-def fastest(weight: torch.Tensor, ways: dict[str, Matmul], rows: int) -> str:
-    x = torch.randn(rows, weight.shape[1])
-    return min(ways, key=lambda name: seconds_of(ways[name], x))
+def fastest(num_inputs: int, copies: list[dict[str, Matmul]], rows: int) -> str:
+    """The name of the way that takes the shortest time; copies: the candidates for equal weights in different places."""
+    x = torch.randn(rows, num_inputs)
+    return min(copies[0], key=lambda name: seconds_of([ways[name] for ways in copies], x))
 
 
-def seconds_of(way: Callable[[torch.Tensor], torch.Tensor], x: torch.Tensor) -> float:
-    """The shortest of some runs, after one that warms up."""
-    way(x)
-    shortest, spent = np.inf, 0.0
-    while spent < _MIN_SECONDS:
+def seconds_of(ways: list[Matmul], x: torch.Tensor) -> float:
+    """The median over runs that take turns among the ways, after one that warms up."""
+    ways[0](x)
+    times: list[float] = []
+    while sum(times) < _MIN_SECONDS or len(times) < 3:
         begin = time.perf_counter()
-        way(x)
-        elapsed = time.perf_counter() - begin
-        shortest, spent = min(shortest, elapsed), spent + elapsed
-    return shortest
+        ways[len(times) % len(ways)](x)
+        times.append(time.perf_counter() - begin)
+    return statistics.median(times)
 
 
 def machine_key() -> str:

@@ -1,7 +1,7 @@
 """One thread of each OpenMP pool for each core, held there.
 
 Left to itself, the kernel moves the threads of a pool together onto one core whenever they pause, and a parallel region of 1 us takes 50 us.
-torch and Numba bring an OpenMP runtime each, so there are two pools; only one of them works at a time.
+torch and Numba share a pool where they can (see pagetide/__init__.py); otherwise there are two, of which one works at a time.
 """
 
 from __future__ import annotations
