@@ -8,6 +8,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from pagetide.kv_cache.layout import keys_of, values_of
 from pagetide.ops import reference
 from pagetide.ops.attention import HeadShape, LayerAttention, TorchAttention
 from pagetide.ops.batch import Batch
@@ -86,10 +87,12 @@ def test_attention(sequences, shape, block_size, dtype, window, has_norm, seed):
     longest = -(-int((starts + counts).max()) // block_size)
     num_blocks = longest * len(sequences)
     table = torch.randperm(num_blocks).to(torch.int32).reshape(len(sequences), longest)
-    kv = torch.full((num_blocks, 2, heads.num_kv_heads, block_size, heads.head_dim), torch.nan, dtype=dtype)
+    kv = torch.full((num_blocks, 2, heads.num_kv_heads, block_size * heads.head_dim), torch.nan, dtype=dtype)
     for row, start in zip(table, starts, strict=True):
         for position in range(start):
-            kv[row[position // block_size].long(), :, :, position % block_size] = torch.randn(2, heads.num_kv_heads, heads.head_dim).to(dtype)
+            block, offset = row[position // block_size].long(), position % block_size
+            keys_of(kv, heads.head_dim)[block, :, :, offset] = torch.randn(heads.num_kv_heads, heads.head_dim).to(dtype)
+            values_of(kv, heads.head_dim)[block, :, offset] = torch.randn(heads.num_kv_heads, heads.head_dim).to(dtype)
     positions = torch.cat([torch.arange(s, s + c) for s, c in zip(starts, counts, strict=True)])
     owner = torch.repeat_interleave(torch.arange(len(sequences)), torch.tensor(counts))
     slots = table[owner, positions // block_size].long() * block_size + positions % block_size

@@ -14,7 +14,7 @@ from pagetide.kv_cache.layout import KVLayout
 class KVStore(Protocol):
     """The pool of KV blocks of one device."""
 
-    pool: torch.Tensor  # [num_layers, num_blocks, 2, num_kv_heads, block_size, head_dim]
+    pool: torch.Tensor  # as kv_cache.layout says
 
     def copy_blocks(self, sources: torch.Tensor, targets: torch.Tensor) -> None:
         """Copies whole blocks, all layers, in stream order. Both int64 [num_copies]; no target is also a source."""

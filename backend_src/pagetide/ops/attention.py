@@ -8,6 +8,7 @@ from typing import Any, Protocol
 import torch
 import torch.nn.functional as F
 
+from pagetide.kv_cache.layout import keys_of, values_of
 from pagetide.ops import reference
 from pagetide.ops.batch import Batch
 
@@ -41,7 +42,7 @@ class LayerAttention:
 
 
 class AttentionBackend(Protocol):
-    """Paged attention. kv is one layer of the pool: [num_blocks, 2, num_kv_heads, block_size, head_dim]."""
+    """Paged attention. kv is one layer of the pool: [num_blocks, 2, num_kv_heads, block_size * head_dim] (see kv_cache.layout)."""
 
     def plan(self, batch: Batch) -> Any:
         """Once per step: what the layers need beyond the batch's tensors."""
@@ -76,10 +77,10 @@ class TorchAttention:
             q, k = reference.rms_norm(q, layer.q_norm, layer.eps), reference.rms_norm(k, layer.k_norm, layer.eps)
         cos_sin = layer.cos_sin[batch.positions]
         q, k = reference.apply_rotary(q, cos_sin), reference.apply_rotary(k, cos_sin)
-        block_size = kv.shape[3]
+        block_size = kv.shape[3] // shape.head_dim
         block, offset = batch.slot_mapping // block_size, batch.slot_mapping % block_size
-        kv[block, 0, :, offset] = k.to(kv.dtype)
-        kv[block, 1, :, offset] = v.to(kv.dtype)
+        keys_of(kv, shape.head_dim)[block, :, :, offset] = k.to(kv.dtype)
+        values_of(kv, shape.head_dim)[block, :, offset] = v.to(kv.dtype)
         return q
 
     def attend(self, q: torch.Tensor, kv: torch.Tensor, layer: LayerAttention, batch: Batch) -> torch.Tensor:
@@ -118,10 +119,12 @@ class TorchAttention:
 
     def _gather(self, kv: torch.Tensor, block_table: torch.Tensor, length: int, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
         """Keys and values of the first `length` tokens of each sequence: [n, num_kv_heads, length, head_dim] each."""
-        num_blocks = -(-length // kv.shape[3])
-        blocks = kv[block_table[:, :num_blocks].long()]  # [n, blocks, 2, heads, block_size, head_dim]
-        both = blocks.permute(2, 0, 3, 1, 4, 5).flatten(3, 4)[:, :, :, :length].to(dtype)
-        return both[0], both[1]
+        head_dim = self._shape.head_dim
+        num_blocks = -(-length // (kv.shape[3] // head_dim))
+        blocks = block_table[:, :num_blocks].long()
+        keys = keys_of(kv, head_dim)[blocks].permute(0, 2, 1, 4, 3)  # [n, heads, blocks, block_size, head_dim]
+        values = values_of(kv, head_dim)[blocks].permute(0, 2, 1, 3, 4)
+        return keys.flatten(2, 3)[:, :, :length].to(dtype), values.flatten(2, 3)[:, :, :length].to(dtype)
 
 
 def attend_chunk(queries: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, start: int, window: int) -> torch.Tensor:

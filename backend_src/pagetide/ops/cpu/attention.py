@@ -16,7 +16,8 @@ from numba import prange
 
 from pagetide.ops.attention import HeadShape, LayerAttention, TorchAttention
 from pagetide.ops.batch import Batch
-from pagetide.ops.cpu.compiled import as_numpy, device_function, fast_exp, kernel, load, row_kernel, store
+from pagetide.ops.cpu.compiled import as_numpy, device_function, fast_exp, kernel, row_kernel, store
+from pagetide.ops.cpu.vectors import make_scores, make_weighted_sum
 
 _TILE = 16  # queries of a task
 _LONGEST = 64  # chunks with more tokens go to torch
@@ -75,7 +76,7 @@ class NumbaAttention(TorchAttention):
         out, plan = torch.empty_like(q), batch.attention
         if len(plan.tasks):
             scale = np.float32(self._shape.head_dim**-0.5)
-            attend = make_attend(self._shape.group, self._shape.head_dim, kv.shape[3])
+            attend = make_attend(self._shape.group, self._shape.head_dim, kv.shape[3] // self._shape.head_dim)
             attend(q.numpy(), as_numpy(kv), plan.tasks, plan.block_table, plan.positions, layer.window, scale, out.numpy())
         for first, sequence in plan.long_chunks:
             self._attend_chunk(q, kv, layer, batch, first, sequence, out)
@@ -93,9 +94,9 @@ def spread(tasks: np.ndarray, cost: np.ndarray) -> np.ndarray:
 
 @row_kernel
 def _write(num_tokens, qkv, kv, slots, positions, cos_sin, q_norm, k_norm, has_norm, eps, q):  # type: ignore[no-untyped-def]
-    """QK-norm, rotary and the write into the cache, one pass. qkv [t, (H + 2K) * D], kv [blocks, 2, K, block_size, D], q [t, H, D]."""
+    """QK-norm, rotary and the write into the cache, one pass. qkv [t, (H + 2K) * D], kv [blocks, 2, K, block_size * D], q [t, H, D]."""
     num_heads, head_dim = q.shape[1], q.shape[2]
-    num_kv_heads, block_size = kv.shape[2], kv.shape[3]
+    num_kv_heads, block_size = kv.shape[2], kv.shape[3] // head_dim
     for token in prange(num_tokens):
         block, offset = slots[token] // block_size, slots[token] % block_size
         turn = cos_sin[positions[token]]
@@ -107,14 +108,14 @@ def _write(num_tokens, qkv, kv, slots, positions, cos_sin, q_norm, k_norm, has_n
             if is_query:
                 q[token, head, :] = rotated
             else:
-                target = kv[block, 0, head - num_heads, offset]
+                keys = kv[block, 0, head - num_heads]
                 for i in range(head_dim):
-                    store(target, i, rotated[i])
+                    store(keys, i * block_size + offset, rotated[i])
         for head in range(num_kv_heads):
             source = qkv[token, (num_heads + num_kv_heads + head) * head_dim :]
-            target = kv[block, 1, head, offset]
+            values = kv[block, 1, head]
             for i in range(head_dim):
-                store(target, i, source[i])
+                store(values, offset * head_dim + i, source[i])
 
 
 @device_function
@@ -138,10 +139,12 @@ def _rotate(source, turn, norm, has_norm, eps, out):  # type: ignore[no-untyped-
 
 @lru_cache
 def make_attend(group: int, head_dim: int, block_size: int) -> Any:
-    """The kernel for these sizes: loops of known length become a few vector instructions, without remainders.
+    """The kernel for these sizes, all of which are known when it is compiled.
 
-    q, out float32 [t, H, head_dim]; kv [blocks, 2, K, block_size, head_dim]; tasks of NumbaPlan; window 0: everything is seen.
+    q, out float32 [t, H, head_dim]; kv [blocks, 2, K, block_size * head_dim]; tasks of NumbaPlan; window 0: everything is seen.
     """
+    score = make_scores(group, head_dim, block_size)
+    weighted_sum = make_weighted_sum(group, head_dim, block_size)
 
     @kernel
     def attend(q, kv, tasks, block_table, positions, window, scale, out):  # type: ignore[no-untyped-def]
@@ -152,9 +155,7 @@ def make_attend(group: int, head_dim: int, block_size: int) -> Any:
             sums = np.zeros((num_rows, head_dim), np.float32)
             largest = np.full(num_rows, _MINUS_INFINITY, np.float32)
             totals = np.zeros(num_rows, np.float32)
-            scores = np.empty(block_size, np.float32)
-            keys = np.empty((block_size, head_dim), np.float32)
-            values = np.empty((block_size, head_dim), np.float32)
+            scores = np.empty((group, block_size), np.float32)
             for row in range(num_rows):
                 for i in range(head_dim):
                     queries[row, i] = q[first + row // group, head * group + row % group, i] * scale
@@ -162,59 +163,38 @@ def make_attend(group: int, head_dim: int, block_size: int) -> Any:
             begin = max(0, start - window + 1) // block_size if window > 0 else 0
             for index in range(begin, (start + num_queries - 1) // block_size + 1):
                 block = block_table[sequence, index]
-                widen(kv[block, 0, head], keys)
-                widen(kv[block, 1, head], values)
-                for row in range(num_rows):
-                    position = start + row // group - index * block_size
+                keys, values = kv[block, 0, head], kv[block, 1, head]
+                for query in range(num_queries):
+                    position = start + query - index * block_size
                     low = max(position - window + 1, 0) if window > 0 else 0
                     high = min(position + 1, block_size)
                     if high > low:
-                        score(queries[row], keys, low, high, scores)
-                        accumulate(scores, values, sums[row], row, low, high, largest, totals)
+                        row = query * group
+                        score(queries, row, keys, scores)
+                        for g in range(group):
+                            decay = soften(scores[g], low, high, row + g, largest, totals)
+                            for i in range(head_dim):
+                                sums[row + g, i] *= decay
+                        weighted_sum(scores, values, low, high, row, sums)
             for row in range(num_rows):
                 inverse = np.float32(1) / totals[row]
                 for i in range(head_dim):
                     out[first + row // group, head * group + row % group, i] = sums[row, i] * inverse
 
     @device_function
-    def widen(source, target):  # type: ignore[no-untyped-def]
-        for token in range(block_size):
-            for i in range(head_dim):
-                target[token, i] = load(source[token, i])
-
-    @device_function
-    def score(query, keys, low, high, scores):  # type: ignore[no-untyped-def]
-        """query @ keys.T of one block; minus infinity for tokens outside [low, high)."""
+    def soften(scores, low, high, row, largest, totals):  # type: ignore[no-untyped-def]
+        """Turns one row's scores of a block into weights; returns what the row's sums so far have to be multiplied by."""
         for at in range(block_size):
-            total = np.float32(0)
-            for i in range(head_dim):
-                total += query[i] * keys[at, i]
-            scores[at] = total if low <= at < high else _MINUS_INFINITY
-
-    @device_function
-    def accumulate(scores, values, sums, row, low, high, largest, totals):  # type: ignore[no-untyped-def]
-        """Takes one block into a row's running softmax."""
+            scores[at] = scores[at] if low <= at < high else _MINUS_INFINITY
         peak = largest[row]
         for at in range(block_size):
             peak = max(peak, scores[at])
-        decay = fast_exp(largest[row] - peak)
         total = np.float32(0)
         for at in range(block_size):
             scores[at] = fast_exp(scores[at] - peak)
             total += scores[at]
+        decay = fast_exp(largest[row] - peak)
         largest[row], totals[row] = peak, totals[row] * decay + total
-        for i in range(head_dim):
-            sums[i] *= decay
-        at = low
-        # Only the tokens that are seen: what else stands in the block may be anything.
-        while at + 4 <= high:
-            w0, w1, w2, w3 = scores[at], scores[at + 1], scores[at + 2], scores[at + 3]
-            for i in range(head_dim):
-                sums[i] += w0 * values[at, i] + w1 * values[at + 1, i] + w2 * values[at + 2, i] + w3 * values[at + 3, i]
-            at += 4
-        while at < high:
-            for i in range(head_dim):
-                sums[i] += scores[at] * values[at, i]
-            at += 1
+        return decay
 
     return attend

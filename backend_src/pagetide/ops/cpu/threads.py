@@ -6,6 +6,8 @@ torch and Numba share a pool where they can (see pagetide/__init__.py); otherwis
 
 from __future__ import annotations
 
+import contextlib
+import ctypes
 import os
 from collections.abc import Callable
 
@@ -41,6 +43,9 @@ def _threads_made_by(action: Callable[[], object]) -> list[int]:
 def _open_numba_pool(count: int) -> None:
     numba.set_num_threads(count)  # makes the threads already
     _touch(np.zeros(1024, np.int64))
+    # Numba allows regions inside regions, and torch's attention would then open a pool in each thread of its pool, a hundred times slower.
+    with contextlib.suppress(OSError):
+        ctypes.CDLL("libgomp.so.1.0.0").omp_set_max_active_levels(1)
 
 
 def _open_torch_pool(count: int) -> None:
