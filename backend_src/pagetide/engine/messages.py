@@ -10,7 +10,9 @@ ERROR_PREFIX = "pagetide-error: "  # how a parent finds the reason of a failed s
 
 
 class Hello(msgspec.Struct, tag=True, frozen=True):
-    """A client is there, and wants to know the engine."""
+    """A client is there, and wants to know the engine; and, if it says so, its statistics from time to time."""
+
+    wants_statistics: bool = False
 
 
 class Submit(msgspec.Struct, tag=True, frozen=True):
@@ -36,6 +38,21 @@ class Outputs(msgspec.Struct, tag=True, frozen=True):
     outputs: list[Output]
 
 
+class Statistics(msgspec.Struct, tag=True, frozen=True):
+    """What the engine holds now, and what it has done since its start. Counts of requests, KV blocks and tokens."""
+
+    running: int
+    waiting: int
+    blocks_total: int
+    blocks_used: int
+    blocks_cached: int
+    prompt_tokens: int
+    generated_tokens: int
+    cached_tokens: int
+    preemptions: int
+    cancelled: int
+
+
 class Refused(msgspec.Struct, tag=True, frozen=True):
     """A request that the engine does not take now."""
 
@@ -44,4 +61,4 @@ class Refused(msgspec.Struct, tag=True, frozen=True):
 
 
 ToEngine = Hello | Submit | Cancel
-FromEngine = Ready | Outputs | Refused
+FromEngine = Ready | Outputs | Statistics | Refused

@@ -17,7 +17,7 @@ import zmq
 
 from pagetide.config import Settings
 from pagetide.engine.assemble import Engine, assemble
-from pagetide.engine.messages import ERROR_PREFIX, Cancel, FromEngine, Hello, Outputs, Ready, Refused, Submit, ToEngine
+from pagetide.engine.messages import ERROR_PREFIX, Cancel, FromEngine, Hello, Outputs, Ready, Refused, Statistics, Submit, ToEngine
 from pagetide.types import Output, QueueFullError
 
 log = logging.getLogger("pagetide.engine")
@@ -34,6 +34,8 @@ class EngineServer:
         self._decoder = msgspec.msgpack.Decoder(ToEngine)
         self._client_of: dict[int, bytes] = {}  # request number -> who sent it
         self._unfinished: dict[int, int] = {}  # request number -> sequences that have not ended
+        self._watchers: set[bytes] = set()  # clients that want statistics
+        self._last_statistics: tuple[float, Statistics | None] = (0.0, None)
 
     def run(self) -> None:
         """Serves for ever."""
@@ -43,6 +45,7 @@ class EngineServer:
                 self._receive_all()
             if self._loop.has_work:
                 self._send_outputs(self._loop.step())
+            self._send_statistics()
 
     def _receive_all(self) -> None:
         while self._socket.poll(0):
@@ -51,8 +54,10 @@ class EngineServer:
 
     def _handle(self, client: bytes, message: ToEngine) -> None:
         match message:
-            case Hello():
+            case Hello(wants_statistics):
                 self._send(client, self._ready)
+                if wants_statistics:
+                    self._watchers = {client}  # the only one: a client that comes again has a new name
             case Submit(requests):
                 for request in requests:
                     self._client_of[request.number] = client
@@ -75,6 +80,29 @@ class EngineServer:
                     self._forget(output.number)
         for client, its_outputs in by_client.items():
             self._send(client, Outputs(its_outputs))
+
+    def _send_statistics(self) -> None:
+        """Four times a second, and at once when the last request has ended."""
+        now, (then, before) = time.monotonic(), self._last_statistics
+        if not self._watchers or (now - then < 0.25 and self._loop.has_work):
+            return
+        scheduler, counters = self._scheduler, self._scheduler.counters
+        statistics = Statistics(
+            running=len(scheduler.running),
+            waiting=len(scheduler.waiting),
+            blocks_total=scheduler.blocks.num_blocks,
+            blocks_used=scheduler.blocks.num_used,
+            blocks_cached=scheduler.blocks.num_cached,
+            prompt_tokens=counters.prompt_tokens,
+            generated_tokens=counters.generated_tokens,
+            cached_tokens=counters.cached_tokens,
+            preemptions=counters.preemptions,
+            cancelled=counters.cancelled,
+        )
+        self._last_statistics = now, statistics
+        if statistics != before:
+            for client in self._watchers:
+                self._send(client, statistics)
 
     def _forget(self, number: int) -> None:
         del self._client_of[number], self._unfinished[number]

@@ -43,6 +43,7 @@ class Counters:
     prompt_tokens: int = 0
     cached_tokens: int = 0
     generated_tokens: int = 0
+    cancelled: int = 0
 
 
 class Scheduler:
@@ -90,7 +91,9 @@ class Scheduler:
     def cancel(self, numbers: Iterable[int]) -> None:
         """Ends the requests with these numbers; unknown ones have ended already."""
         for number in numbers:
-            for sequence in list(self._requests.get(number, ())):
+            samples = list(self._requests.get(number, ()))
+            self.counters.cancelled += bool(samples)
+            for sequence in samples:
                 self._finish(sequence, "cancelled")
 
     def numbers_of(self, request_id: str) -> list[int]:

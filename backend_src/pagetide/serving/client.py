@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import queue
 import subprocess
@@ -18,8 +19,11 @@ import zmq.utils.monitor
 
 import pagetide
 from pagetide.config import Settings
-from pagetide.engine.messages import ERROR_PREFIX, Cancel, FromEngine, Hello, Outputs, Ready, Refused, Submit, ToEngine
+from pagetide.engine.messages import ERROR_PREFIX, Cancel, FromEngine, Hello, Outputs, Ready, Refused, Statistics, Submit, ToEngine
 from pagetide.types import EngineInfo, Output, Request
+
+
+log = logging.getLogger("pagetide.client")
 
 
 class EngineStartError(RuntimeError):
@@ -42,7 +46,7 @@ class EngineClient:
     """Sends requests to the engine and hands on what comes back. All callbacks run on the client's own thread.
 
     on_outputs: what a step brought. on_refused(number, reason): a request that the engine does not take.
-    on_lost: the engine is gone, and with it everything that was sent to it.
+    on_lost: the engine is gone, and with it everything that was sent to it. on_statistics: called a few times a second, if given.
     """
 
     def __init__(
@@ -51,7 +55,9 @@ class EngineClient:
         on_outputs: Callable[[list[Output]], None],
         on_refused: Callable[[int, str], None],
         on_lost: Callable[[], None],
+        on_statistics: Callable[[Statistics], None] | None = None,
     ):
+        self._on_statistics = on_statistics
         self._on_outputs = on_outputs
         self._on_refused = on_refused
         self._on_lost = on_lost
@@ -102,14 +108,19 @@ class EngineClient:
         is_open = True
         while is_open:
             ready = dict(poller.poll())
-            # Answers first: an engine that died may have said something before.
-            if self._socket in ready:
-                self._receive_all()
-            if self._monitor in ready:
-                self._follow_connection()
-            if self._wake_read in ready:
-                os.read(self._wake_read, 4096)
-                is_open = self._send_all()
+            try:
+                # Answers first: an engine that died may have said something before.
+                if self._socket in ready:
+                    self._receive_all()
+                if self._monitor in ready:
+                    self._follow_connection()
+                if self._wake_read in ready:
+                    os.read(self._wake_read, 4096)
+                    is_open = self._send_all()
+            except Exception:
+                # Only a bug comes here. This thread must live on, and nobody may wait for what it has lost.
+                log.exception("the engine's client failed; all open requests fail with it")
+                self._on_lost()
         self._socket.disable_monitor()
         self._socket.close()
         os.close(self._wake_read)
@@ -122,6 +133,9 @@ class EngineClient:
                     self._on_outputs(outputs)
                 case Refused(number, reason):
                     self._on_refused(number, reason)
+                case Statistics() as statistics:
+                    if self._on_statistics is not None:
+                        self._on_statistics(statistics)
                 case Ready(info):
                     self.engine = info
                     self._connected.set()
@@ -129,7 +143,7 @@ class EngineClient:
     def _follow_connection(self) -> None:
         event = zmq.utils.monitor.recv_monitor_message(self._monitor)["event"]
         if event == zmq.EVENT_HANDSHAKE_SUCCEEDED:
-            self._socket.send(msgspec.msgpack.encode(Hello()))
+            self._socket.send(msgspec.msgpack.encode(Hello(wants_statistics=self._on_statistics is not None)))
         elif event == zmq.EVENT_DISCONNECTED:
             self._connected.clear()
             self._on_lost()
@@ -157,6 +171,7 @@ class EngineSupervisor:
         self._log = log
         self._stopping = threading.Event()
         self._has_started = threading.Event()
+        self.num_restarts = 0
         failure_file(path).unlink(missing_ok=True)
         self._process = self._spawn()
         self._watcher = threading.Thread(target=self._watch, name="pagetide-supervisor", daemon=True)
@@ -197,6 +212,7 @@ class EngineSupervisor:
             # An engine that lived is started at once; one that cannot start is tried less and less often.
             delay = 0.0 if time.monotonic() - begin > 60 else min(30.0, delay * 2 + 0.5)
             self._log(f"the engine ended ({reason}); starting it again in {delay:.1f} s")
+            self.num_restarts += 1
             if self._stopping.wait(delay):
                 return
             self._process = self._spawn()

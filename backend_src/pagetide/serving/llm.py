@@ -20,6 +20,7 @@ from pagetide.config import settings_beside
 from pagetide.serving import triton
 from pagetide.serving.client import EngineClient, EngineStartError, EngineSupervisor, socket_path, wait_for_engine
 from pagetide.serving.contract import ParsedRequest, check_request, parse
+from pagetide.serving.metrics import EngineMetrics
 from pagetide.serving.pacer import ResponsePacer
 from pagetide.serving.responses import ClientRequest, Prompt, send
 from pagetide.types import Output, QueueFullError, Request, RequestError
@@ -44,7 +45,8 @@ class LlmModel:
         # Only one of the engine's clients starts it.
         self._supervisor = EngineSupervisor(self._settings, path, log.warning) if self._is_decoupled else None
         self._pacer = ResponsePacer(self._send)
-        self._client = EngineClient(path, self._pacer.put, self._on_refused, self._on_lost)
+        metrics = EngineMetrics(args["model_name"], self._supervisor) if self._supervisor is not None else None
+        self._client = EngineClient(path, self._pacer.put, self._on_refused, self._on_lost, metrics.update if metrics else None)
         try:
             wait_for_engine(self._client, path, self._settings.engine_start_timeout_s)
         except EngineStartError as error:

@@ -1,0 +1,165 @@
+"""What the tests send to a real server, with the official clients, and what comes back as plain Python."""
+
+from __future__ import annotations
+
+import json
+import queue
+import re
+import threading
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import tritonclient.grpc as grpc
+import tritonclient.http as http
+from triton_server import TritonServer
+
+KINDS = {
+    "BYTES": {"text_input", "messages", "stop_words", "stop", "sampling_parameters", "tools", "chat_template_kwargs", "QUERY"},
+    "FP32": {"temperature", "top_p", "min_p"},
+    "UINT64": {"seed", "random_seed"},
+    "BOOL": {
+        "stream", "ignore_eos", "cancel", "exclude_input_in_output", "return_num_input_tokens", "return_num_output_tokens",
+        "return_num_cached_tokens", "add_generation_prompt",
+    },
+}  # fmt: skip
+NUMPY = {"BYTES": np.object_, "FP32": np.float32, "UINT64": np.uint64, "BOOL": np.bool_, "INT32": np.int32}
+
+
+def inputs(module: Any, values: dict[str, Any]) -> list[Any]:
+    """Input tensors of one prompt; a list becomes one row, a list of lists several prompts."""
+    tensors = []
+    for name, value in values.items():
+        kind = next((k for k, names in KINDS.items() if name in names), "INT32")
+        rows = value if isinstance(value, list) and value and isinstance(value[0], list) else [value if isinstance(value, list) else [value]]
+        if kind == "BYTES":
+            rows = [[item.encode() if isinstance(item, str) else item for item in row] for row in rows]
+        array = np.array(rows, dtype=NUMPY[kind])
+        tensor = module.InferInput(name, list(array.shape), kind)
+        tensor.set_data_from_numpy(array)
+        tensors.append(tensor)
+    return tensors
+
+
+@dataclass
+class Stream:
+    """All responses to one request, in order, and its error if there was one."""
+
+    responses: list[dict[str, Any]] = field(default_factory=list)
+    errors: list[str] = field(default_factory=list)
+    times: list[float] = field(default_factory=list)
+    done: threading.Event = field(default_factory=threading.Event)
+
+    @property
+    def text(self) -> str:
+        return "".join(response["text_output"] for response in self.responses)
+
+    def ids(self, index: int = 0) -> list[int]:
+        return [i for r in self.responses if r["sequence_index"] == index for i in r["output_ids"]]
+
+    @property
+    def reason(self) -> str:
+        return self.responses[-1]["finish_reason"]
+
+
+def as_dict(result: Any) -> dict[str, Any]:
+    """One response's outputs: texts decoded (strictly), single numbers as numbers, ids as a list."""
+    found: dict[str, Any] = {}
+    for output in result.get_response().outputs:
+        array = result.as_numpy(output.name)
+        if output.name == "output_ids":
+            found[output.name] = array.reshape(-1).tolist()
+        elif array.dtype == np.object_:
+            found[output.name] = array.reshape(-1)[0].decode("utf-8", "strict")
+        else:
+            found[output.name] = array.reshape(-1)[0].item()
+    return found
+
+
+class Streams:
+    """A gRPC stream that many requests share."""
+
+    def __init__(self, server: TritonServer):
+        self.client = grpc.InferenceServerClient(server.address.grpc)
+        self._open: dict[str, Stream] = {}
+        self._lost: list[Any] = []
+        self.client.start_stream(self._receive)
+
+    def _receive(self, result: Any, error: Any) -> None:
+        now = time.monotonic()
+        if error is not None:
+            match = re.match(r"\[request id: (.*?)\] ", error.message() or "")
+            owners = [self._open[match[1]]] if match and match[1] in self._open else [s for s in self._open.values() if not s.done.is_set()]
+            for stream in owners:
+                stream.errors.append(error.message())
+                stream.done.set()
+            return
+        response = result.get_response()
+        stream = self._open[response.id]
+        if response.outputs:
+            stream.responses.append(as_dict(result))
+            stream.times.append(now)
+        if response.parameters["triton_final_response"].bool_param:
+            stream.done.set()
+
+    def send(self, model: str, request_id: str, parameters: dict[str, Any] | None = None, **values: Any) -> Stream:
+        self._open[request_id] = stream = Stream()
+        self.client.async_stream_infer(model, inputs(grpc, values), request_id=request_id, parameters=parameters)
+        return stream
+
+    def close(self, cancel: bool = False) -> None:
+        self.client.stop_stream(cancel_requests=cancel)
+        self.client.close()
+
+
+def stream_one(server: TritonServer, model: str = "ensemble", parameters: dict[str, Any] | None = None, timeout: float = 120, **values: Any) -> Stream:
+    """One request on a stream of its own."""
+    streams = Streams(server)
+    try:
+        stream = streams.send(model, "one", parameters, **values)
+        assert stream.done.wait(timeout), "no answer in time"
+        return stream
+    finally:
+        streams.close()
+
+
+def generate(server: TritonServer, body: dict[str, Any], model: str = "ensemble", timeout: float = 120) -> tuple[int, dict[str, Any]]:
+    """HTTP generate: status and JSON."""
+    request = urllib.request.Request(f"http://{server.address.http}/v2/models/{model}/generate", json.dumps(body).encode())
+    try:
+        with urllib.request.urlopen(request, timeout=timeout) as answer:
+            return answer.status, json.loads(answer.read())
+    except urllib.error.HTTPError as error:
+        return error.code, json.loads(error.read())
+
+
+def infer_http(server: TritonServer, model: str, parameters: dict[str, Any] | None = None, **values: Any) -> Any:
+    with http.InferenceServerClient(server.address.http, network_timeout=120) as client:
+        return client.infer(model, inputs(http, values), parameters=parameters)
+
+
+def metric(server: TritonServer, name: str) -> float:
+    """The value of a metric of ours."""
+    with urllib.request.urlopen(f"http://{server.address.metrics}/metrics", timeout=10) as answer:
+        text = answer.read().decode()
+    return float(re.search(rf"^{name}{{.*}} (\S+)$", text, re.MULTILINE)[1])
+
+
+def wait_for(condition: Callable[[], bool], timeout: float = 15, what: str = "") -> None:
+    deadline = time.monotonic() + timeout
+    while not condition():
+        assert time.monotonic() < deadline, f"not within {timeout} s: {what}"
+        time.sleep(0.05)
+
+
+def wait_until_idle(server: TritonServer) -> None:
+    """No sequence, no block in use."""
+    names = ("pagetide_requests_running", "pagetide_requests_waiting", "pagetide_kv_blocks_used")
+    wait_for(lambda: all(metric(server, name) == 0 for name in names), what="an idle engine")
+
+
+__all__ = ["Stream", "Streams", "generate", "infer_http", "metric", "queue", "stream_one", "wait_for", "wait_until_idle"]

@@ -1,0 +1,40 @@
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from client import wait_until_idle
+from parrot import pieces_of, write_parrot
+from triton_server import ROOT, TritonServer, free_address
+
+CACHE = str(ROOT / ".cache")
+# Two bytes a token, so that characters of two, three and four bytes are torn in all ways.
+TEXT = "波引夕🌊西🐚南干空海雨雲é陽 "
+
+
+def start(settings: dict) -> TritonServer:
+    server = TritonServer(free_address(), {"cache_dir": CACHE, "check_integrity": True, **settings})
+    server.start()
+    server.wait_until_ready()
+    return server
+
+
+@pytest.fixture(scope="session")
+def real() -> Iterator[TritonServer]:
+    """The real model in float32, with so few blocks that the tests' prompts do not fit at once."""
+    server = start({"dtype": "float32", "num_blocks": 600, "max_model_len": 2048, "max_num_batched_tokens": 256})
+    yield server
+    wait_until_idle(server)
+    assert server.stop(), "the server did not stop by itself within its time-out"
+
+
+@pytest.fixture(scope="session")
+def parrot(tmp_path_factory) -> Iterator[TritonServer]:
+    """A model that says TEXT again and again."""
+    folder: Path = tmp_path_factory.mktemp("parrot")
+    write_parrot(folder, pieces_of(TEXT, 2), ends=False)
+    server = start({"model": str(folder), "max_num_seqs": 64, "max_queued_requests": 200})
+    yield server
+    wait_until_idle(server)
+    assert server.stop(), "the server did not stop by itself within its time-out"
