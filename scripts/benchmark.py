@@ -96,9 +96,8 @@ def run_pagetide(jobs_of: Callable[[str], list[Job]], names: list[str], **settin
 def run_transformers(jobs_of: Callable[[str], list[Job]], names: list[str], dtype: str) -> Iterator[tuple[str, Figures]]:
     """transformers' generate in static batches of 32: each batch runs until its longest answer is there."""
     import torch
-    from transformers import AutoModelForCausalLM
-
     from pagetide.models.source import find_model
+    from transformers import AutoModelForCausalLM
 
     model = AutoModelForCausalLM.from_pretrained(str(find_model("", Path(CACHE))), dtype=getattr(torch, dtype)).eval()
 
@@ -211,7 +210,6 @@ def machine_limits() -> dict[str, float]:
     import numba
     import numpy as np
     import torch
-
     from pagetide.models.families import read_model
     from pagetide.models.source import find_model
 
@@ -325,7 +323,6 @@ def versions() -> dict[str, str]:
     import numba
     import torch
     import transformers
-
     from pagetide.ops.cpu.table import cpu_model
 
     name = next((line.split(":", 1)[1].strip() for line in cpu_model().splitlines() if line.startswith("model name")), platform.processor())

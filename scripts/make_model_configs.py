@@ -10,7 +10,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "backend_src"))
 
-from pagetide.serving.contract import tensor_fields  # noqa: E402
+from pagetide.serving.contract import tensor_fields
 
 REPOSITORY = Path(__file__).parents[1] / "model_repository"
 MAX_BATCH = 1024

@@ -12,14 +12,13 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "backend_src"))
 
-from rich.console import Console  # noqa: E402
-from rich.panel import Panel  # noqa: E402
-from rich.text import Text  # noqa: E402
-from triton_server import ROOT, Address, ServerError, TritonServer, find_running  # noqa: E402
+from pagetide.config import SettingsError, make_settings, settings_fields
+from rich.console import Console
+from rich.panel import Panel
+from rich.text import Text
+from triton_server import ROOT, Address, ServerError, TritonServer, find_running
 
-from pagetide.config import SettingsError, make_settings, settings_fields  # noqa: E402
-
-console = Console(highlight=False)
+console = Console(highlight=False, soft_wrap=True)
 QUESTION = "What is the capital of France? Explain in two sentences."
 
 CURL = """curl -sN http://{http}/v2/models/ensemble/generate_stream \\

@@ -24,7 +24,9 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
     model: Annotated[str, Meta(description="Hugging Face directory or hub id, or a .gguf file; empty: the embedded SmolLM2-135M-Instruct")] = ""
     dtype: Annotated[Literal["auto", "bfloat16", "float16", "float32"], Meta(description="type of weights and KV cache; auto: bfloat16")] = "auto"
     device: Annotated[Literal["auto", "cpu", "cuda"], Meta(description="auto: a GPU if there is one")] = "auto"
-    max_model_len: Annotated[int, Meta(ge=0, description="longest prompt plus answer in tokens; 0: the model's own, as far as the cache holds it")] = 0
+    max_model_len: Annotated[
+        int, Meta(ge=0, description="longest prompt plus answer in tokens; 0: the model's own, as far as the cache holds it")
+    ] = 0
     max_num_seqs: Annotated[int, Meta(ge=1, le=4096, description="sequences that run at the same time")] = 32
     max_num_batched_tokens: Annotated[int, Meta(ge=1, description="token budget of one engine step")] = 512
     max_queued_requests: Annotated[int, Meta(ge=1, description="requests that wait or run before new ones are refused")] = 4096
@@ -92,7 +94,5 @@ def settings_fields() -> list[SettingsField]:
     for name, hint in get_type_hints(Settings, include_extras=True).items():
         kind, meta = get_args(hint)
         is_choice = get_origin(kind) is Literal
-        fields.append(
-            SettingsField(name, str if is_choice else kind, get_args(kind) if is_choice else (), getattr(defaults, name), meta.description)
-        )
+        fields.append(SettingsField(name, str if is_choice else kind, get_args(kind) if is_choice else (), getattr(defaults, name), meta.description))
     return fields

@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import random
 
-
 import numpy as np
 import pytest
 import torch
 from models import FAMILIES, greedy, write_model
-
+from pagetide.config import Settings
 from pagetide.kv_cache.layout import KVLayout
 from pagetide.kv_cache.store import TorchStore
 from pagetide.llm import LLM
@@ -20,7 +19,6 @@ from pagetide.models.weights import Checkpoint
 from pagetide.ops.batch import Batch
 from pagetide.ops.table import select_ops
 from pagetide.types import SamplingParams
-from pagetide.config import Settings
 
 
 def prompt_logits(folder, ids: list[int], ops: str, tmp_path) -> torch.Tensor:

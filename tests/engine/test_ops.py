@@ -7,7 +7,6 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-
 from pagetide.kv_cache.layout import keys_of, values_of
 from pagetide.ops import reference
 from pagetide.ops.attention import HeadShape, LayerAttention, TorchAttention

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import queue
 import re
 import threading
 import time
@@ -81,20 +80,21 @@ def as_dict(result: Any) -> dict[str, Any]:
 
 
 class Streams:
-    """A gRPC stream that many requests share."""
+    """A gRPC stream that many requests share. An error is told to its request only if that is alone on the stream."""
 
     def __init__(self, server: TritonServer):
         self.client = grpc.InferenceServerClient(server.address.grpc)
         self._open: dict[str, Stream] = {}
-        self._lost: list[Any] = []
+        self.errors: list[str] = []
         self.client.start_stream(self._receive)
 
     def _receive(self, result: Any, error: Any) -> None:
         now = time.monotonic()
         if error is not None:
-            match = re.match(r"\[request id: (.*?)\] ", error.message() or "")
-            owners = [self._open[match[1]]] if match and match[1] in self._open else [s for s in self._open.values() if not s.done.is_set()]
-            for stream in owners:
+            # Triton does not say which request of the connection an error belongs to.
+            self.errors.append(error.message())
+            if len(self._open) == 1:
+                (stream,) = self._open.values()
                 stream.errors.append(error.message())
                 stream.done.set()
             return
@@ -116,7 +116,9 @@ class Streams:
         self.client.close()
 
 
-def stream_one(server: TritonServer, model: str = "ensemble", parameters: dict[str, Any] | None = None, timeout: float = 120, **values: Any) -> Stream:
+def stream_one(
+    server: TritonServer, model: str = "ensemble", parameters: dict[str, Any] | None = None, timeout: float = 120, **values: Any
+) -> Stream:
     """One request on a stream of its own."""
     streams = Streams(server)
     try:
@@ -162,4 +164,4 @@ def wait_until_idle(server: TritonServer) -> None:
     wait_for(lambda: all(metric(server, name) == 0 for name in names), what="an idle engine")
 
 
-__all__ = ["Stream", "Streams", "generate", "infer_http", "metric", "queue", "stream_one", "wait_for", "wait_until_idle"]
+__all__ = ["Stream", "Streams", "generate", "infer_http", "metric", "stream_one", "wait_for", "wait_until_idle"]

@@ -5,7 +5,6 @@ from typing import Any
 
 import pytest
 from context_runner import VOCABULARY, ContextRunner
-
 from pagetide.config import make_settings
 from pagetide.engine.blocks import BlockManager
 from pagetide.engine.loop import EngineLoop

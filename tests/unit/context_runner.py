@@ -9,7 +9,6 @@ from __future__ import annotations
 import hashlib
 
 import numpy as np
-
 from pagetide.runner.plan import StepPlan, StepTokens
 
 VOCABULARY = 50

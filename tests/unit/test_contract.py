@@ -8,7 +8,6 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-
 from pagetide.serving.contract import FIELDS, MAX_STOPS, check_params, check_request, parse, tensor_fields
 from pagetide.types import Request, RequestError, SamplingParams
 

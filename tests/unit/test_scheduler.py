@@ -7,7 +7,6 @@ from conftest import END_ID, SmallEngine
 from context_runner import expected_tokens
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-
 from pagetide.engine.strategies import _seed_of_sample
 from pagetide.types import QueueFullError
 
@@ -80,7 +79,7 @@ def test_end_token_stops_unless_ignored_and_not_before_min_tokens(engine):
     small.run()
     assert small.tokens(1) == tokens[: tokens.index(end) + 1] and small.reason(1) == ["stop"]
     assert small.tokens(2) == tokens and small.reason(2) == ["length"]
-    assert END_ID != end
+    assert end != END_ID
 
 
 def test_min_tokens_is_told_to_the_sampler_for_the_first_tokens_only(engine):
@@ -178,9 +177,7 @@ requests = st.lists(
     batching=st.sampled_from(["continuous", "static"]),
     reservation=st.sampled_from(["paged", "contiguous"]),
 )
-def test_random_workloads_see_their_own_context_and_leave_every_block_free(
-    requests, num_blocks, budget, block_size, caching, batching, reservation
-):
+def test_random_workloads_see_their_own_context_and_leave_every_block_free(requests, num_blocks, budget, block_size, caching, batching, reservation):
     small = SmallEngine(
         num_blocks=num_blocks,
         block_size=block_size,

@@ -7,7 +7,6 @@ import random
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-
 from pagetide.engine.stops import StopChecker, num_incomplete_bytes
 from pagetide.text.tokens import decode
 

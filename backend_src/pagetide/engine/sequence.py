@@ -1,8 +1,8 @@
 """The mutable state of a sequence: the only thing in the engine that changes while a request runs.
 
-   [0 ......... num_computed)          in the cache, or on the way there
-   [num_computed ...... num_wanted)    what the next steps have to compute
-   [len(token_ids) .... num_wanted)    sampled by steps in flight, not yet seen by the host (num_pending)
+[0 ......... num_computed)          in the cache, or on the way there
+[num_computed ...... num_wanted)    what the next steps have to compute
+[len(token_ids) .... num_wanted)    sampled by steps in flight, not yet seen by the host (num_pending)
 """
 
 from __future__ import annotations

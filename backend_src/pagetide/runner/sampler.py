@@ -28,9 +28,7 @@ class Sampler:
 
     def _sample(self, rows: torch.Tensor, positions: torch.Tensor, logits: torch.Tensor) -> torch.Tensor:
         state = self._rows
-        return self._ops.sample(
-            logits, state.temperature[rows], state.top_k[rows], state.top_p[rows], state.min_p[rows], state.seed[rows], positions
-        )
+        return self._ops.sample(logits, state.temperature[rows], state.top_k[rows], state.top_p[rows], state.min_p[rows], state.seed[rows], positions)
 
     def _mask_end_ids(self, plan: StepPlan, logits: torch.Tensor) -> None:
         pairs = [

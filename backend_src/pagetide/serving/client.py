@@ -22,7 +22,6 @@ from pagetide.config import Settings
 from pagetide.engine.messages import ERROR_PREFIX, Cancel, FromEngine, Hello, Outputs, Ready, Refused, Statistics, Submit, ToEngine
 from pagetide.types import EngineInfo, Output, Request
 
-
 log = logging.getLogger("pagetide.client")
 
 

@@ -314,9 +314,7 @@ def check_params(params: SamplingParams) -> None:
     stops = params.stop_texts
     if len(stops) > MAX_STOPS or any(len(text) > MAX_STOP_LENGTH for text in stops):
         longest = max(map(len, stops))
-        raise RequestError(
-            f"stop_words has {len(stops)} texts of up to {longest} characters, may have {MAX_STOPS} of up to {MAX_STOP_LENGTH}"
-        )
+        raise RequestError(f"stop_words has {len(stops)} texts of up to {longest} characters, may have {MAX_STOPS} of up to {MAX_STOP_LENGTH}")
     if params.max_tokens is not None and params.min_tokens > params.max_tokens:
         raise RequestError(f"min_tokens is {params.min_tokens}, must be at most max_tokens, which is {params.max_tokens}")
 

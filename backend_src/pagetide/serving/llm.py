@@ -45,8 +45,9 @@ class LlmModel:
         # Only one of the engine's clients starts it.
         self._supervisor = EngineSupervisor(self._settings, path, log.warning) if self._is_decoupled else None
         self._pacer = ResponsePacer(self._send)
-        metrics = EngineMetrics(args["model_name"], self._supervisor) if self._supervisor is not None else None
-        self._client = EngineClient(path, self._pacer.put, self._on_refused, self._on_lost, metrics.update if metrics else None)
+        self._metrics = EngineMetrics(args["model_name"], self._supervisor) if self._supervisor is not None else None
+        on_statistics = self._metrics.update if self._metrics is not None else None
+        self._client = EngineClient(path, self._pacer.put, self._on_refused, self._on_lost, on_statistics)
         try:
             wait_for_engine(self._client, path, self._settings.engine_start_timeout_s)
         except EngineStartError as error:
@@ -171,6 +172,8 @@ class LlmModel:
         self._pacer.close()
         if self._supervisor is not None:
             self._supervisor.stop()
+        if self._metrics is not None:
+            self._metrics.close()
 
 
 def _unpack(packed: bytes) -> ParsedRequest:

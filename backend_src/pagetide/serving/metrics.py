@@ -51,3 +51,10 @@ class EngineMetrics:
     def _metric(self, name: str, description: str, kind: Any) -> Any:
         self._families.append(pb_utils.MetricFamily(name=name, description=description, kind=kind))
         return self._families[-1].Metric(labels=self._labels)
+
+    def close(self) -> None:
+        """Gives the metrics back while the stub can still do it: first they, then their families."""
+        self._gauges.clear()
+        self._counters.clear()
+        self._restarts = None
+        self._families.clear()

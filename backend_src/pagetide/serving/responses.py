@@ -69,7 +69,10 @@ class ClientRequest:
         return list(self._prompt_of)
 
     def is_cancelled(self) -> bool:
-        return bool(self._sender.is_cancelled())
+        """True if the client is gone."""
+        # Triton crashes if it is asked about a request whose last response has been sent.
+        with self._lock:
+            return bool(self._num_open and self._sender.is_cancelled())
 
     def take(self, output: Output) -> bool:
         """Sends, or keeps until all is there; True when the request has been answered completely."""

@@ -3,4 +3,4 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[3] / "backend_src"))
 
-from pagetide.serving.preprocess import PreprocessModel as TritonPythonModel  # noqa: E402, F401
+from pagetide.serving.preprocess import PreprocessModel as TritonPythonModel  # noqa: F401

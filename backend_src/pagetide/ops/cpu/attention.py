@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from numba import prange
 
-from pagetide.ops.attention import HeadShape, LayerAttention, TorchAttention
+from pagetide.ops.attention import LayerAttention, TorchAttention
 from pagetide.ops.batch import Batch
 from pagetide.ops.cpu.compiled import as_numpy, device_function, fast_exp, kernel, row_kernel, store
 from pagetide.ops.cpu.vectors import make_scores, make_weighted_sum

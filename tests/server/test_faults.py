@@ -1,0 +1,191 @@
+"""Clients that leave, engines that die, requests that make no sense: nobody else is disturbed, and nothing is left over."""
+
+from __future__ import annotations
+
+import json
+import signal
+import socket
+import time
+
+import numpy as np
+import psutil
+import pytest
+import tritonclient.grpc as grpc
+from client import Streams, generate, metric, stream_one, wait_for, wait_until_idle
+from conftest import TEXT, start
+from parrot import pieces_of, write_parrot
+from tritonclient.utils import InferenceServerException
+
+LONG = {"input_ids": [1], "max_tokens": 3000, "temperature": 0.0, "stream": True, "ignore_eos": True}
+
+
+def open_http_stream(server, body: dict) -> socket.socket:
+    """A raw HTTP client of generate_stream that has read the first bytes of the answer."""
+    data = json.dumps(body).encode()
+    client = socket.create_connection((server.address.host, server.address.http_port))
+    client.settimeout(60)
+    head = f"POST /v2/models/ensemble/generate_stream HTTP/1.1\r\nHost: x\r\nContent-Length: {len(data)}\r\n\r\n"
+    client.sendall(head.encode() + data)
+    assert client.recv(64).startswith(b"HTTP/1.1 200")
+    return client
+
+
+def memory_mb(server) -> float:
+    return sum(process.memory_info().rss for process in server.processes()) / 2**20
+
+
+def cancel_by_grpc(server, count: int) -> None:
+    streams = Streams(server)
+    sent = [streams.send("ensemble", f"g{i}", **LONG) for i in range(count)]
+    wait_for(lambda: any(s.responses for s in sent), 60, "a first response")
+    streams.close(cancel=True)
+
+
+def cancel_by_leaving_http(server, count: int) -> None:
+    clients = [open_http_stream(server, {**LONG, "stream": True}) for _ in range(count)]
+    for client in clients:
+        client.close()
+
+
+def cancel_by_request(server, count: int) -> None:
+    streams = Streams(server)
+    sent = [streams.send("ensemble", f"c{i}", **LONG) for i in range(count)]
+    wait_for(lambda: any(s.responses for s in sent), 60, "a first response")
+    other = Streams(server)
+    answers = [other.send("ensemble", f"c{i}", cancel=True) for i in range(count)]
+    for stream in sent:
+        assert stream.done.wait(60) and not stream.errors
+        assert stream.reason == "cancelled"
+    assert all(a.done.wait(60) and a.reason == "cancelled" and a.text == "" for a in answers)
+    streams.close()
+    other.close()
+
+
+@pytest.mark.parametrize("way", [cancel_by_grpc, cancel_by_leaving_http, cancel_by_request])
+def test_each_way_to_cancel_frees_everything_at_once(parrot, way):
+    way(parrot, 8)
+    wait_until_idle(parrot)
+
+
+def test_a_cancelled_direct_call_of_llm_frees_everything(parrot):
+    streams = Streams(parrot)
+    sent = streams.send("llm", "direct", **LONG)
+    wait_for(lambda: bool(sent.responses), 30, "a first response")
+    streams.close(cancel=True)
+    wait_until_idle(parrot)
+
+
+def test_a_thousand_cancelled_streams_leave_nothing_behind(tmp_path):
+    """A server of its own, so that its stop shows whether a request is still in flight."""
+    write_parrot(tmp_path, pieces_of(TEXT, 2), ends=False)
+    server = start({"model": str(tmp_path), "max_num_seqs": 64, "check_integrity": False})
+    cancel_by_grpc(server, 50)
+    wait_until_idle(server)
+    before = memory_mb(server)
+    for _ in range(8):
+        cancel_by_grpc(server, 60)
+        cancel_by_leaving_http(server, 30)
+        cancel_by_request(server, 30)
+        wait_until_idle(server)
+    assert metric(server, "pagetide_requests_cancelled") >= 900
+    assert memory_mb(server) < before + 150
+    assert stream_one(server, **{**LONG, "max_tokens": 5}).reason == "length"
+    assert server.stop(), "requests were still in flight"
+    assert "Timeout 15: Found 0 model versions that have in-flight inferences" in server.log.read_text()
+    assert not [p for p in server.processes() if p.is_running()]
+
+
+def test_a_killed_engine_gives_each_stream_one_error_and_comes_back(tmp_path):
+    write_parrot(tmp_path, pieces_of(TEXT, 2), ends=False)
+    server = start({"model": str(tmp_path)})
+    streams = [Streams(server) for _ in range(16)]
+    sent = [s.send("ensemble", f"k{i}", **LONG) for i, s in enumerate(streams)]
+    wait_for(lambda: all(s.responses for s in sent), 60, "first responses")
+    engine = next(p for p in server.processes() if "pagetide.engine.process" in p.cmdline())
+    engine.send_signal(signal.SIGKILL)
+    killed = time.monotonic()
+    for stream in sent:
+        assert stream.done.wait(5), "no error within 5 s"
+        assert len(stream.errors) == 1 and "the engine failed while it was working on this request" in stream.errors[0]
+    assert time.monotonic() - killed < 6
+    status, answer = generate(server, {"input_ids": [1], "max_tokens": 3})
+    if status != 200:
+        assert status in (400, 503) and "the engine is not running; it is being started again" in answer["error"]
+    wait_for(lambda: generate(server, {"input_ids": [1], "max_tokens": 3})[0] == 200, 60, "an engine that works again")
+    assert stream_one(server, **{**LONG, "max_tokens": 4}).ids() == [2, 3, 4, 5]
+    wait_until_idle(server)
+    assert metric(server, "pagetide_engine_restarts") == 1
+    for one in streams:
+        one.close()
+    processes = server.processes()
+    server.stop()
+    assert not [p for p in processes if p.is_running() and p.status() != psutil.STATUS_ZOMBIE]
+
+
+def test_a_full_queue_is_refused_at_once_and_says_so(parrot):
+    streams = Streams(parrot)
+    sent = [streams.send("ensemble", f"q{i}", **{**LONG, "max_tokens": 400}) for i in range(220)]
+    wait_for(lambda: sum(s.done.is_set() for s in sent) + len(streams.errors) == 220, 120, "an answer or a refusal for each")
+    assert 0 < len(streams.errors) <= 20
+    assert all("Exceeds maximum queue size: Maximum queue size of 200 requests reached" in error for error in streams.errors)
+    assert all(len(s.ids()) == 400 for s in sent if s.done.is_set())
+    streams.close()
+
+
+BAD = [
+    ({"text_input": "x", "temperature": -1.0}, "temperature is -1.0, must be from 0 to"),
+    ({"text_input": "x", "temperature": float("nan")}, "temperature is nan, must be a finite number"),
+    ({"text_input": "x", "top_p": 1.5}, "top_p is 1.5, must be from 0 to 1"),
+    ({"text_input": "x", "top_k": -2}, "top_k is -2, must be from -1"),
+    ({"text_input": "x", "max_tokens": 0}, "max_tokens is 0, must be from 1"),
+    ({"text_input": "x", "min_tokens": 9, "max_tokens": 3}, "min_tokens is 9, must be at most max_tokens, which is 3"),
+    ({"text_input": "x", "end_id": 10**6}, "end_id is 1000000, must be from -1 to 127"),
+    ({"text_input": "x", "num_return_sequences": 65}, "num_return_sequences is 65, must be at most 64"),
+    ({"text_input": "x", "input_ids": [1]}, "exactly one of text_input, messages, input_ids; it has text_input and input_ids"),
+    ({"temperature": 1.0}, "exactly one of text_input, messages, input_ids; it has none of them"),
+    ({"text_input": ""}, "the prompt is empty"),
+    ({"text_input": b"\xff\xfe"}, "text_input is not valid UTF-8"),
+    ({"input_ids": [1, 500]}, "input_ids has the token id 500, must be from 0 to 127"),
+    ({"input_ids": [-1]}, "input_ids has the token id -1"),
+    ({"input_ids": [1] * 4096}, "the prompt has 4096 tokens, must have at most 4095"),
+    ({"messages": '[{"role": "user", "content": "x"}]'}, "messages need a chat template, and this model has none"),
+    ({"messages": "{"}, "messages is not valid JSON"),
+    ({"text_input": "x", "sampling_parameters": '{"tempurature": 1}'}, "'tempurature'; did you mean temperature"),
+    ({"text_input": "x", "sampling_parameters": "[]"}, "sampling_parameters is a JSON list, must be an object"),
+    ({"text_input": "x", "min_tokens": 1, "min_length": 1}, "min_tokens is given twice"),
+    ({"text_input": "x", "stop_words": ["y"] * 65}, "stop_words has 65 texts"),
+    ({"cancel": True, "request": ""}, "cancel needs the request_id"),
+]
+
+
+def test_bad_input_is_one_clear_error_each_and_disturbs_nobody(parrot):
+    streams = Streams(parrot)
+    running = [streams.send("ensemble", f"r{i}", **{**LONG, "max_tokens": 2000}) for i in range(16)]
+    wait_for(lambda: all(s.responses for s in running), 60, "first responses")
+    for number, (values, message) in enumerate(BAD):
+        other = Streams(parrot)
+        bad = other.send("ensemble", values.get("request", f"b{number}"), **{k: v for k, v in values.items() if k != "request"})
+        assert bad.done.wait(20), values
+        other.close()
+        assert len(bad.errors) == 1 and message in bad.errors[0], (message, bad.errors, bad.responses)
+        assert not bad.responses
+    for stream in running:
+        assert stream.done.wait(120) and not stream.errors
+        assert len(stream.ids()) == 2000 and stream.text == running[0].text
+    streams.close()
+
+
+@pytest.mark.parametrize(
+    "parameters, message", [({"temprature": 1}, "did you mean temperature"), ({"top_k": "many"}, "top_k is 'many', must be an integer")]
+)
+def test_bad_request_parameters_are_told(parrot, parameters, message):
+    assert message in stream_one(parrot, parameters=parameters, input_ids=[1]).errors[0]
+
+
+def test_errors_have_tritons_status_codes(parrot):
+    assert generate(parrot, {"text_input": "x", "top_p": 3})[0] == 400
+    assert generate(parrot, {"text_input": "x", "no_such": 3})[0] == 400
+    with grpc.InferenceServerClient(parrot.address.grpc) as client, pytest.raises(InferenceServerException, match="StatusCode.INVALID_ARGUMENT"):
+        tensor = grpc.InferInput("input_ids", [1, 1], "INT32")
+        tensor.set_data_from_numpy(np.array([[500]], np.int32))
+        client.infer("ensemble_unary", [tensor])

@@ -1,0 +1,79 @@
+"""The README's commands, as a user runs them."""
+
+from __future__ import annotations
+
+import re
+import subprocess
+import sys
+
+import psutil
+import pytest
+from parrot import pieces_of, write_parrot
+from triton_server import ROOT, free_address
+
+sys.path.insert(0, str(ROOT / "scripts"))
+
+
+def run(*command: str, timeout: float = 120) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=timeout)
+
+
+def test_serve_detached_streams_a_completion_and_stop_leaves_no_process():
+    """The real model, the second start of a machine that has served it before."""
+    address = free_address()
+    ports = [f"--http-port={address.http_port}", f"--grpc-port={address.grpc_port}", f"--metrics-port={address.metrics_port}"]
+    served = run("./scripts/serve.sh", "--detach", *ports)
+    assert served.returncode == 0, served.stdout + served.stderr
+    assert "The capital of France is Paris." in served.stdout
+    again = run("./scripts/serve.sh", "--detach", *ports)
+    assert again.returncode == 1 and "already listens on port" in again.stdout
+    curl = re.search(r"^curl .*?'$", served.stdout, re.MULTILINE | re.DOTALL)[0]
+    assert '"text_output"' in run("bash", "-c", curl).stdout
+    url, http = f"--url={address.grpc}", f"--url={address.http}"
+    assert "Paris" in run(sys.executable, "clients/grpc_stream.py", url, "--temperature=0", "What is the capital of France?").stdout
+    assert "Paris" in run(sys.executable, "clients/http_unary.py", http, "--temperature=0", "The capital of France is").stdout
+    assert "Paris" in run(sys.executable, "clients/http_stream.py", http, "--temperature=0", "The capital of France is").stdout
+    many = run(sys.executable, "clients/grpc_async_many.py", url, "--count=6", "--max-tokens=8")
+    assert many.returncode == 0 and "6 answers" in many.stdout
+    chat = subprocess.run(
+        [sys.executable, "clients/chat.py", url, "--temperature=0"],
+        cwd=ROOT,
+        input="What is the capital of France?\n",
+        capture_output=True,
+        text=True,
+    )
+    assert "Paris" in chat.stdout
+    load = run(
+        sys.executable, "-m", "locust", "-f", "clients/locustfile.py", "--headless", "-u", "3", "-r", "3", "-t", "6s", "--only-summary",
+        f"--host={address.grpc}",
+    )  # fmt: skip
+    assert load.returncode == 0 and "time to first token" in load.stdout + load.stderr, load.stderr
+    stopped = run("./scripts/stop.sh", f"--http-port={address.http_port}")
+    assert stopped.stdout.strip() == f"stopped the server on port {address.http_port}"
+    assert not [p for p in psutil.process_iter(["cmdline"]) if f".run/{address.http_port}/" in " ".join(p.info["cmdline"] or [])]
+
+
+@pytest.mark.parametrize(
+    "options, message",
+    [
+        (["--model", "/no/such.gguf"], "there is no file /no/such.gguf"),
+        (["--dtype", "float16", "--device", "cpu"], "dtype is float16, which needs a GPU"),
+        (["--max-model-len", "9000"], "max_model_len is 9000, the model's context is 8192 tokens"),
+        (["--block-size", "0"], "Expected `int` >= 1 - at `$.block_size`"),
+    ],
+)
+def test_a_start_that_cannot_work_says_why(options, message):
+    address = free_address()
+    ports = [f"--http-port={address.http_port}", f"--grpc-port={address.grpc_port}", f"--metrics-port={address.metrics_port}"]
+    served = run("./scripts/serve.sh", "--detach", *ports, *options)
+    assert served.returncode == 1
+    assert message in served.stdout, served.stdout
+
+
+def test_model_may_be_a_directory(tmp_path):
+    write_parrot(tmp_path, pieces_of("abcdefgh", 1), ends=True)
+    address = free_address()
+    ports = [f"--http-port={address.http_port}", f"--grpc-port={address.grpc_port}", f"--metrics-port={address.metrics_port}"]
+    served = run("./scripts/serve.sh", "--detach", "--model", str(tmp_path), *ports)
+    assert served.returncode == 0 and "this model has none" in served.stdout
+    assert run("./scripts/stop.sh", f"--http-port={address.http_port}").returncode == 0
