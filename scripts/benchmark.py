@@ -2,7 +2,7 @@
 
    single  1 x (128 tokens in, 128 out)      mixed   64 x (16..512 in, 16..256 out), seeded
    batch  64 x (128, 128)                    prefix  64 x (512 shared + 32 own, 64)
-Greedy, exact lengths, all submitted at once, at most 32 running. Figures are output tokens a second; a claim is a ratio from one run, engines in turn.
+Greedy, exact lengths, all submitted at once, at most 32 running. Figures are output tokens a second, engines in turn in one run.
 
 python scripts/benchmark.py [--engine] [--server] [--workloads single batch] [--repeats 2] [--json FILE] [--plot FILE]
 """
@@ -17,6 +17,7 @@ import resource
 import statistics
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
@@ -127,8 +128,6 @@ def run_transformers(jobs_of: Callable[[str], list[Job]], names: list[str], dtyp
 
 def run_server(jobs_of: Callable[[str], list[Job]], names: list[str], stream: bool) -> Iterator[tuple[str, Figures]]:
     """Through Triton's ensemble over gRPC, all requests on one connection."""
-    import threading
-
     import numpy as np
     import tritonclient.grpc as grpc
     from triton_server import TritonServer, free_address
@@ -153,36 +152,49 @@ def run_server(jobs_of: Callable[[str], list[Job]], names: list[str], stream: bo
 
     try:
         for name in ["single", *names]:
-            first, last, counts = {}, {}, {}
-            jobs, done = jobs_of(name), threading.Event()
-            num_open = len(jobs)
-            begin = time.perf_counter()
-
-            def receive(result: Any, error: Any) -> None:
-                nonlocal num_open
-                if error is not None:
-                    print(f"error: {error}", file=sys.stderr)
-                    done.set()
-                    return
-                now, number = time.perf_counter() - begin, result.get_response().id
-                first.setdefault(number, now)
-                last[number] = now
-                counts[number] = counts.get(number, 0) + int(result.as_numpy("sequence_length")[0, 0])
-                if result.as_numpy("finish_reason")[0]:
-                    num_open -= 1
-                    if not num_open:
-                        done.set()
-
+            jobs = jobs_of(name)
+            answers = Answers(len(jobs))
             with grpc.InferenceServerClient(server.address.grpc) as client:
-                client.start_stream(receive)
+                client.start_stream(answers.receive)
                 for number, job in enumerate(jobs):
                     client.async_stream_infer("ensemble", inputs(job), request_id=str(number))
-                assert done.wait(600)
-                seconds = time.perf_counter() - begin
-            assert sum(counts.values()) == sum(job.num_tokens for job in jobs)
-            yield name, figures(seconds, first if stream else {}, last, counts)
+                seconds = answers.wait()
+            assert sum(answers.counts.values()) == sum(job.num_tokens for job in jobs)
+            yield name, figures(seconds, answers.first if stream else {}, answers.last, answers.counts)
     finally:
         server.stop()
+
+
+class Answers:
+    """Times and counts of what comes back on a gRPC stream."""
+
+    def __init__(self, num_requests: int):
+        self.first: dict[str, float] = {}
+        self.last: dict[str, float] = {}
+        self.counts: dict[str, int] = {}
+        self._num_open = num_requests
+        self._error = ""
+        self._done = threading.Event()
+        self._begin = time.perf_counter()
+
+    def receive(self, result: Any, error: Any) -> None:
+        if error is not None:
+            self._error = str(error)
+            self._done.set()
+            return
+        now, number = time.perf_counter() - self._begin, result.get_response().id
+        self.first.setdefault(number, now)
+        self.last[number] = now
+        self.counts[number] = self.counts.get(number, 0) + int(result.as_numpy("sequence_length")[0, 0])
+        self._num_open -= bool(result.as_numpy("finish_reason")[0])
+        if not self._num_open:
+            self._done.set()
+
+    def wait(self) -> float:
+        """Seconds until the last answer was whole."""
+        if not self._done.wait(900) or self._error:
+            raise RuntimeError(self._error or "no answer within 900 s")
+        return time.perf_counter() - self._begin
 
 
 def figures(seconds: float, first: dict[Any, float], last: dict[Any, float], counts: dict[Any, int]) -> Figures:

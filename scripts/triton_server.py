@@ -5,6 +5,7 @@ Each server has a folder .run/PORT with its settings, its log and what is needed
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import importlib.util
 import json
@@ -222,10 +223,8 @@ class TritonServer:
         if processes:
             processes[0].send_signal(signal.SIGTERM)
         if self._process is not None:
-            try:
+            with contextlib.suppress(subprocess.TimeoutExpired):
                 self._process.wait(EXIT_TIMEOUT_S + 15)
-            except subprocess.TimeoutExpired:
-                pass
         _, left = psutil.wait_procs(processes, timeout=5 if self._process is not None else EXIT_TIMEOUT_S + 15)
         for process in left:
             process.kill()

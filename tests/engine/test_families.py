@@ -60,7 +60,7 @@ def test_greedy_tokens_equal_transformers_in_any_company(name, tmp_path):
     model = write_model(tmp_path, FAMILIES[name], shards=True)
     chooser = random.Random(1)
     prompts = [chooser.choices(range(6, 199), k=k) for k in (1, 3, 17, 64, 90, 33)]
-    prompts.append(prompts[4][:80] + [7, 8])
+    prompts.append([*prompts[4][:80], 7, 8])
     engine = LLM(
         str(tmp_path), dtype="float32", num_blocks=40, max_model_len=160, max_num_batched_tokens=48, check_integrity=True,
         cache_dir=str(tmp_path / "cache"),

@@ -185,7 +185,7 @@ def test_bad_request_parameters_are_told(parrot, parameters, message):
 def test_errors_have_tritons_status_codes(parrot):
     assert generate(parrot, {"text_input": "x", "top_p": 3})[0] == 400
     assert generate(parrot, {"text_input": "x", "no_such": 3})[0] == 400
-    with grpc.InferenceServerClient(parrot.address.grpc) as client, pytest.raises(InferenceServerException, match="StatusCode.INVALID_ARGUMENT"):
+    with grpc.InferenceServerClient(parrot.address.grpc) as client, pytest.raises(InferenceServerException, match=r"StatusCode\.INVALID_ARGUMENT"):
         tensor = grpc.InferInput("input_ids", [1, 1], "INT32")
         tensor.set_data_from_numpy(np.array([[500]], np.int32))
         client.infer("ensemble_unary", [tensor])

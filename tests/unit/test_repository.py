@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import yaml
+from make_docs import with_tables
 from make_model_configs import configs
 from pagetide.config import settings_fields
 from pagetide.serving.contract import FIELDS
@@ -23,12 +24,10 @@ def test_postprocessing_has_one_instance_and_no_dynamic_batching():
     assert all("optional: true" in line for line in config.split("output [")[0].splitlines() if "name:" in line and "data_type" in line)
 
 
-def test_the_readme_documents_every_setting_and_field():
+def test_the_readmes_tables_are_written_from_their_definitions():
     readme = (ROOT / "README.md").read_text()
-    for field in settings_fields():
-        assert f"`{field.name}`" in readme, field.name
-    for field in FIELDS:
-        assert f"`{field.name}`" in readme, field.name
+    assert with_tables(readme) == readme, "run scripts/make_docs.py"
+    assert all(f"| `{field.name}`" in readme for field in (*settings_fields(), *FIELDS))
 
 
 def test_compose_has_what_triton_needs():

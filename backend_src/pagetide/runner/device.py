@@ -43,7 +43,7 @@ class CpuDevice:
     """
 
     torch_device = torch.device("cpu")
-    activation_dtype = torch.float32
+    activation_dtype: torch.dtype | None = torch.float32
 
     def __init__(self, num_threads: int):
         self._worker = ThreadPoolExecutor(1, "pagetide-device")
@@ -79,7 +79,7 @@ class CpuDevice:
 class CudaDevice:
     """The current CUDA stream; results come through pinned memory and an event."""
 
-    activation_dtype = None
+    activation_dtype: torch.dtype | None = None
 
     def __init__(self) -> None:
         self.torch_device = torch.device("cuda", torch.cuda.current_device())

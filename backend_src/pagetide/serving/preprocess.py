@@ -46,7 +46,8 @@ class PreprocessModel:
     def _render(self, parsed: ParsedRequest) -> _Prompt:
         if parsed.messages is not None:
             try:
-                return _Prompt(parsed, render_chat(self._tokenizer, parsed), adds_special_tokens=False)
+                text = render_chat(self._tokenizer, parsed.messages, parsed.tools, parsed.add_generation_prompt, parsed.chat_template_kwargs)
+                return _Prompt(parsed, text, adds_special_tokens=False)
             except ChatTemplateError as error:
                 raise RequestError(str(error)) from error
         return _Prompt(parsed, parsed.text)

@@ -2,35 +2,28 @@
 
 from __future__ import annotations
 
-from typing import Any, Protocol
+from typing import Any
 
 
 class ChatTemplateError(ValueError):
     """The messages cannot be rendered; the sentence says why."""
 
 
-class Chat(Protocol):
-    """What is rendered."""
-
-    messages: list[dict[str, Any]] | None
-    tools: list[Any] | None
-    add_generation_prompt: bool
-    chat_template_kwargs: dict[str, Any]
-
-
-def render_chat(tokenizer: Any, chat: Chat) -> str:
-    """The prompt's text. tokenizer: transformers'. Raises ChatTemplateError."""
+def render_chat(
+    tokenizer: Any, messages: list[dict[str, Any]], tools: list[Any] | None, add_generation_prompt: bool, variables: dict[str, Any]
+) -> str:
+    """The prompt's text. tokenizer: transformers'; variables: what else the template may use. Raises ChatTemplateError."""
     import jinja2  # comes with the template's renderer
 
     if not tokenizer.chat_template:
         raise ChatTemplateError("messages need a chat template, and this model has none; send text_input instead")
     try:
         return tokenizer.apply_chat_template(
-            chat.messages,
-            tools=chat.tools,
-            add_generation_prompt=chat.add_generation_prompt,
+            messages,
+            tools=tools,
+            add_generation_prompt=add_generation_prompt,
             tokenize=False,
-            **chat.chat_template_kwargs,
+            **variables,
         )
     # A template is a program: a message without a role or content fails in it, as what its expressions raise.
     except (jinja2.TemplateError, TypeError, KeyError, ValueError, AttributeError) as error:

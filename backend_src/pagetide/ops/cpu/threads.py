@@ -10,6 +10,7 @@ import contextlib
 import ctypes
 import os
 from collections.abc import Callable
+from pathlib import Path
 
 import numba
 import numpy as np
@@ -35,9 +36,10 @@ def open_pools(num_threads: int) -> None:
 
 
 def _threads_made_by(action: Callable[[], object]) -> list[int]:
-    before = set(os.listdir("/proc/self/task"))
+    tasks = Path("/proc/self/task")
+    before = set(tasks.iterdir())
     action()
-    return sorted(int(thread) for thread in set(os.listdir("/proc/self/task")) - before)
+    return sorted(int(thread.name) for thread in set(tasks.iterdir()) - before)
 
 
 def _open_numba_pool(count: int) -> None:
