@@ -83,10 +83,11 @@ class Output(msgspec.Struct, frozen=True, array_like=True):
 
 
 class EngineInfo(msgspec.Struct, frozen=True):
-    """What clients of an engine need to know of it. model: the model directory."""
+    """What clients of an engine need to know of it. model: the model directory. device: cpu or cuda."""
 
     model: str
     vocab_size: int
     max_model_len: int
     max_num_seqs: int
     pad_id: int
+    device: str

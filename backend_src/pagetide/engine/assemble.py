@@ -63,7 +63,7 @@ def assemble(settings: Settings) -> Engine:
     table = token_bytes(model / "tokenizer.json") if (model / "tokenizer.json").exists() else []
     limits = ModelLimits(table, config.end_ids, max_len, settings.max_output_tokens)
     scheduler = Scheduler(settings, limits, BlockManager(num_blocks, settings.block_size, settings.enable_prefix_caching))
-    info = EngineInfo(str(model), config.vocab_size, max_len, settings.max_num_seqs, config.pad_id)
+    info = EngineInfo(str(model), config.vocab_size, max_len, settings.max_num_seqs, config.pad_id, device.torch_device.type)
     # What is loaded now stays: no collection needs to look at it again.
     gc.collect()
     gc.freeze()

@@ -66,7 +66,7 @@ def _with_tokenizer_file(model: Path, cache: Path) -> Path:
 def _lock(target: Path) -> Iterator[None]:
     """Keeps other processes from making the same folder: a server's models start side by side."""
     target.parent.mkdir(parents=True, exist_ok=True)
-    with open(target.with_name(target.name + ".lock"), "w") as file:
+    with target.with_name(target.name + ".lock").open("w") as file:
         fcntl.flock(file, fcntl.LOCK_EX)
         yield
 

@@ -28,6 +28,7 @@ from pagetide.types import Output, QueueFullError, Request, RequestError
 log = logging.getLogger("pagetide.llm")
 
 _CANCEL_POLL_S = 0.05
+_SEND_SHARE_ON_CPU = 0.04
 _NOT_RUNNING = "the engine is not running; it is being started again"
 
 
@@ -55,6 +56,8 @@ class LlmModel:
             raise pb_utils.TritonModelException(str(error)) from error
         if self._supervisor is not None:
             self._supervisor.mark_started()
+        if self._client.engine is not None and self._client.engine.device == "cpu":
+            self._pacer.max_share = _SEND_SHARE_ON_CPU
         self._closing = threading.Event()
         self._poller = threading.Thread(target=self._poll_cancels, name="pagetide-cancels", daemon=True)
         self._poller.start()
@@ -154,12 +157,12 @@ class LlmModel:
             opened.take(Output(prompt.number, 0, [], finish_reason="cancelled"))
 
     def _poll_cancels(self) -> None:
-        """Looks for clients that are gone. Inside an ensemble Triton does not say so here; `postprocessing` hears of it."""
+        """Looks for clients that are gone. Inside an ensemble Triton never says so here, and `postprocessing` hears of it instead."""
         while not self._closing.wait(_CANCEL_POLL_S):
             with self._lock:
                 opened = {id(one): one for one in self._open.values()}.values()
             for one in opened:
-                if one.is_cancelled():
+                if one.is_direct and one.is_cancelled():
                     self._client.cancel(one.numbers)
 
     def finalize(self) -> None:

@@ -68,6 +68,11 @@ class ClientRequest:
         """The engine's numbers of its prompts."""
         return list(self._prompt_of)
 
+    @property
+    def is_direct(self) -> bool:
+        """True if the client called this model itself, not an ensemble."""
+        return any(prompt.is_direct for prompt in self.prompts)
+
     def is_cancelled(self) -> bool:
         """True if the client is gone."""
         # Triton crashes if it is asked about a request whose last response has been sent.

@@ -1,0 +1,48 @@
+"""Chunks are joined while the way is busy, in order, and first and last ones do not wait."""
+
+from __future__ import annotations
+
+import threading
+import time
+
+from pagetide.serving.pacer import ResponsePacer
+from pagetide.types import Output
+
+
+def test_chunks_of_a_sequence_are_joined_while_the_way_is_busy_and_stay_in_order():
+    sent, gate = [], threading.Event()
+
+    def send(output: Output) -> None:
+        gate.wait(10)
+        sent.append(output)
+
+    pacer = ResponsePacer(send)
+    for token in range(50):
+        pacer.put([Output(1, 0, [token]), Output(1, 1, [100 + token])])
+    pacer.put([Output(1, 0, [50], 3, "stop")])
+    gate.set()
+    pacer.close()
+    first = [o for o in sent if o.index == 0]
+    assert [t for o in first for t in o.ids] == list(range(51))
+    assert [t for o in sent if o.index == 1 for t in o.ids] == list(range(100, 150))
+    assert len(sent) <= 4 and first[-1].finish_reason == "stop" and first[-1].num_cut == 3
+
+
+def test_sending_is_held_to_its_share_but_first_and_last_chunks_go_at_once():
+    sent = []
+
+    def send(output: Output) -> None:
+        time.sleep(0.01)
+        sent.append(output)
+
+    pacer = ResponsePacer(send, max_share=0.01)  # 10 ms of sending, then a second of rest
+    pacer.put([Output(1, 0, [1])])
+    time.sleep(0.05)
+    pacer.put([Output(1, 0, [2])])
+    time.sleep(0.05)
+    assert [o.ids for o in sent] == [[1]]
+    pacer.put([Output(2, 0, [9])])
+    pacer.put([Output(1, 0, [3], 0, "length")])
+    time.sleep(0.1)
+    assert [o.ids for o in sent] == [[1], [9], [2, 3]]
+    pacer.close()
