@@ -34,7 +34,8 @@ def parrot(tmp_path_factory) -> Iterator[TritonServer]:
     """A model that says TEXT again and again."""
     folder: Path = tmp_path_factory.mktemp("parrot")
     write_parrot(folder, pieces_of(TEXT, 2), ends=False)
-    server = start({"model": str(folder), "max_num_seqs": 64, "max_queued_requests": 200})
+    # Few blocks, since all of them are checked after every step.
+    server = start({"model": str(folder), "max_num_seqs": 64, "max_queued_requests": 200, "num_blocks": 4000})
     yield server
     wait_until_idle(server)
     assert server.stop(), "the server did not stop by itself within its time-out"

@@ -97,7 +97,7 @@ def test_a_thousand_cancelled_streams_leave_nothing_behind(tmp_path):
 
 def test_a_killed_engine_gives_each_stream_one_error_and_comes_back(tmp_path):
     write_parrot(tmp_path, pieces_of(TEXT, 2), ends=False)
-    server = start({"model": str(tmp_path)})
+    server = start({"model": str(tmp_path), "num_blocks": 4000})
     streams = [Streams(server) for _ in range(16)]
     sent = [s.send("ensemble", f"k{i}", **LONG) for i, s in enumerate(streams)]
     wait_for(lambda: all(s.responses for s in sent), 60, "first responses")
