@@ -58,7 +58,7 @@ def write_weights(folder: Path, successor: dict[int, int]) -> None:
         "num_attention_heads": 4,
         "num_key_value_heads": 2,
         "head_dim": 32,
-        "max_position_embeddings": 4096,
+        "max_position_embeddings": 32768,
         "rms_norm_eps": 1e-6,
         "eos_token_id": END,
         "pad_token_id": END,

@@ -16,7 +16,7 @@ from conftest import TEXT, start
 from parrot import pieces_of, write_parrot
 from tritonclient.utils import InferenceServerException
 
-LONG = {"input_ids": [1], "max_tokens": 3000, "temperature": 0.0, "stream": True, "ignore_eos": True}
+LONG = {"input_ids": [1], "max_tokens": 30_000, "temperature": 0.0, "stream": True, "ignore_eos": True}
 
 
 def open_http_stream(server, body: dict) -> socket.socket:
@@ -147,7 +147,7 @@ BAD = [
     ({"text_input": b"\xff\xfe"}, "text_input is not valid UTF-8"),
     ({"input_ids": [1, 500]}, "input_ids has the token id 500, must be from 0 to 127"),
     ({"input_ids": [-1]}, "input_ids has the token id -1"),
-    ({"input_ids": [1] * 4096}, "the prompt has 4096 tokens, must have at most 4095"),
+    ({"input_ids": [1] * 32768}, "the prompt has 32768 tokens, must have at most 32767"),
     ({"messages": '[{"role": "user", "content": "x"}]'}, "messages need a chat template, and this model has none"),
     ({"messages": "{"}, "messages is not valid JSON"),
     ({"text_input": "x", "sampling_parameters": '{"tempurature": 1}'}, "'tempurature'; did you mean temperature"),

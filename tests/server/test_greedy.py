@@ -93,6 +93,6 @@ def test_bfloat16_agrees_for_nearly_all_prompts_and_its_log_probabilities_are_ne
         # What the engine chose is, for the float32 reference, the likeliest token or nearly as likely.
         gaps = logits.max(-1).values - logits.gather(1, torch.tensor(tokens).unsqueeze(1)).squeeze(1)
         assert gaps.max() < 0.25
-        num_equal += bool((gaps == 0).all())
-    assert num_equal >= 0.75 * len(prompts)
+        num_equal += int((gaps == 0).sum())
+    assert num_equal >= 0.95 * NUM_TOKENS * len(prompts)
     engine.close()
