@@ -38,6 +38,17 @@ def test_equal_prefixes_are_computed_once_also_when_they_arrive_together(engine)
     assert [o.num_cached_tokens for o in sorted(small.outputs, key=lambda o: o.number)] == [0, 32, 32]
 
 
+def test_a_block_is_found_only_behind_the_same_beginning(engine):
+    """The third prompt begins like the first and goes on like the second: only its first block has been computed."""
+    small = engine()
+    a, b, c, d = ([k] * 4 for k in (1, 2, 3, 4))
+    for number, prompt in enumerate(([*a, *b, 9], [*c, *d, 9], [*a, *d, 9])):
+        small.add(number, prompt, max_tokens=3)
+        small.run()
+        assert small.tokens(number) == expected_tokens(prompt, 3, 0)
+    assert small.outputs[-1].num_cached_tokens == 4
+
+
 def test_prefix_caching_can_be_switched_off(engine):
     small = engine(enable_prefix_caching=False)
     for number in range(2):

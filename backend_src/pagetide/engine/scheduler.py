@@ -149,8 +149,9 @@ class Scheduler:
 
     def _admit(self, draft: _Draft, sequence: Sequence) -> bool:
         """Starts a waiting sequence if budget, rows and blocks suffice; False if it has to wait on."""
-        # A token that is still on its way must be known first: the row it was written to is gone.
-        if not draft.budget or len(self._rows) <= len(sequence.followers) or sequence.num_pending:
+        # Who was preempted in the last step has its last token by now: nothing is admitted in the step of a preemption.
+        assert not sequence.num_pending, sequence.num_pending
+        if not draft.budget or len(self._rows) <= len(sequence.followers):
             return False
         found = self.blocks.match_prefix(sequence)
         num_found = len(found) * self.blocks.block_size
