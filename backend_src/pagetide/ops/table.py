@@ -19,7 +19,6 @@ Matmul = Callable[[Tensor], Tensor]
 class Ops:
     """Signatures and shapes are those of ops/reference.py. make_matmul: (weight [out, in], bias [out] or None) -> x [t, in] -> [t, out]."""
 
-    rms_norm: Callable[[Tensor, Tensor, float], Tensor]
     add_rms_norm: Callable[[Tensor, Tensor, Tensor, float], Tensor]
     silu_mul: Callable[[Tensor], Tensor]
     argmax: Callable[[Tensor], Tensor]
@@ -38,7 +37,6 @@ def reference_matmul(weight: Tensor, bias: Tensor | None) -> Matmul:
 
 
 REFERENCE = Ops(
-    rms_norm=reference.rms_norm,
     add_rms_norm=reference.add_rms_norm,
     silu_mul=reference.silu_mul,
     argmax=reference.argmax,

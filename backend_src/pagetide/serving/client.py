@@ -176,10 +176,6 @@ class EngineSupervisor:
         self._watcher = threading.Thread(target=self._watch, name="pagetide-supervisor", daemon=True)
         self._watcher.start()
 
-    @property
-    def pid(self) -> int:
-        return self._process.pid
-
     def mark_started(self) -> None:
         """The first start has succeeded: from now on an engine that ends is started again."""
         self._has_started.set()

@@ -6,10 +6,10 @@ import numpy as np
 import torch
 from numba import prange
 
-from pagetide.ops.cpu.compiled import fast_exp, row_kernel
+from pagetide.ops.cpu.compiled import fast_exp, kernel
 
 
-@row_kernel
+@kernel
 def _silu_mul(num_tokens, gate_up, out):  # type: ignore[no-untyped-def]
     size = out.shape[1]
     for token in prange(num_tokens):

@@ -16,7 +16,7 @@ from numba import prange
 
 from pagetide.ops.attention import LayerAttention, TorchAttention
 from pagetide.ops.batch import Batch
-from pagetide.ops.cpu.compiled import as_numpy, device_function, fast_exp, kernel, row_kernel, store
+from pagetide.ops.cpu.compiled import as_numpy, device_function, fast_exp, kernel, store
 from pagetide.ops.cpu.vectors import make_scores, make_weighted_sum
 
 _TILE = 16  # queries of a task
@@ -92,7 +92,7 @@ def spread(tasks: np.ndarray, cost: np.ndarray) -> np.ndarray:
     return np.ascontiguousarray(np.concatenate([tasks[order[0::2]], tasks[order[1::2]]]))
 
 
-@row_kernel
+@kernel
 def _write(num_tokens, qkv, kv, slots, positions, cos_sin, q_norm, k_norm, has_norm, eps, q):  # type: ignore[no-untyped-def]
     """QK-norm, rotary and the write into the cache, one pass. qkv [t, (H + 2K) * D], kv [blocks, 2, K, block_size * D], q [t, H, D]."""
     num_heads, head_dim = q.shape[1], q.shape[2]

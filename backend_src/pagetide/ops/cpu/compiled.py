@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import ctypes
 from collections.abc import Callable
-from types import FunctionType
 from typing import Any
 
 import numba
@@ -31,28 +30,11 @@ numba.config.THREADING_LAYER = "omp" if _has_openmp() else "workqueue"
 
 # Sums may be reordered, products and sums fused; but NaN and infinity keep their meaning.
 FAST_MATH = {"reassoc", "contract", "arcp", "nsz"}
-_FEW_ROWS = 4
 
 
 def kernel(function: Callable[..., Any]) -> Any:
     """A function compiled for all cores, kept on disk, that leaves the interpreter lock alone while it runs."""
     return numba.njit(parallel=True, fastmath=FAST_MATH, nogil=True, cache=True, error_model="numpy", boundscheck=False)(function)
-
-
-def row_kernel(function: Callable[..., Any]) -> Callable[..., None]:
-    """A kernel whose loop runs over few, cheap rows: its first argument is their number. Below _FEW_ROWS one thread does it alone.
-
-    A parallel region of one iteration would cost 50 us: OpenMP shrinks its pool for it, and grows it again for the next region.
-    """
-    # Numba's files on disk are named after the function: two versions of one function need two names.
-    twin = FunctionType(function.__code__, function.__globals__, function.__name__ + "_alone", function.__defaults__, function.__closure__)
-    twin.__qualname__, twin.__module__ = function.__qualname__ + "_alone", function.__module__
-    together, alone = kernel(function), device_function(twin)
-
-    def call(num_rows: int, *args: Any) -> None:
-        (alone if num_rows < _FEW_ROWS else together)(num_rows, *args)
-
-    return call
 
 
 def device_function(function: Callable[..., Any]) -> Any:

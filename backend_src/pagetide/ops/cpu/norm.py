@@ -6,10 +6,10 @@ import numpy as np
 import torch
 from numba import prange
 
-from pagetide.ops.cpu.compiled import row_kernel
+from pagetide.ops.cpu.compiled import kernel
 
 
-@row_kernel
+@kernel
 def _add_rms_norm(num_tokens, x, residual, weight, eps, out):  # type: ignore[no-untyped-def]
     size = x.shape[1]
     for token in prange(num_tokens):

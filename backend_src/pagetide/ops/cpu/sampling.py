@@ -6,13 +6,13 @@ import numpy as np
 import torch
 from numba import prange
 
-from pagetide.ops.cpu.compiled import device_function, row_kernel
+from pagetide.ops.cpu.compiled import device_function, kernel
 
 _MASK_32 = np.uint64(0xFFFFFFFF)
 _MINUS_INFINITY = np.float32(-np.inf)
 
 
-@row_kernel
+@kernel
 def _argmax(num_rows, logits, out):  # type: ignore[no-untyped-def]
     for row in prange(num_rows):
         out[row] = _argmax_row(logits[row])
@@ -40,7 +40,7 @@ def sample(
     return out
 
 
-@row_kernel
+@kernel
 def _sample(num_rows, logits, temperature, top_k, top_p, min_p, seed, position, out):  # type: ignore[no-untyped-def]
     for row in prange(num_rows):
         values = logits[row]

@@ -15,7 +15,6 @@ import numba
 import torch
 import torch.nn.functional as F
 
-from pagetide.ops import reference
 from pagetide.ops.attention import HeadShape
 from pagetide.ops.cpu.activation import silu_mul
 from pagetide.ops.cpu.attention import NumbaAttention
@@ -34,7 +33,6 @@ _ROTATION_BYTES = 64 * 2**20
 def make_cpu_ops(cache: Path) -> Ops:
     """Numba kernels and oneDNN; activations are float32, weights and KV bfloat16 or float32."""
     return Ops(
-        rms_norm=reference.rms_norm,
         add_rms_norm=add_rms_norm,
         silu_mul=silu_mul,
         argmax=argmax,
