@@ -4,12 +4,13 @@
    batch  64 x (128, 128)                    prefix  64 x (512 shared + 32 own, 64)
 Greedy, exact lengths, all submitted at once, at most 32 running. Figures are output tokens a second, engines in turn in one run.
 
-python scripts/benchmark.py [--engine] [--server] [--workloads single batch] [--repeats 2] [--json FILE] [--plot FILE]
+python scripts/benchmark.py [--engine] [--server] [--features] [--workloads single batch] [--repeats 2] [--json FILE] [--plot FILE]
 """
 
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import platform
 import random
@@ -19,14 +20,16 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-ROOT = Path(__file__).resolve().parents[1]
-sys.path.insert(0, str(ROOT / "backend_src"))
-sys.path.insert(0, str(ROOT / "scripts"))
+sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "backend_src"))
+sys.path.insert(0, str(Path(__file__).resolve().parent))
+
+from triton_server import ROOT, TritonServer, free_address
 
 CACHE = str(ROOT / ".cache")
 MAX_RUNNING = 32
@@ -72,14 +75,14 @@ WORKLOADS = ("single", "batch", "mixed", "prefix")
 # -- engines: each runs all workloads in a process of its own ---------------------------------------------------------
 
 
-def run_pagetide(jobs_of: Callable[[str], list[Job]], names: list[str], **settings: Any) -> Iterator[tuple[str, Figures]]:
+def run_pagetide(jobs_of: Callable[[str], list[Job]], names: Iterable[str], **settings: Any) -> Iterator[tuple[str, Figures]]:
     """The engine without a server."""
     from pagetide.llm import LLM
     from pagetide.types import Request, SamplingParams
 
     llm = LLM(cache_dir=CACHE, max_num_seqs=MAX_RUNNING, **settings)
     loop, numbers = llm._engine.loop, iter(range(10**9))
-    for name in ["single", *names]:  # the first one warms up
+    for name in itertools.chain(["single"], names):  # the first one warms up
         first, last, counts = {}, {}, {}
         begin = time.perf_counter()
         for job in jobs_of(name):
@@ -127,42 +130,53 @@ def run_transformers(jobs_of: Callable[[str], list[Job]], names: list[str], dtyp
 
 
 def run_server(jobs_of: Callable[[str], list[Job]], names: list[str], stream: bool) -> Iterator[tuple[str, Figures]]:
-    """Through Triton's ensemble over gRPC, all requests on one connection."""
-    import numpy as np
-    import tritonclient.grpc as grpc
-    from triton_server import TritonServer, free_address
+    """Through Triton's ensemble over gRPC."""
+    with started_server() as server:
+        for name in ["single", *names]:
+            yield name, run_served(server, jobs_of(name), stream)
 
+
+@contextmanager
+def started_server() -> Iterator[TritonServer]:
     server = TritonServer(free_address(), {"cache_dir": CACHE, "max_num_seqs": MAX_RUNNING})
     server.start()
-    server.wait_until_ready()
+    try:
+        server.wait_until_ready()
+        yield server
+    finally:
+        server.stop()
+
+
+def run_served(server: TritonServer, jobs: list[Job], stream: bool) -> Figures:
+    """All requests at once on one connection."""
+    import tritonclient.grpc as grpc
+
+    answers = Answers(len(jobs))
+    with grpc.InferenceServerClient(server.address.grpc) as client:
+        client.start_stream(answers.receive)
+        for number, job in enumerate(jobs):
+            client.async_stream_infer("ensemble", request_inputs(job, stream), request_id=str(number))
+        seconds = answers.wait()
+    assert sum(answers.counts.values()) == sum(job.num_tokens for job in jobs)
+    return figures(seconds, answers.first if stream else {}, answers.last, answers.counts)
+
+
+def request_inputs(job: Job, stream: bool) -> list[Any]:
+    import numpy as np
+    import tritonclient.grpc as grpc
 
     def tensor(name: str, array: np.ndarray, kind: str) -> grpc.InferInput:
         result = grpc.InferInput(name, array.shape, kind)
         result.set_data_from_numpy(array)
         return result
 
-    def inputs(job: Job) -> list[grpc.InferInput]:
-        return [
-            tensor("input_ids", np.array([job.prompt], np.int32), "INT32"),
-            tensor("max_tokens", np.array([[job.num_tokens]], np.int32), "INT32"),
-            tensor("temperature", np.array([[0]], np.float32), "FP32"),
-            tensor("ignore_eos", np.array([[True]]), "BOOL"),
-            tensor("stream", np.array([[stream]]), "BOOL"),
-        ]
-
-    try:
-        for name in ["single", *names]:
-            jobs = jobs_of(name)
-            answers = Answers(len(jobs))
-            with grpc.InferenceServerClient(server.address.grpc) as client:
-                client.start_stream(answers.receive)
-                for number, job in enumerate(jobs):
-                    client.async_stream_infer("ensemble", inputs(job), request_id=str(number))
-                seconds = answers.wait()
-            assert sum(answers.counts.values()) == sum(job.num_tokens for job in jobs)
-            yield name, figures(seconds, answers.first if stream else {}, answers.last, answers.counts)
-    finally:
-        server.stop()
+    return [
+        tensor("input_ids", np.array([job.prompt], np.int32), "INT32"),
+        tensor("max_tokens", np.array([[job.num_tokens]], np.int32), "INT32"),
+        tensor("temperature", np.array([[0]], np.float32), "FP32"),
+        tensor("ignore_eos", np.array([[True]]), "BOOL"),
+        tensor("stream", np.array([[stream]]), "BOOL"),
+    ]
 
 
 class Answers:
@@ -214,6 +228,64 @@ ENGINES: dict[str, Callable[..., Iterator[tuple[str, Figures]]]] = {
 }
 
 
+# -- what features cost ---------------------------------------------------------------------------------------------------
+
+FEATURES: dict[str, dict[str, Any]] = {
+    "temperature": {"temperature": 0.8},
+    "temperature, top_k 40": {"temperature": 0.8, "top_k": 40},
+    "temperature, top_p 0.9": {"temperature": 0.8, "top_p": 0.9},
+    "temperature, min_p 0.05": {"temperature": 0.8, "min_p": 0.05},
+    "all penalties": {"repetition_penalty": 1.2, "presence_penalty": 0.5, "frequency_penalty": 0.5},
+    "logit_bias, 300 tokens": {"logit_bias": dict.fromkeys(range(300, 600), 1.0)},
+    "bad_words": {"bad_words": ("the", "some words", "and")},
+    "min_tokens": {"min_tokens": 1000, "ignore_eos": False},
+    "allowed_token_ids": {"allowed_token_ids": tuple(range(100, 40_000))},
+    "logprobs 5": {"logprobs": 5},
+    "guided, a regular expression": {"guide": ("regex", "[a-zA-Z0-9 ,.]*")},
+}
+
+
+def feature_costs(repeats: int) -> dict[str, list[float]]:
+    """Time per step of 32 decoding sequences, as a ratio to plain greedy ones just before: all with one feature, and each with another."""
+    from pagetide.llm import LLM
+    from pagetide.types import Guide, Request, SamplingParams
+
+    llm = LLM(cache_dir=CACHE, max_num_seqs=MAX_RUNNING)
+    loop, numbers, seeds = llm._engine.loop, itertools.count(), itertools.count(900_000)
+
+    def params(values: dict[str, Any]) -> SamplingParams:
+        given = {"temperature": 0, "max_tokens": 40, "ignore_eos": True, "seed": 1, **values}
+        return SamplingParams(**given | ({"guide": Guide(*given["guide"])} if "guide" in given else {}))
+
+    def step_seconds(rules: list[dict[str, Any]]) -> float:
+        for job, rule in zip(workload("batch", next(seeds))[:MAX_RUNNING], rules, strict=True):
+            loop.scheduler.add(Request(number=next(numbers), prompt_ids=job.prompt, params=params(rule)))
+        times = []
+        while loop.has_work:
+            decodes = len(loop.scheduler.running) == MAX_RUNNING and not loop.scheduler.num_waiting
+            begin = time.perf_counter()
+            loop.step()
+            if decodes:
+                times.append(time.perf_counter() - begin)
+        return statistics.median(times[2:])
+
+    mixed = list(itertools.islice(itertools.cycle(FEATURES.values()), MAX_RUNNING))
+    batches = {"each request another one": mixed} | {name: [rule] * MAX_RUNNING for name, rule in FEATURES.items()}
+    step_seconds(mixed)  # compiles kernels and grammars
+    ratios: dict[str, list[float]] = {name: [] for name in batches}
+    for _ in range(repeats):
+        for name, rules in batches.items():
+            plain = step_seconds([{}] * MAX_RUNNING)
+            ratios[name].append(step_seconds(rules) / plain)
+    return ratios
+
+
+def report_costs(ratios: dict[str, list[float]]) -> str:
+    lines = [f"| {MAX_RUNNING} sequences, decoding | time of a step against plain greedy |", "| --- | --- |"]
+    lines += [f"| {name} | {statistics.median(values) - 1:+.0%} |" for name, values in ratios.items()]
+    return "\n".join(lines)
+
+
 # -- limits of the machine --------------------------------------------------------------------------------------------
 
 
@@ -257,7 +329,7 @@ def machine_limits() -> dict[str, float]:
 # -- the run ----------------------------------------------------------------------------------------------------------
 
 
-def run_one(engine: str, names: list[str], seed: int) -> None:
+def run_one(engine: str, names: Iterable[str], seed: int) -> None:
     """In a process of its own: prints a JSON line for each workload, and the peak memory of the process and its children."""
     measured = ENGINES[engine](lambda name: workload(name, next(seeds)), names)
     seeds = iter(range(seed * 1000, seed * 1000 + 1000))
@@ -274,6 +346,42 @@ def measure(engine: str, names: list[str], seed: int) -> tuple[dict[str, Figures
     rows = [json.loads(line) for line in output.splitlines() if line.startswith("{")]
     found = {row.pop("workload"): Figures(**row) for row in rows if "workload" in row}
     return found, rows[-1]["peak_mb"]
+
+
+def served_shares(names: list[str], repeats: int) -> dict[str, dict[str, list[float]]]:
+    """Tokens/s through Triton as shares of the engine alone, by workload and kind of answer.
+
+    Engine and server are both there and take turns, since a machine's speed changes over minutes; the idle one takes no time.
+    """
+    shares: dict[str, dict[str, list[float]]] = {name: {"streams": [], "whole answers": []} for name in names}
+    command = [sys.executable, __file__, "--run-one", "pagetide", "--on-demand"]
+    seeds = itertools.count(500_000)
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as engine, started_server() as server:
+
+        def alone(name: str) -> float:
+            assert engine.stdin is not None and engine.stdout is not None
+            engine.stdin.write(f"{name}\n")
+            engine.stdin.flush()
+            line = next(line for line in engine.stdout if line.startswith("{"))
+            return json.loads(line)["tokens_per_s"]
+
+        for name in names:
+            alone(name)
+            for _ in range(repeats):
+                for kind, found in shares[name].items():
+                    before = alone(name)
+                    served = run_served(server, workload(name, next(seeds)), stream=kind == "streams").tokens_per_s
+                    found.append(2 * served / (before + alone(name)))
+        assert engine.stdin is not None
+        engine.stdin.close()
+    return shares
+
+
+def report_shares(shares: dict[str, dict[str, list[float]]]) -> str:
+    lines = ["| through Triton, share of the engine alone | " + " | ".join(shares) + " |", "|" + " --- |" * (len(shares) + 1)]
+    for kind in ("streams", "whole answers"):
+        lines.append(f"| {kind} | " + " | ".join(f"{statistics.median(by_kind[kind]):.0%}" for by_kind in shares.values()) + " |")
+    return "\n".join(lines)
 
 
 def report(results: dict[str, dict[str, list[Figures]]], peaks: dict[str, float], names: list[str], limits: dict[str, float]) -> str:
@@ -352,13 +460,15 @@ def versions() -> dict[str, str]:
 def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--engine", action="store_true", help="the engine alone (the default, with transformers and static batching beside it)")
-    parser.add_argument("--server", action="store_true", help="through Triton too")
+    parser.add_argument("--server", action="store_true", help="through Triton too, taking turns with the engine alone")
+    parser.add_argument("--features", action="store_true", help="what each sampling feature costs a step, and nothing else")
     parser.add_argument("--only", nargs="+", choices=ENGINES, metavar="ENGINE", help=f"run just these: {', '.join(ENGINES)}")
     parser.add_argument("--workloads", nargs="+", choices=WORKLOADS, default=list(WORKLOADS))
     parser.add_argument("--repeats", type=int, default=1, help="rounds in which all engines take their turn; medians are shown")
     parser.add_argument("--json", type=Path, help="write all figures to this file")
     parser.add_argument("--plot", type=Path, help="draw a plot into this file")
     parser.add_argument("--run-one", help=argparse.SUPPRESS)
+    parser.add_argument("--on-demand", action="store_true", help=argparse.SUPPRESS)
     parser.add_argument("--seed", type=int, default=0, help=argparse.SUPPRESS)
     return parser.parse_args()
 
@@ -367,16 +477,19 @@ def engines_of(arguments: argparse.Namespace) -> list[str]:
     if arguments.only:
         return arguments.only
     alone = ["pagetide", "pagetide, static batches, contiguous KV", "transformers bfloat16", "transformers float32"]
-    served = ["pagetide", "pagetide through Triton, whole answers", "pagetide through Triton, streams"]
-    if arguments.server and not arguments.engine:
-        return served
-    return list(dict.fromkeys(alone + (served if arguments.server else [])))
+    return [] if arguments.server and not arguments.engine else alone
 
 
 def main() -> int:
     arguments = parse_arguments()
     if arguments.run_one:
-        run_one(arguments.run_one, arguments.workloads, arguments.seed)
+        names = iter(lambda: sys.stdin.readline().strip(), "") if arguments.on_demand else arguments.workloads
+        run_one(arguments.run_one, names, arguments.seed)
+        return 0
+    if arguments.features:
+        costs = feature_costs(max(arguments.repeats, 3))
+        print(report_costs(costs))
+        print(json.dumps({"machine": versions(), "step_ratios": costs}))
         return 0
     results: dict[str, dict[str, list[Figures]]] = {}
     peaks: dict[str, float] = {}
@@ -391,11 +504,16 @@ def main() -> int:
             peaks[engine] = max(peaks.get(engine, 0), peak)
             print(f"{time.perf_counter() - begin:.0f} s", file=sys.stderr)
     limits = machine_limits()
-    print(report(results, peaks, arguments.workloads, limits))
+    if results:
+        print(report(results, peaks, arguments.workloads, limits))
+    shares = served_shares(arguments.workloads, max(arguments.repeats, 3)) if arguments.server else {}
+    if shares:
+        print(report_shares(shares))
     summary = {
         "machine": versions(),
         "limits": limits,
         "peak_mb": peaks,
+        "served_shares": shares,
         "results": {engine: {name: [asdict(run) for run in runs] for name, runs in by_name.items()} for engine, by_name in results.items()},
     }
     if arguments.json:

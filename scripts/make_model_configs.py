@@ -6,7 +6,9 @@ python scripts/make_model_configs.py [--check]
 from __future__ import annotations
 
 import sys
+from collections.abc import Container, Mapping
 from pathlib import Path
+from types import MappingProxyType
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "backend_src"))
 
@@ -30,6 +32,29 @@ OUTPUTS = [
     ("num_input_tokens", "INT32", "1"),
     ("num_output_tokens", "INT32", "1"),
     ("num_cached_tokens", "INT32", "1"),
+    ("cum_log_probs", "FP32", "1"),
+    ("output_log_probs", "FP32", "1, -1"),
+    ("logprobs", "BYTES", "1"),
+    ("kv_cache_reused_blocks", "INT32", "1"),
+    ("kv_cache_alloc_new_blocks", "INT32", "1"),
+    ("kv_cache_alloc_total_blocks", "INT32", "1"),
+    ("arrival_time_ns", "INT64", "1"),
+    ("first_scheduled_time_ns", "INT64", "1"),
+    ("first_token_time_ns", "INT64", "1"),
+    ("last_token_time_ns", "INT64", "1"),
+    ("acceptance_rate", "FP32", "1"),
+    ("total_accepted_draft_tokens", "INT32", "1"),
+    ("total_draft_tokens", "INT32", "1"),
+    ("context_logits", "FP32", "-1, -1"),
+    ("generation_logits", "FP32", "1, -1, -1"),
+]
+# The same for the face vllm_model, whose types and shapes differ.
+VLLM_OUTPUTS = [
+    ("vllm_finish_reason", "BYTES", "-1"),
+    ("vllm_cumulative_logprob", "FP32", "-1"),
+    ("vllm_logprobs", "BYTES", "-1"),
+    ("vllm_num_input_tokens", "UINT32", "-1"),
+    ("vllm_num_output_tokens", "UINT32", "-1"),
 ]
 # What postprocessing needs beside the ids: its name there by its name in llm.
 TO_POSTPROCESSING = {
@@ -38,8 +63,31 @@ TO_POSTPROCESSING = {
     "text_cut": ("TEXT_CUT", "INT32", "1"),
     "request_number": ("REQUEST_NUMBER", "UINT64", "1"),
     "prompt_text": ("PROMPT_TEXT", "BYTES", "1"),
+    "skip_special_tokens": ("SKIP_SPECIAL_TOKENS", "BOOL", "1"),
 }
 PREPROCESSED = {"INPUT_ID": "input_ids", "REQUEST_INPUT_LEN": "input_lengths", "PARAMS": "PARAMS"}
+TEXT_FIELDS = {"text_input", "messages", "tools", "add_generation_prompt", "chat_template_kwargs"}
+# TensorRT-LLM's names of what its core model takes, where they differ from ours.
+CORE_NAMES = {
+    "max_tokens": "request_output_len",
+    "stream": "streaming",
+    "cancel": "stop",
+    "top_k": "runtime_top_k",
+    "top_p": "runtime_top_p",
+    "length_penalty": "len_penalty",
+}
+# What the vLLM backend's clients send: (name, type, name in preprocessing).
+VLLM_INPUTS = [
+    ("text_input", "BYTES", "VLLM_QUERY"),
+    ("stream", "BOOL", "stream"),
+    ("sampling_parameters", "BYTES", "sampling_parameters"),
+    ("exclude_input_in_output", "BOOL", "exclude_input_in_output"),
+    ("return_finish_reason", "BOOL", "return_finish_reason"),
+    ("return_cumulative_logprob", "BOOL", "return_log_probs"),
+    ("return_logprobs", "BOOL", "return_logprobs"),
+    ("return_num_input_tokens", "BOOL", "return_num_input_tokens"),
+    ("return_num_output_tokens", "BOOL", "return_num_output_tokens"),
+]
 
 
 def triton_type(dtype: str) -> str:
@@ -54,28 +102,32 @@ def block(kind: str, tensors: list[str]) -> str:
     return f"{kind} [\n" + ",\n".join(tensors) + "\n]\n"
 
 
-def head(name: str, backend: str) -> str:
-    return f'{HEADER}name: "{name}"\n{backend}\nmax_batch_size: {MAX_BATCH}\n'
-
-
 def python_model(name: str, inputs: list[str], outputs: list[str], extra: str = "") -> str:
     instances = "instance_group [ { kind: KIND_CPU count: 1 } ]\n"
-    return head(name, 'backend: "python"') + block("input", inputs) + block("output", outputs) + instances + extra
+    head = f'{HEADER}name: "{name}"\nbackend: "python"\nmax_batch_size: {MAX_BATCH}\n'
+    return head + block("input", inputs) + block("output", outputs) + instances + extra
+
+
+def field_inputs(names: Mapping[str, str] = MappingProxyType({}), without: Container[str] = ()) -> list[str]:
+    """Every field of the contract as an input, under another name where names has one."""
+    return [tensor(names.get(n, n), f.dtype, f.dims, optional=True) for n, f in tensor_fields() if n not in without]
 
 
 def preprocessing() -> str:
-    inputs = [tensor(PREPROCESSING_NAMES.get(name, name), f.dtype, f.dims, optional=True) for name, f in tensor_fields()]
+    inputs = [*field_inputs(PREPROCESSING_NAMES), tensor("VLLM_QUERY", "BYTES", 1, optional=True)]
     outputs = [tensor("INPUT_ID", "INT32", -1), tensor("REQUEST_INPUT_LEN", "INT32", 1), tensor("PARAMS", "BYTES", 1)]
     return python_model("preprocessing", inputs, outputs)
 
 
-def llm(name: str, is_decoupled: bool) -> str:
-    texts = {"text_input", "messages", "tools", "add_generation_prompt", "chat_template_kwargs"}
-    inputs = [tensor(n, f.dtype, f.dims, optional=True) for n, f in tensor_fields() if n not in texts]
-    inputs += [tensor("input_lengths", "INT32", 1, optional=True), tensor("PARAMS", "BYTES", 1, optional=True)]
-    outputs = [tensor(n, dtype, dims) for n, dtype, dims in OUTPUTS]
+def llm_outputs() -> list[tuple[str, str, str]]:
     known = {n for n, _, _ in OUTPUTS}
-    outputs += [tensor(n, dtype, dims) for n, (_, dtype, dims) in TO_POSTPROCESSING.items() if n not in known]
+    return OUTPUTS + [(n, dtype, dims) for n, (_, dtype, dims) in TO_POSTPROCESSING.items() if n not in known] + VLLM_OUTPUTS
+
+
+def llm(name: str, is_decoupled: bool) -> str:
+    inputs = field_inputs(without=TEXT_FIELDS)
+    inputs += [tensor("input_lengths", "INT32", 1, optional=True), tensor("PARAMS", "BYTES", 1, optional=True)]
+    outputs = [tensor(*output) for output in llm_outputs()]
     return python_model(name, inputs, outputs, "model_transaction_policy { decoupled: True }\n" if is_decoupled else "")
 
 
@@ -98,28 +150,47 @@ def step(model: str, inputs: dict[str, str], outputs: dict[str, str]) -> str:
     return f'    {{\n      model_name: "{model}"\n      model_version: -1\n' + "\n".join(lines) + "\n    }"
 
 
-def ensemble(name: str, engine: str) -> str:
-    inputs = [tensor(n, f.dtype, f.dims, optional=True) for n, f in tensor_fields()]
-    outputs = [tensor("text_output", "BYTES", 1)] + [tensor(n, dtype, dims) for n, dtype, dims in OUTPUTS]
-    steps = [
-        step(
-            "preprocessing",
-            {PREPROCESSING_NAMES.get(n, n): n for n, _ in tensor_fields()},
-            {theirs: f"_{theirs}" for theirs in PREPROCESSED},
-        ),
-        step(
-            engine,
-            {ours: f"_{theirs}" for theirs, ours in PREPROCESSED.items()},
-            {n: n for n, _, _ in OUTPUTS} | {n: f"_{n}" for n in TO_POSTPROCESSING if n not in {o[0] for o in OUTPUTS}},
-        ),
-        step(
-            "postprocessing",
-            {theirs: n if n in {o[0] for o in OUTPUTS} else f"_{n}" for n, (theirs, _, _) in TO_POSTPROCESSING.items()},
-            {"OUTPUT": "text_output"},
-        ),
+def steps(preprocessing_inputs: dict[str, str], engine: str, outputs: dict[str, str]) -> str:
+    """The three steps of a face. outputs: names in the face by those of llm."""
+    to_post = {n: outputs.get(n, f"_{n}") for n in TO_POSTPROCESSING}
+    all_steps = [
+        step("preprocessing", preprocessing_inputs, {theirs: f"_{theirs}" for theirs in PREPROCESSED}),
+        step(engine, {ours: f"_{theirs}" for theirs, ours in PREPROCESSED.items()}, outputs | to_post),
+        step("postprocessing", {theirs: to_post[n] for n, (theirs, _, _) in TO_POSTPROCESSING.items()}, {"OUTPUT": "text_output"}),
     ]
-    scheduling = "ensemble_scheduling {\n  step [\n" + ",\n".join(steps) + "\n  ]\n}\n"
-    return head(name, 'platform: "ensemble"') + block("input", inputs) + block("output", outputs) + scheduling
+    return scheduling(all_steps)
+
+
+def scheduling(all_steps: list[str]) -> str:
+    return "ensemble_scheduling {\n  step [\n" + ",\n".join(all_steps) + "\n  ]\n}\n"
+
+
+def ensemble(engine: str) -> str:
+    outputs = [tensor("text_output", "BYTES", 1)] + [tensor(*output) for output in OUTPUTS]
+    names = {PREPROCESSING_NAMES.get(n, n): n for n, _ in tensor_fields()}
+    return face(field_inputs(), outputs, steps(names, engine, {n: n for n, _, _ in OUTPUTS}))
+
+
+def tensorrt_llm() -> str:
+    """TensorRT-LLM's core model: token ids in, token ids out, by renaming."""
+    fields = [(n, f) for n, f in tensor_fields() if n not in TEXT_FIELDS | {"stop"}]
+    inputs = [tensor(CORE_NAMES.get(n, n), f.dtype, f.dims, optional=True) for n, f in fields]
+    inputs.append(tensor("input_lengths", "INT32", 1, optional=True))
+    maps = {n: CORE_NAMES.get(n, n) for n, _ in fields} | {"input_lengths": "input_lengths"}
+    return face(inputs, [tensor(*o) for o in OUTPUTS], scheduling([step("llm", maps, {n: n for n, _, _ in OUTPUTS})]))
+
+
+def vllm_model() -> str:
+    """The vLLM backend's model: one-dimensional tensors without a batch."""
+    inputs = [tensor(n, dtype, 1, optional=n != "text_input") for n, dtype, _ in VLLM_INPUTS]
+    outputs = [tensor("text_output", "BYTES", -1)] + [tensor(n.removeprefix("vllm_"), dtype, dims) for n, dtype, dims in VLLM_OUTPUTS]
+    maps = {theirs: n for n, _, theirs in VLLM_INPUTS}
+    return face(inputs, outputs, steps(maps, "llm", {n: n.removeprefix("vllm_") for n, _, _ in VLLM_OUTPUTS}), max_batch=0)
+
+
+def face(inputs: list[str], outputs: list[str], scheduling: str, max_batch: int = MAX_BATCH) -> str:
+    # Without a name, so that the folder may be copied under another one.
+    return f'{HEADER}platform: "ensemble"\nmax_batch_size: {max_batch}\n' + block("input", inputs) + block("output", outputs) + scheduling
 
 
 def configs() -> dict[str, str]:
@@ -129,8 +200,10 @@ def configs() -> dict[str, str]:
         "llm": llm("llm", is_decoupled=True),
         "llm_unary": llm("llm_unary", is_decoupled=False),
         "postprocessing": postprocessing(),
-        "ensemble": ensemble("ensemble", "llm"),
-        "ensemble_unary": ensemble("ensemble_unary", "llm_unary"),
+        "ensemble": ensemble("llm"),
+        "ensemble_unary": ensemble("llm_unary"),
+        "tensorrt_llm": tensorrt_llm(),
+        "vllm_model": vllm_model(),
     }
 
 

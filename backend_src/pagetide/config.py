@@ -45,6 +45,17 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
     ops: Annotated[Literal["auto", "reference"], Meta(description="reference: plain torch operations instead of the device's kernels")] = "auto"
     num_threads: Annotated[int, Meta(ge=0, description="CPU threads of the engine; 0: one for each core")] = 0
     check_integrity: Annotated[bool, Meta(description="check the block accounting after every step (for tests)")] = False
+    default_sampling: Annotated[
+        Literal["vllm", "trtllm"], Meta(description="trtllm: requests without top_k, top_p, min_p and seed are greedy, as in TensorRT-LLM")
+    ] = "vllm"
+    generation_config: Annotated[
+        Literal["model", "none"], Meta(description="model: sampling defaults of the model's generation_config.json, as in vLLM")
+    ] = "model"
+    chat_template: Annotated[str, Meta(description="Jinja chat template, or the file that holds it, in place of the model's own")] = ""
+    allow_logits: Annotated[bool, Meta(description="allow return_context_logits and return_generation_logits, whose answers are large")] = False
+    metric_names: Annotated[
+        Literal["pagetide", "vllm", "trtllm"], Meta(description="vllm, trtllm: metrics under the names of that engine's dashboards too")
+    ] = "pagetide"
     exclude_input_in_output: Annotated[bool, Meta(description="default of the request field of this name")] = True
     engine_start_timeout_s: Annotated[float, Meta(gt=0, description="seconds that the engine may take to load")] = 600.0
     cache_dir: Annotated[str, Meta(description="converted models and kernel timings are kept here; ~ is expanded")] = "~/.cache/pagetide"

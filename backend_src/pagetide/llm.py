@@ -11,30 +11,36 @@ from tqdm.auto import tqdm
 from pagetide.config import make_settings
 from pagetide.engine.assemble import assemble
 from pagetide.serving.contract import check_request
-from pagetide.text.tokens import decode, token_bytes
-from pagetide.types import Output, Request, SamplingParams
+from pagetide.text.tokens import Vocabulary, decode
+from pagetide.types import Output, Request, RequestError, SamplingParams, TokenScore
 
 Prompt = str | Seq[int]
 
 
 @dataclass
 class CompletionOutput:
-    """One sample of a prompt. finish_reason: `stop` or `length`."""
+    """One answer to a prompt. finish_reason: `stop` or `length`. logprobs: one for each token, if asked for."""
 
     index: int
     text: str = ""
     token_ids: list[int] = field(default_factory=list)
     finish_reason: str = ""
+    cumulative_logprob: float | None = None
+    logprobs: list[TokenScore] = field(default_factory=list)
 
 
 @dataclass
 class RequestOutput:
-    """A prompt and its samples. num_cached_tokens: tokens of the prompt that the prefix cache held."""
+    """A prompt and its answers. num_cached_tokens: tokens of the prompt that the prefix cache held.
+
+    prompt_logprobs: one for each token of the prompt but the first, if asked for.
+    """
 
     prompt: str | None
     prompt_token_ids: list[int]
     outputs: list[CompletionOutput]
     num_cached_tokens: int = 0
+    prompt_logprobs: list[TokenScore] = field(default_factory=list)
 
 
 class LLM:
@@ -46,13 +52,9 @@ class LLM:
 
     def __init__(self, model: str = "", **settings: Any):
         self._engine = assemble(make_settings(model=model, **settings))
-        self._table = token_bytes(self._engine.model / "tokenizer.json") if self._has_tokenizer else []
+        self._vocabulary = Vocabulary.read(self._engine.model)
         self._tokenizer: Any = None
         self._num_requests = 0
-
-    @property
-    def _has_tokenizer(self) -> bool:
-        return (self._engine.model / "tokenizer.json").exists()
 
     def get_tokenizer(self) -> Any:
         """The model's transformers tokenizer."""
@@ -90,29 +92,37 @@ class LLM:
         ids = self.get_tokenizer()(prompt).input_ids if isinstance(prompt, str) else [int(token) for token in prompt]
         self._num_requests += 1
         request = Request(number=self._num_requests, prompt_ids=ids, params=params)
-        check_request(request, self._engine.info.vocab_size, self._engine.info.max_model_len, self._engine.info.max_num_seqs)
+        check_request(request, self._engine.info)
         return request
 
     def _run(self, requests: list[Request], results: dict[int, RequestOutput], use_tqdm: bool) -> None:
         loop = self._engine.loop
         for request in requests:
             loop.scheduler.add(request)
+        tables = {request.number: self._vocabulary.table(request.params.skip_special_tokens) for request in requests}
         with tqdm(total=sum(request.params.n for request in requests), disable=not use_tqdm, unit="sequence") as progress:
             while loop.has_work:
                 for output in loop.step():
-                    self._take(output, results[output.number])
+                    _take(output, results[output.number], tables[output.number])
                     progress.update(bool(output.finish_reason))
-
-    def _take(self, output: Output, result: RequestOutput) -> None:
-        sample = result.outputs[output.index]
-        sample.token_ids.extend(output.ids)
-        sample.text += decode(self._table, output.ids, output.num_cut)
-        sample.finish_reason = output.finish_reason
-        result.num_cached_tokens = output.num_cached_tokens
+                if refusals := loop.scheduler.take_refusals():
+                    loop.scheduler.cancel(request.number for request in requests)
+                    raise RequestError(refusals[0].reason)
 
     def close(self) -> None:
         """Waits for the device; the engine cannot be used afterwards."""
         self._engine.runner.close()
+
+
+def _take(output: Output, result: RequestOutput, table: list[bytes]) -> None:
+    answer = result.outputs[output.index]
+    answer.token_ids.extend(output.ids)
+    answer.text += decode(table, output.ids, output.num_cut)
+    answer.finish_reason = output.finish_reason
+    answer.logprobs.extend(output.scores)
+    answer.cumulative_logprob = output.cumulative_logprob if answer.logprobs else None
+    result.prompt_logprobs.extend(output.prompt_scores)
+    result.num_cached_tokens = output.num_cached_tokens
 
 
 def _as_list(prompts: Prompt | Seq[Prompt]) -> list[Prompt]:

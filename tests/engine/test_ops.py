@@ -14,10 +14,13 @@ from pagetide.ops.batch import Batch
 from pagetide.ops.cpu.activation import silu_mul
 from pagetide.ops.cpu.attention import NumbaAttention, spread
 from pagetide.ops.cpu.compiled import as_numpy
+from pagetide.ops.cpu.logits import edit, mask, penalize
 from pagetide.ops.cpu.matmul import matmul
 from pagetide.ops.cpu.norm import add_rms_norm
-from pagetide.ops.cpu.sampling import argmax, sample
+from pagetide.ops.cpu.sampling import argmax, sample, score
 from pagetide.ops.cpu.table import TIMED_ROWS, MatmulTimings, candidates, make_matmul
+from pagetide.runner.plan import Admission, LogitEdit, RowParams, bits_of
+from pagetide.runner.rows import Rows
 
 dtypes = st.sampled_from([torch.float32, torch.bfloat16])
 relaxed = settings(max_examples=40, deadline=None)
@@ -133,6 +136,8 @@ def test_tasks_are_spread_so_that_both_halves_cost_about_the_same():
 def test_sampling(rows, vocabulary, temperature, top_k, top_p, min_p, seed):
     torch.manual_seed(seed % 1000)
     logits = torch.randn(rows, vocabulary) * 3
+    # As masks leave them; at least one token is always allowed.
+    logits[:, 1:] = logits[:, 1:].masked_fill(torch.rand(rows, vocabulary - 1) < 0.2, -torch.inf)
 
     def full(value, dtype=torch.float32):
         return torch.full((rows,), value, dtype=dtype)
@@ -140,6 +145,101 @@ def test_sampling(rows, vocabulary, temperature, top_k, top_p, min_p, seed):
     arguments = (full(temperature), full(top_k, torch.int64), full(top_p), full(min_p), full(seed, torch.int64), torch.arange(rows))
     assert sample(logits, *arguments).tolist() == reference.sample(logits, *arguments).tolist()
     assert argmax(logits).tolist() == logits.argmax(-1).tolist()
+
+
+def random_rows(rng: np.random.Generator, num_rows: int, vocabulary: int) -> tuple[torch.Tensor, ...]:
+    """history of more rows than are looked at, the rows, their lengths, and how much of that is prompt; what lies behind is poison."""
+    history = torch.from_numpy(rng.integers(0, vocabulary, (num_rows + 3, 40)))
+    rows = torch.from_numpy(rng.permutation(num_rows + 3)[:num_rows].copy())
+    positions = torch.from_numpy(rng.integers(1, 40, num_rows))
+    num_prompt = torch.from_numpy(rng.integers(1, positions.numpy() + 1))
+    for row, position in zip(rows.tolist(), positions.tolist(), strict=True):
+        history[row, position:] = vocabulary - 1
+    return history, rows, positions, num_prompt
+
+
+@relaxed
+@given(st.integers(1, 6), st.integers(2, 60), st.integers(0, 1000))
+def test_penalties(num_rows, vocabulary, seed):
+    rng = np.random.default_rng(seed)
+    history, rows, positions, num_prompt = random_rows(rng, num_rows, vocabulary)
+    logits = torch.from_numpy(rng.normal(size=(num_rows, vocabulary)).astype(np.float32)) * 3
+    settings = [torch.from_numpy(rng.choice(values, num_rows).astype(np.float32)) for values in ([1, 0.5, 2], [0, -1, 1.5], [0, 0.7, -2])]
+    expected, found = logits.clone(), logits.clone()
+    reference.penalize(expected, history, rows, positions, num_prompt, *settings)
+    penalize(found, history, rows, positions, num_prompt, *settings)
+    torch.testing.assert_close(found, expected)
+    for i in range(num_rows):
+        tokens = history[rows[i], : positions[i]].tolist()
+        answer = tokens[num_prompt[i] :]
+        for token in range(vocabulary):
+            value = logits[i, token].item()
+            if token in tokens:
+                value = value / settings[0][i].item() if value > 0 else value * settings[0][i].item()
+            value -= settings[1][i].item() * (token in answer) + settings[2][i].item() * answer.count(token)
+            assert expected[i, token].item() == pytest.approx(value, abs=1e-4)
+
+
+@relaxed
+@given(st.integers(1, 5), st.integers(4, 20), st.integers(0, 1000))
+def test_edits_apply_where_position_and_prefix_say_so(num_rows, vocabulary, seed):
+    rng = np.random.default_rng(seed)
+    history, rows, positions, num_prompt = random_rows(rng, num_rows, vocabulary)
+    edits = [[] for _ in range(len(history))]
+    for row in range(len(history)):
+        for _ in range(rng.integers(0, 5)):
+            # Half of the prefixes are what the row ends with.
+            length, own = int(rng.integers(0, 4)), positions[rows == row]
+            prefix = tuple(rng.integers(0, vocabulary, length).tolist())
+            if len(own) and rng.random() < 0.5:
+                prefix = tuple(history[row, max(0, int(own[0]) - length) : int(own[0])].tolist())
+            edits[row].append(LogitEdit(int(rng.integers(0, vocabulary)), float(rng.choice([-np.inf, 1.5, -2])), int(rng.integers(0, 60)), prefix))
+    state = Rows(len(history), 40, 16, vocabulary, torch.device("cpu"))
+    admissions = tuple(Admission(row, np.zeros(1, np.int32), RowParams(edits=tuple(own))) for row, own in enumerate(edits))
+    state._write_edits(admissions)
+    logits = torch.zeros(num_rows, vocabulary)
+    expected, found = logits.clone(), logits.clone()
+    reference.edit(expected, history, rows, positions, num_prompt, state.edits)
+    edit(found, history, rows, positions, num_prompt, state.edits)
+    torch.testing.assert_close(found, expected)
+    for i, (row, position) in enumerate(zip(rows.tolist(), positions.tolist(), strict=True)):
+        answer = history[row, num_prompt[i] : position].tolist()
+        values = [0.0] * vocabulary
+        for one in edits[row]:
+            if position < one.below and tuple(answer[len(answer) - len(one.prefix) :]) == one.prefix:
+                values[one.token] += one.bias
+        assert expected[i].tolist() == values
+
+
+@relaxed
+@given(st.integers(1, 5), st.integers(1, 100), st.integers(0, 1000))
+def test_masks_leave_only_the_tokens_whose_bits_are_set(num_rows, vocabulary, seed):
+    rng = np.random.default_rng(seed)
+    allowed = [np.flatnonzero(rng.random(vocabulary) < 0.4).tolist() for _ in range(num_rows + 2)]
+    masks = torch.from_numpy(np.array([bits_of(tokens, vocabulary) for tokens in allowed]))
+    is_masked = torch.from_numpy(rng.random(num_rows + 2) < 0.6)
+    rows = torch.from_numpy(rng.permutation(num_rows + 2)[:num_rows].copy())
+    for function in (reference.mask, mask):
+        logits = torch.zeros(num_rows, vocabulary)
+        function(logits, masks, is_masked, rows)
+        for i, row in enumerate(rows.tolist()):
+            left = torch.isfinite(logits[i]).nonzero().flatten().tolist()
+            assert left == (allowed[row] if is_masked[row] else list(range(vocabulary)))
+
+
+@pytest.mark.parametrize("score", [reference.score, score])
+@pytest.mark.parametrize("spread", [0.01, 3, 300])
+def test_scores_are_log_softmax_and_ranks_begin_at_one(score, spread):
+    logits = torch.randn(4, 30) * spread
+    logits[2, 7] = -torch.inf
+    ids = torch.tensor([0, 5, 29, int(logits[3].argmax())])
+    logprobs, ranks, top_ids, top_logprobs = score(logits, ids, 3)
+    assert score(logits, ids, 0)[2].shape == (4, 0)
+    expected = logits.log_softmax(-1)
+    torch.testing.assert_close(logprobs, expected.gather(1, ids[:, None]).squeeze(1), atol=1e-4, rtol=1e-4)
+    assert ranks.tolist() == [int((row > row[i]).sum()) + 1 for row, i in zip(expected, ids, strict=True)]
+    torch.testing.assert_close(top_logprobs, expected.topk(3).values, atol=1e-4, rtol=1e-4)
+    assert top_ids.tolist() == expected.topk(3).indices.tolist()
 
 
 @pytest.mark.parametrize("draw", [reference.sample, sample])

@@ -15,25 +15,31 @@ from typing import Any
 import numpy as np
 import tritonclient.grpc as grpc
 import tritonclient.http as http
+from pagetide.serving.contract import tensor_fields
 from triton_server import TritonServer
+from tritonclient.utils import np_to_triton_dtype
 
-KINDS = {
-    "BYTES": {"text_input", "messages", "stop_words", "stop", "sampling_parameters", "tools", "chat_template_kwargs", "QUERY"},
-    "FP32": {"temperature", "top_p", "min_p"},
-    "UINT64": {"seed", "random_seed"},
-    "BOOL": {
-        "stream", "ignore_eos", "cancel", "exclude_input_in_output", "return_num_input_tokens", "return_num_output_tokens",
-        "return_num_cached_tokens", "add_generation_prompt",
-    },
-}  # fmt: skip
-NUMPY = {"BYTES": np.object_, "FP32": np.float32, "UINT64": np.uint64, "BOOL": np.bool_, "INT32": np.int32}
+# Every input of the contract, and those that only one face or step has.
+DTYPES = {name: field.dtype for name, field in tensor_fields()} | {
+    "QUERY": "BYTES",
+    "return_cumulative_logprob": "BOOL",
+    "streaming": "BOOL",
+    "runtime_top_p": "FP32",
+    "len_penalty": "FP32",
+}
+NUMPY = {"BYTES": np.object_, "FP32": np.float32, "FP16": np.float16, "UINT64": np.uint64, "BOOL": np.bool_, "INT32": np.int32}
 
 
 def inputs(module: Any, values: dict[str, Any]) -> list[Any]:
-    """Input tensors of one prompt; a list becomes one row, a list of lists several prompts."""
+    """Input tensors of one prompt; a list becomes one row, a list of lists several prompts, an array is sent as it is."""
     tensors = []
     for name, value in values.items():
-        kind = next((k for k, names in KINDS.items() if name in names), "INT32")
+        kind = DTYPES.get(name, "INT32")
+        if isinstance(value, np.ndarray):
+            tensor = module.InferInput(name, list(value.shape), np_to_triton_dtype(value.dtype))
+            tensor.set_data_from_numpy(value)
+            tensors.append(tensor)
+            continue
         rows = value if isinstance(value, list) and value and isinstance(value[0], list) else [value if isinstance(value, list) else [value]]
         if kind == "BYTES":
             rows = [[item.encode() if isinstance(item, str) else item for item in row] for row in rows]
@@ -50,6 +56,7 @@ class Stream:
 
     responses: list[dict[str, Any]] = field(default_factory=list)
     errors: list[str] = field(default_factory=list)
+    results: list[Any] = field(default_factory=list)
     times: list[float] = field(default_factory=list)
     done: threading.Event = field(default_factory=threading.Event)
 
@@ -70,7 +77,9 @@ def as_dict(result: Any) -> dict[str, Any]:
     found: dict[str, Any] = {}
     for output in result.get_response().outputs:
         array = result.as_numpy(output.name)
-        if output.name == "output_ids":
+        if not array.size:
+            found[output.name] = []
+        elif output.name == "output_ids":
             found[output.name] = array.reshape(-1).tolist()
         elif array.dtype == np.object_:
             found[output.name] = array.reshape(-1)[0].decode("utf-8", "strict")
@@ -102,13 +111,15 @@ class Streams:
         stream = self._open[response.id]
         if response.outputs:
             stream.responses.append(as_dict(result))
+            stream.results.append(result)
             stream.times.append(now)
         if response.parameters["triton_final_response"].bool_param:
             stream.done.set()
 
-    def send(self, model: str, request_id: str, parameters: dict[str, Any] | None = None, **values: Any) -> Stream:
+    def send(self, model: str, request_id: str, parameters: dict[str, Any] | None = None, timeout_us: int | None = None, **values: Any) -> Stream:
+        """timeout_us: Triton's own timeout of the request."""
         self._open[request_id] = stream = Stream()
-        self.client.async_stream_infer(model, inputs(grpc, values), request_id=request_id, parameters=parameters)
+        self.client.async_stream_infer(model, inputs(grpc, values), request_id=request_id, parameters=parameters, timeout=timeout_us)
         return stream
 
     def close(self, cancel: bool = False) -> None:

@@ -23,7 +23,9 @@ def start(settings: dict) -> TritonServer:
 @pytest.fixture(scope="session")
 def real() -> Iterator[TritonServer]:
     """The real model in float32, with so few blocks that the tests' prompts do not fit at once."""
-    server = start({"dtype": "float32", "num_blocks": 600, "max_model_len": 2048, "max_num_batched_tokens": 256})
+    server = start(
+        {"dtype": "float32", "num_blocks": 600, "max_model_len": 2048, "max_num_batched_tokens": 256, "allow_logits": True, "metric_names": "vllm"}
+    )
     yield server
     wait_until_idle(server)
     assert server.stop(), "the server did not stop by itself within its time-out"

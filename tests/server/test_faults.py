@@ -115,6 +115,7 @@ def test_a_killed_engine_gives_each_stream_one_error_and_comes_back(tmp_path):
     assert stream_one(server, **{**LONG, "max_tokens": 4}).ids() == [2, 3, 4, 5]
     wait_until_idle(server)
     assert metric(server, "pagetide_engine_restarts") == 1
+    assert metric(server, "pagetide_requests_failed") == 16
     for one in streams:
         one.close()
     processes = server.processes()

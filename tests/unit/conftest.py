@@ -1,18 +1,49 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from concurrent.futures import Future
 from typing import Any
 
+import numpy as np
 import pytest
 from context_runner import VOCABULARY, ContextRunner
 from pagetide.config import make_settings
 from pagetide.engine.blocks import BlockManager
+from pagetide.engine.guides import GuideState
 from pagetide.engine.loop import EngineLoop
 from pagetide.engine.scheduler import Scheduler
 from pagetide.engine.strategies import ModelLimits
-from pagetide.types import Output, Request, SamplingParams
+from pagetide.runner.plan import bits_of
+from pagetide.text.tokens import Vocabulary
+from pagetide.types import Guide, Output, Request, SamplingParams
 
 END_ID = 7
+
+
+class ManualGuides:
+    """Grammars that are ready when a test says so; the only rule is that tokens are below a limit."""
+
+    def __init__(self) -> None:
+        self.futures: dict[str, Future[Callable[[], GuideState]]] = {}
+
+    def compile(self, guide: Guide) -> Future[Callable[[], GuideState]]:
+        return self.futures.setdefault(guide.text, Future())
+
+    def finish(self, text: str, tokens: list[int]) -> None:
+        self.futures[text].set_result(lambda: FixedAnswer(tokens))
+
+
+class FixedAnswer:
+    """A grammar with one sentence."""
+
+    def __init__(self, tokens: list[int]):
+        self.left = list(tokens)
+
+    def fill(self, mask: np.ndarray) -> None:
+        mask[:] = bits_of([self.left[0] if self.left else END_ID], VOCABULARY)
+
+    def advance(self, token: int) -> None:
+        assert token == self.left.pop(0)
 
 
 class SmallEngine:
@@ -22,17 +53,19 @@ class SmallEngine:
         values = {"max_num_seqs": 4, "max_num_batched_tokens": 16, "num_blocks": num_blocks, "block_size": block_size, **settings}
         self.settings = make_settings(**values)
         table = [bytes([ord("a") + i % 26]) for i in range(VOCABULARY)]
-        limits = ModelLimits(table, frozenset([END_ID]), max_model_len, 32)
+        limits = ModelLimits(Vocabulary(table, table), VOCABULARY, frozenset([END_ID]), max_model_len, 32)
+        self.guides = ManualGuides()
+        self.clock_ns = 0
         self.blocks = BlockManager(num_blocks, block_size, self.settings.enable_prefix_caching)
-        self.scheduler = Scheduler(self.settings, limits, self.blocks)
+        self.scheduler = Scheduler(self.settings, limits, self.blocks, self.guides, lambda: self.clock_ns)
         self.runner = ContextRunner(self.settings.max_num_seqs, max_model_len, num_blocks, block_size, self.settings.max_num_batched_tokens)
         self.loop = EngineLoop(self.scheduler, self.runner, check_integrity=True)
         self.outputs: list[Output] = []
 
     def add(self, number: int, prompt: list[int], **params: Any) -> None:
         values = {"ignore_eos": True, "seed": 0, **params}
-        stream = values.pop("stream", False)
-        self.scheduler.add(Request(number=number, prompt_ids=prompt, params=SamplingParams(**values), stream=stream, request_id=f"r{number}"))
+        own = {name: values.pop(name) for name in ("stream", "priority", "deadline_ns", "salt", "context_logits") if name in values}
+        self.scheduler.add(Request(number=number, prompt_ids=prompt, params=SamplingParams(**values), request_id=f"r{number}", **own))
 
     def step(self) -> None:
         self.outputs += self.loop.step()
@@ -43,6 +76,13 @@ class SmallEngine:
                 return
             self.step()
         raise AssertionError(f"not done after {max_steps} steps")
+
+    def run_until(self, condition: Callable[[], bool], max_steps: int = 5000) -> None:
+        for _ in range(max_steps):
+            if condition():
+                return
+            self.step()
+        raise AssertionError(f"not true after {max_steps} steps")
 
     def tokens(self, number: int, index: int = 0) -> list[int]:
         return [t for o in self.outputs if o.number == number and o.index == index for t in o.ids]

@@ -1,7 +1,7 @@
 """A device that remembers tokens instead of keys and values: it shows whether every sequence sees exactly its own context.
 
-Each slot of the cache holds the token that was written to it. The next token is a hash of the context read back through the block table, so one
-wrong block, copy, or order of steps changes the answer. expected_tokens() is the same rule without any engine.
+Each slot of the cache holds the token that was written to it. The logits of the next token are a hash of the context read back through the block
+table, so one wrong block, copy, or order of steps changes the answer. expected_tokens() is the same rule without any engine.
 """
 
 from __future__ import annotations
@@ -9,14 +9,20 @@ from __future__ import annotations
 import hashlib
 
 import numpy as np
-from pagetide.runner.plan import StepPlan, StepTokens
+from pagetide.runner.plan import StepPlan, StepTokens, TokenScores
 
 VOCABULARY = 50
 
 
+def logits_after(context: list[int], seed: int) -> np.ndarray:
+    """Log-probabilities of all tokens, float64 [VOCABULARY]."""
+    digest = hashlib.blake2b(repr((context, seed)).encode(), digest_size=8).digest()
+    raw = np.random.default_rng(int.from_bytes(digest, "little")).normal(size=VOCABULARY) * 2
+    return raw - np.log(np.exp(raw).sum())
+
+
 def next_token(context: list[int], seed: int) -> int:
-    digest = hashlib.blake2b(repr((context, seed)).encode(), digest_size=4).digest()
-    return int.from_bytes(digest, "little") % VOCABULARY
+    return int(logits_after(context, seed).argmax())
 
 
 def expected_tokens(prompt: list[int], num_tokens: int, seed: int) -> list[int]:
@@ -35,7 +41,7 @@ class ContextRunner:
         self.slots = np.full((num_blocks, block_size), -1)
         self.seeds = [0] * max_rows
         self.max_tokens = max_tokens
-        self.results: dict[int, list[int]] = {}
+        self.results: dict[int, StepTokens] = {}
         self.block_size = block_size
         self.num_computed_tokens = 0
 
@@ -46,6 +52,7 @@ class ContextRunner:
             self.history[admission.row, : len(admission.token_ids)] = admission.token_ids
             self.block_table[admission.row] = -1
             self.seeds[admission.row] = admission.params.seed
+        assert len({(r, i) for r, i in zip(plan.block_rows, plan.block_indices, strict=True)}) == len(plan.block_rows), "a place is written twice"
         for row, index, block in zip(plan.block_rows, plan.block_indices, plan.block_ids, strict=True):
             self.block_table[row, index] = block
         for source, target in plan.copies:
@@ -55,15 +62,32 @@ class ContextRunner:
             for position in range(start, start + count):
                 self.slots[self.block_table[row, position // self.block_size], position % self.block_size] = self.history[row, position]
 
-    def sample(self, plan: StepPlan) -> None:
-        tokens = []
+    def sample(self, plan: StepPlan, masks: np.ndarray | None = None) -> None:
+        logits = []
         for row, position in zip(plan.sample_rows, plan.sample_positions, strict=True):
             blocks = self.block_table[row, : -(-position // self.block_size)]
-            context = self.slots[blocks].reshape(-1)[:position].tolist()
-            tokens.append(next_token(context, self.seeds[row]))
-        for row, position, token in zip(plan.sample_rows, plan.sample_positions, tokens, strict=True):
+            logits.append(logits_after(self.slots[blocks].reshape(-1)[:position].tolist(), self.seeds[row]))
+        masked = [values.copy() for values in logits[: plan.num_sampled]]
+        for row, words in zip(plan.guided, masks if masks is not None else (), strict=True):
+            allowed = np.unpackbits(words.view(np.uint8), bitorder="little")[:VOCABULARY]
+            masked[plan.sample_rows[: plan.num_sampled].tolist().index(row)][allowed == 0] = -np.inf
+        tokens = [int(values.argmax()) for values in masked]
+        for row, position, token in zip(plan.sample_rows, plan.sample_positions, tokens, strict=False):
             self.history[row, position] = token
-        self.results[plan.step] = tokens
+        targets = self.history[plan.sample_rows, plan.sample_positions]
+        self.results[plan.step] = StepTokens(
+            ids=np.array(tokens, np.int64),
+            scores=scores_of([logits[i] for i in plan.scored], targets[plan.scored], plan.num_top) if len(plan.scored) else None,
+            candidates=scores_of([masked[i] for i in plan.beams], targets[plan.beams], plan.num_candidates) if len(plan.beams) else None,
+            logits=np.array([logits[i] for i in plan.kept], np.float32) if len(plan.kept) else None,
+        )
 
     def wait(self, plan: StepPlan) -> StepTokens:
-        return StepTokens(np.array(self.results.pop(plan.step), np.int64))
+        return self.results.pop(plan.step)
+
+
+def scores_of(logits: list[np.ndarray], tokens: np.ndarray, num_top: int) -> TokenScores:
+    rows = np.array(logits)
+    own = rows[np.arange(len(rows)), tokens]
+    top = np.argsort(-rows, axis=1)[:, :num_top]
+    return TokenScores(own, (rows > own[:, None]).sum(1) + 1, top, np.take_along_axis(rows, top, 1))

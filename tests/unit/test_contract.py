@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import json
+import re
 
+import msgspec
 import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from pagetide.serving.contract import FIELDS, MAX_STOPS, check_params, check_request, parse, tensor_fields
-from pagetide.types import Request, RequestError, SamplingParams
+from pagetide.serving.contract import FIELDS, MAX_WORDS, Defaults, check_params, check_request, parse, tensor_fields, timed
+from pagetide.types import EngineInfo, Guide, Request, RequestError, SamplingParams
 
 
 def text(*values: str) -> np.ndarray:
@@ -17,6 +19,7 @@ def text(*values: str) -> np.ndarray:
 
 
 PROMPT = {"text_input": text("hello")}
+ENGINE = EngineInfo("", vocab_size=100, max_model_len=16, max_num_seqs=4, pad_id=0, device="cpu", num_blocks=10, block_size=4, allows_logits=False)
 
 
 def parse_one(**parameters):
@@ -25,14 +28,15 @@ def parse_one(**parameters):
 
 @pytest.mark.parametrize("field", [f for f in FIELDS if f.low is not None], ids=lambda f: f.name)
 def test_a_value_out_of_range_names_field_value_and_range(field):
-    for wrong in (field.low - 1, field.high + 1 if field.high <= 1 else field.high * 2):
-        with pytest.raises(RequestError, match=rf"{field.name} is {wrong}(\.0)?, must be from {field.low} to "):
+    wrong_values = [field.low - 1, field.high + 1 if field.high <= 1 else field.high * 2]
+    for wrong in [*wrong_values, field.low] if field.is_above_low else wrong_values:
+        with pytest.raises(RequestError, match=rf"{field.name} is {wrong}(\.0)?, must be {re.escape(field.allowed)}"):
             parse_one(**{field.name: wrong})
 
 
-@pytest.mark.parametrize("name, field", [(n, f) for n, f in tensor_fields() if f.attribute and not f.is_list])
+@pytest.mark.parametrize("name, field", [(n, f) for n, f in tensor_fields() if f.attribute and not f.is_list and not f.kind])
 def test_a_tensor_a_parameter_and_json_mean_the_same(name, field):
-    value = True if field.dtype == "BOOL" else 1
+    value = not getattr(SamplingParams(), field.attribute) if field.dtype == "BOOL" else 1
     kind = {"BOOL": np.bool_, "INT32": np.int32, "FP32": np.float32, "UINT64": np.uint64}[field.dtype]
     by_tensor = parse({**PROMPT, name: np.array([[value]], kind)}, {})[0].params
     assert getattr(by_tensor, field.attribute) == value
@@ -91,6 +95,17 @@ def test_several_prompts_have_their_own_values():
         ({**PROMPT, "sampling_parameters": text("[1]")}, "sampling_parameters is a JSON list, must be an object"),
         ({**PROMPT, "temperature": np.array([[np.nan]], np.float32)}, "temperature is nan, must be a finite number"),
         ({**PROMPT, "chat_template_kwargs": text("3")}, "chat_template_kwargs is a JSON int, must be an object"),
+        ({**PROMPT, "logit_bias": text('{"a": 1}')}, "logit_bias's token is 'a', must be an integer"),
+        ({**PROMPT, "logit_bias": text('{"1": NaN}')}, "logit_bias is not valid JSON"),
+        ({**PROMPT, "logit_bias": text('{"1": 1e9}')}, "logit_bias of token 1 is 1000000000.0, must be from -100 to 100"),
+        ({**PROMPT, "embedding_bias_words": text("a")}, "embedding_bias_words has 1 words, embedding_bias_weights 0 numbers"),
+        ({**PROMPT, "lora_name": text("mine")}, "lora_name is 'mine', but there is no such adapter"),
+        ({**PROMPT, "prompt_vocab_size": np.array([[7]], np.int32)}, "prompt_vocab_size is not supported by this model"),
+        ({**PROMPT, "decoder_text_input": text("x")}, "decoder_text_input is not supported by this model"),
+        ({**PROMPT, "text_input": text("a\0b")}, "must be a text without zero bytes"),
+        ({**PROMPT, "guided_decoding_guide": text("x")}, "guided_decoding_guide needs guided_decoding_guide_type"),
+        ({**PROMPT, "guided_decoding_guide_type": text("poem")}, "guided_decoding_guide_type is 'poem', must be one of json, json_schema"),
+        ({**PROMPT, "guided_decoding_guide_type": text("regex")}, "guided_decoding_guide has 0 characters"),
     ],
 )
 def test_bad_values_have_one_clear_sentence(tensors, message):
@@ -111,7 +126,7 @@ def test_min_tokens_must_not_be_above_max_tokens():
 
 def test_the_number_of_stop_texts_is_bounded():
     with pytest.raises(RequestError, match="stop_words has 65 texts"):
-        check_params(SamplingParams(stop=("x",) * (MAX_STOPS + 1)))
+        check_params(SamplingParams(stop=("x",) * (MAX_WORDS + 1)))
 
 
 @pytest.mark.parametrize(
@@ -123,11 +138,86 @@ def test_the_number_of_stop_texts_is_bounded():
         ([-1], {}, "input_ids has the token id -1"),
         ([1], {"n": 5}, "num_return_sequences is 5, must be at most 4"),
         ([1], {"end_id": 100}, "end_id is 100, must be from -1 to 99"),
+        ([1], {"best_of": 5}, "best_of is 5, must be at most 4"),
+        ([1], {"beam_width": 5}, "beam_width is 5, must be at most 4"),
+        ([1], {"beam_width": 4, "max_tokens": 10}, "with up to 11 tokens the beams may need 16 KV blocks and there are 10"),
+        ([1], {"logit_bias": {100: 1.0}}, "logit_bias has the token id 100, must be from 0 to 99"),
+        ([1], {"stop_token_ids": (-1,)}, "stop_token_ids has the token id -1"),
+        ([1], {"allowed_token_ids": (1, 100)}, "allowed_token_ids has the token id 100"),
     ],
 )
 def test_requests_that_the_model_cannot_run_are_refused(ids, params, message):
     with pytest.raises(RequestError, match=message):
-        check_request(Request(number=1, prompt_ids=ids, params=SamplingParams(**params)), 100, 16, 4)
+        check_request(Request(number=1, prompt_ids=ids, params=SamplingParams(**params)), ENGINE)
+
+
+def test_logits_are_refused_unless_the_server_allows_them():
+    request = Request(number=1, prompt_ids=[1], params=SamplingParams(), context_logits=True)
+    with pytest.raises(RequestError, match="the setting allow_logits is false"):
+        check_request(request, ENGINE)
+    check_request(request, msgspec.structs.replace(ENGINE, allows_logits=True))
+
+
+def test_harmless_values_of_unsupported_fields_are_ignored():
+    nothing = {"prompt_vocab_size": np.array([[0]], np.int32), "decoder_text_input": text(""), "lora_weights": np.zeros((1, 0, 0), np.float16)}
+    assert parse({**PROMPT, **nothing, "lora_task_id": np.array([[0]], np.uint64)}, {})[0].params == SamplingParams()
+
+
+def test_defaults_hold_where_a_request_says_nothing():
+    defaults = Defaults(SamplingParams(temperature=0.6, top_k=20), is_greedy=False, excludes_input=False)
+    parsed = parse(PROMPT, {"top_k": 3}, defaults)[0]
+    assert (parsed.params.temperature, parsed.params.top_k, parsed.includes_input) == (0.6, 3, True)
+
+
+@pytest.mark.parametrize("given, temperature", [({}, 0), ({"top_p": 0, "temperature": 2}, 0), ({"top_k": 5}, 1), ({"seed": 1, "temperature": 2}, 2)])
+def test_with_tensorrt_llms_defaults_a_request_is_greedy_unless_it_asks_for_sampling(given, temperature):
+    assert parse(PROMPT, given, Defaults(is_greedy=True))[0].params.temperature == temperature
+
+
+@pytest.mark.parametrize(
+    "guide, expected",
+    [
+        ({"json": {"type": "object"}}, Guide("json_schema", '{"type": "object"}')),
+        ({"json": '{"type": "object"}'}, Guide("json_schema", '{"type": "object"}')),
+        ({"json_object": True, "regex": None}, Guide("json")),
+        ({"regex": "a+"}, Guide("regex", "a+")),
+        ({"choice": ["a", "b"]}, Guide("choice", '["a", "b"]')),
+        ({"grammar": "root ::= 'a'"}, Guide("ebnf_grammar", "root ::= 'a'")),
+    ],
+)
+@pytest.mark.parametrize("name", ["guided_decoding", "structured_outputs"])
+def test_guides_in_vllms_form(name, guide, expected):
+    assert parse({**PROMPT, "sampling_parameters": text(json.dumps({name: guide}))}, {})[0].params.guide == expected
+    with pytest.raises(RequestError, match=f"{name} has 'json', 'regex'; must have one of"):
+        parse({**PROMPT, "sampling_parameters": text(json.dumps({name: {"json": {}, "regex": "a"}}))}, {})
+
+
+def test_what_vllms_users_send_without_asking_for_anything_is_ignored():
+    sent = {"detokenize": True, "spaces_between_special_tokens": False, "use_beam_search": False, "bad_words": None, "n": "2"}
+    assert parse({**PROMPT, "sampling_parameters": text(json.dumps(sent))}, {})[0].params == SamplingParams(n=2)
+    with pytest.raises(RequestError, match="use_beam_search"):
+        parse({**PROMPT, "sampling_parameters": text('{"use_beam_search": true}')}, {})
+
+
+def test_the_earlier_of_two_deadlines_counts_from_arrival():
+    assert timed(parse_one(timeout_ms=5), 10**9, 2000).deadline_ns == 10**9 + 2 * 10**6
+    assert timed(parse_one(timeout_ms=5), 10**9, 0).deadline_ns == 10**9 + 5 * 10**6
+    assert timed(parse_one(timeout_ms=0), 10**9, 0).deadline_ns == 0
+
+
+@pytest.mark.parametrize(
+    "params, message",
+    [
+        ({"n": 3, "best_of": 2}, "best_of is 2, must be at least num_return_sequences, which is 3"),
+        ({"n": 3, "beam_width": 2}, "num_return_sequences is 3, must be at most beam_width, which is 2"),
+        ({"best_of": 3, "beam_width": 2}, "best_of is 3 and beam_width 2; give one of them"),
+        ({"guide": Guide("json"), "beam_width": 2}, "beam_width is 2, must be 1 with guided decoding"),
+        ({"stop_token_ids": tuple(range(2000))}, "stop_token_ids has 2000 tokens, may have 1024"),
+    ],
+)
+def test_what_does_not_go_together_is_told(params, message):
+    with pytest.raises(RequestError, match=message):
+        check_params(SamplingParams(**params))
 
 
 json_values = st.recursive(st.none() | st.booleans() | st.integers() | st.floats() | st.text(), lambda v: st.lists(v, max_size=3), max_leaves=4)

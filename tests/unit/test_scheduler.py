@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import numpy as np
 import pytest
 from conftest import END_ID, SmallEngine
-from context_runner import expected_tokens
+from context_runner import VOCABULARY, expected_tokens, logits_after
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from pagetide.engine.strategies import _seed_of_sample
-from pagetide.types import QueueFullError
+from pagetide.types import Guide, QueueFullError, RequestError
 
 
 def test_one_request_gives_the_tokens_that_its_context_implies(engine):
@@ -101,7 +102,7 @@ def test_min_tokens_is_told_to_the_sampler_for_the_first_tokens_only(engine):
         plan = small.scheduler.schedule()
         if plan is None:
             break
-        masked.append(plan.masks_end_ids)
+        masked.append(plan.has_edits)
         small.runner.forward(plan)
         small.runner.sample(plan)
         small.scheduler.commit(plan, small.runner.wait(plan))
@@ -163,13 +164,191 @@ def test_streams_come_in_order_and_nothing_follows_the_last_output(engine):
     assert small.tokens(1) == expected_tokens([4, 5], 12, 0)
 
 
+def test_a_sample_that_still_has_to_fork_keeps_its_row_while_others_want_it(engine):
+    """Two samples of a prompt of three chunks, and a request that comes meanwhile, on two rows."""
+    small = engine(max_num_seqs=2)
+    small.add(1, list(range(40)), n=2, max_tokens=4)
+    small.add(2, [1, 2], max_tokens=4)
+    small.run()
+    assert small.tokens(1, 1) == expected_tokens(list(range(40)), 4, _seed_of_sample(0, 1))
+    assert small.tokens(2) == expected_tokens([1, 2], 4, 0)
+
+
+def test_eight_samples_of_a_long_prompt_hold_its_blocks_once(engine):
+    small = engine(num_blocks=128, block_size=16, max_model_len=1200, max_num_seqs=8, max_num_batched_tokens=1024)
+    small.add(1, [i % 50 for i in range(1000)], n=8, max_tokens=4)
+    small.step()
+    assert small.blocks.num_used == 63, "1,000 tokens, once"
+    small.step()
+    assert small.blocks.num_used == 62 + 8, "only the last, partial block is copied, once for each sample"
+    small.run()
+    assert small.outputs[-1].timings.new_blocks == 63 and small.outputs[-1].timings.reused_blocks == 0
+
+
+def test_the_best_of_several_samples_are_those_with_the_highest_log_probability(engine):
+    small = engine()
+    small.add(1, [5, 6], n=2, best_of=4, max_tokens=5, stream=True)
+    small.run()
+
+    def logprob(seed):
+        context, total = [5, 6], 0.0
+        for _ in range(5):
+            values = logits_after(context, seed)
+            total += values.max()
+            context.append(int(values.argmax()))
+        return total, context[2:]
+
+    best = sorted((logprob(_seed_of_sample(0, i)) for i in range(4)), reverse=True)[:2]
+    assert [o.ids for o in small.outputs] == [ids for _, ids in best], "one output for each, at the end"
+    assert [o.cumulative_logprob for o in small.outputs] == pytest.approx([total for total, _ in best])
+
+
+def test_log_probabilities_come_with_their_tokens(engine):
+    small = engine()
+    small.add(1, [5, 6], max_tokens=3, logprobs=2, stream=True)
+    small.run()
+    context = [5, 6]
+    for output in small.outputs:
+        for token, score in zip(output.ids, output.scores, strict=True):
+            values = logits_after(context, 0)
+            order = np.argsort(-values)
+            assert (token, score.rank, score.top_ids) == (order[0], 1, order[:2].tolist())
+            assert score.logprob == pytest.approx(values[token])
+            context.append(token)
+
+
+@pytest.mark.parametrize("num_blocks, budget", [(64, 16), (8, 5)])
+def test_every_prompt_token_but_the_first_is_scored_once_also_in_chunks(engine, num_blocks, budget):
+    prompt = [3, 1, 4, 1, 5, 9, 2, 6, 5, 3]
+    small = engine(num_blocks=num_blocks, max_num_batched_tokens=budget, max_model_len=28)
+    for number in range(3):
+        small.add(number, prompt, max_tokens=12, prompt_logprobs=1, context_logits=True)
+    small.run()
+    for output in small.outputs:
+        expected = [logits_after(prompt[:i], 0)[prompt[i]] for i in range(1, len(prompt))]
+        assert [score.logprob for score in output.prompt_scores] == pytest.approx(expected)
+        logits = np.frombuffer(output.context_logits, np.float32).reshape(len(prompt), -1)
+        assert logits == pytest.approx(np.array([logits_after(prompt[: i + 1], 0) for i in range(len(prompt))]), rel=1e-5, abs=1e-5)
+
+
+def test_priority_goes_before_arrival_and_the_last_in_order_gives_way(engine):
+    small = engine(max_num_seqs=1)
+    for number, priority in ((1, 0), (2, 5), (3, -1)):
+        small.add(number, [number], max_tokens=2, priority=priority)
+    small.run()
+    assert [o.number for o in small.outputs] == [3, 1, 2]
+    small = engine(num_blocks=16)
+    for number, priority in ((1, 1), (2, 0)):
+        small.add(number, [number] * 20, max_tokens=30, priority=priority)
+    small.run()
+    assert small.scheduler.counters.preemptions and small.outputs[0].number == 2
+
+
+def test_a_request_whose_time_is_up_gets_what_it_has(engine):
+    small = engine(max_num_seqs=1)
+    small.add(1, [1], max_tokens=60, deadline_ns=100)
+    small.add(2, [2], max_tokens=60, deadline_ns=50)
+    for _ in range(4):
+        small.step()
+    small.clock_ns = 60
+    small.step()
+    assert small.reason(2) == ["timeout"] and small.tokens(2) == []
+    small.clock_ns = 100
+    small.run()
+    assert small.reason(1) == ["timeout"] and 3 <= len(small.tokens(1)) < 10
+    assert small.scheduler.counters.timed_out == 2 and small.blocks.num_used == 0
+
+
+def test_prompts_with_different_salts_share_no_blocks(engine):
+    small = engine()
+    for number, salt in enumerate(("", "a", "b", "a")):
+        small.add(number, list(range(17)), max_tokens=1, salt=salt)
+        small.run()
+    assert [o.num_cached_tokens for o in small.outputs] == [0, 0, 0, 16]
+
+
+def test_a_guided_answer_waits_for_its_grammar_and_nobody_else_does(engine):
+    small = engine()
+    small.add(1, [1], max_tokens=10, guide=Guide("regex", "x"))
+    small.add(2, [2], max_tokens=3)
+    while not small.reason(2):
+        small.step()
+    assert not small.tokens(1)
+    small.guides.finish("x", [9, 8, 9])
+    small.run()
+    assert small.tokens(1) == [9, 8, 9, END_ID] and small.reason(1) == ["stop"]
+
+
+def test_a_guide_that_is_none_is_refused_and_nobody_else_is(engine):
+    small = engine()
+    small.add(1, [1], max_tokens=10, guide=Guide("regex", "x"))
+    small.add(2, [2], max_tokens=3)
+    small.guides.futures["x"].set_exception(RequestError("no regex"))
+    small.run_until(lambda: bool(small.reason(2)))
+    assert [(r.number, r.reason) for r in small.scheduler.take_refusals()] == [(1, "no regex")]
+    assert not small.loop.has_work
+
+
+@pytest.mark.parametrize("min_tokens, stop_words, expected", [(2, (), [3, END_ID]), (0, ("ij",), [3, 8, 9])])
+def test_a_grammar_goes_before_min_tokens_and_stops_end_it(engine, min_tokens, stop_words, expected):
+    small = engine()
+    small.add(1, [1], max_tokens=10, min_tokens=5 if min_tokens else 0, stop=stop_words, guide=Guide("regex", "x"))
+    small.guides.finish("x", [3] if min_tokens else [3, 8, 9, 4])
+    small.run()
+    assert small.tokens(1) == expected and small.reason(1) == ["stop"]
+
+
+def beams_alone(prompt: list[int], width: int, max_tokens: int, **params) -> list[list[int]]:
+    alone = SmallEngine(num_blocks=200, max_num_seqs=width, max_model_len=64)
+    alone.add(0, prompt, beam_width=width, n=width, max_tokens=max_tokens, **params)
+    alone.run()
+    return [o.ids for o in sorted(alone.outputs, key=lambda o: o.index)]
+
+
+def test_a_wide_enough_beam_search_finds_the_likeliest_answer(engine):
+    """With as many beams as there are pairs of tokens nothing is lost: the best answers are those of trying all."""
+    prompt = [4, 2]
+    everything = {}
+    for a in range(VOCABULARY):
+        for b in range(VOCABULARY):
+            everything[a, b] = logits_after(prompt, 0)[a] + logits_after([*prompt, a], 0)[b]
+    best = sorted(everything, key=lambda pair: -everything[pair])[:20]
+    small = engine(num_blocks=400, max_num_seqs=VOCABULARY, max_num_batched_tokens=64)
+    small.add(1, prompt, beam_width=VOCABULARY, n=20, max_tokens=2)
+    small.run()
+    assert [tuple(o.ids) for o in small.outputs] == best
+    assert [o.cumulative_logprob for o in small.outputs] == pytest.approx([everything[pair] for pair in best])
+
+
+def test_beams_share_the_prompts_blocks(engine):
+    small = engine(num_blocks=128, block_size=16, max_num_batched_tokens=64, max_num_seqs=8, max_model_len=128)
+    small.add(1, [i % 50 for i in range(60)], beam_width=8, max_tokens=20)
+    used = []
+    while small.loop.has_work:
+        small.step()
+        used.append(small.blocks.num_used)
+    assert max(used) <= 3 + 8 * 2
+
+
+def test_a_cancelled_beam_search_gives_what_it_has_and_frees_its_blocks(engine):
+    small = engine()
+    small.add(1, [1, 2, 3], beam_width=3, n=2, max_tokens=30)
+    for _ in range(8):
+        small.step()
+    small.scheduler.cancel([1])
+    small.run()
+    assert [o.finish_reason for o in small.outputs] == ["cancelled"] * 2 and small.outputs[0].ids
+    assert small.blocks.num_used == 0
+
+
 requests = st.lists(
     st.tuples(
         st.integers(0, 3),  # which common prefix
         st.integers(0, 30),  # how long it is
         st.lists(st.integers(0, 49), min_size=1, max_size=12),  # own tokens
         st.integers(1, 20),  # max_tokens
-        st.integers(1, 4),  # samples
+        st.integers(1, 4),  # samples, or beams
+        st.booleans(),  # beams
         st.integers(0, 12),  # arrives so many steps later
         st.one_of(st.none(), st.integers(0, 25)),  # cancelled after so many steps
     ),
@@ -197,24 +376,35 @@ def test_random_workloads_see_their_own_context_and_leave_every_block_free(reque
         batching=batching,
         kv_reservation=reservation,
     )
-    arrivals = sorted((sum(r[5] for r in requests[: i + 1]), i) for i in range(len(requests)))
+    arrivals = sorted((sum(r[6] for r in requests[: i + 1]), i) for i in range(len(requests)))
     prompts = [[(kind * 7 + i) % 50 for i in range(length)] + own for kind, length, own, *_ in requests]
-    cancels = {i: at + requests[i][6] for at, i in arrivals if requests[i][6] is not None}
+    cancels = {i: at + requests[i][7] for at, i in arrivals if requests[i][7] is not None}
+    beams = {number for number, r in enumerate(requests) if r[5] and r[4] > 1 and fits(len(prompts[number]) + r[3], r[4], num_blocks, block_size)}
     step = 0
     while arrivals or small.loop.has_work:
         while arrivals and arrivals[0][0] <= step:
             number = arrivals.pop(0)[1]
-            _, _, _, max_tokens, n, _, _ = requests[number]
-            small.add(number, prompts[number], max_tokens=max_tokens, n=n, stream=bool(number % 2))
+            _, _, _, max_tokens, n, *_ = requests[number]
+            width = n if number in beams else 1
+            small.add(number, prompts[number], max_tokens=max_tokens, n=n, beam_width=width, stream=bool(number % 2))
         small.scheduler.cancel([i for i, at in cancels.items() if at == step])
         small.step()
         step += 1
         assert step < 20_000
     assert small.blocks.num_used == 0
-    for number, (_, _, _, max_tokens, n, _, cancelled) in enumerate(requests):
+    for number, (_, _, _, max_tokens, n, _, _, cancelled) in enumerate(requests):
+        expected = [expected_tokens(prompts[number], max_tokens, _seed_of_sample(0, index)) for index in range(n)]
+        if number in beams:
+            expected = beams_alone(prompts[number], n, max_tokens)
         for index in range(n):
-            expected = expected_tokens(prompts[number], max_tokens, _seed_of_sample(0, index))
-            tokens = small.tokens(number, index)
-            assert tokens == expected[: len(tokens)], number
-            assert small.reason(number, index) in ([["length"], ["cancelled"]] if cancelled is not None else [["length"]])
-            assert cancelled is not None or len(tokens) == max_tokens
+            tokens, reasons = small.tokens(number, index), small.reason(number, index)
+            if cancelled is None:
+                assert (tokens, reasons) == (expected[index], ["length"]), number
+            elif reasons:
+                assert reasons in (["length"], ["cancelled"])
+                assert number in beams or tokens == expected[index][: len(tokens)], number
+
+
+def fits(num_tokens: int, width: int, num_blocks: int, block_size: int) -> bool:
+    """What serving.contract checks: all beams together must find room."""
+    return width * (-(-num_tokens // block_size) + 1) <= num_blocks

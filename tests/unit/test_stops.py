@@ -7,13 +7,16 @@ import random
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from pagetide.engine.stops import StopChecker, num_incomplete_bytes
+from pagetide.engine.stops import StopChecker, StopRules, num_incomplete_bytes
 from pagetide.text.tokens import decode
 
 
-def run(tokens: list[bytes], stops: tuple[str, ...] = (), end: int | None = None, min_tokens: int = 0) -> tuple[list[str], str, list[int]]:
+def run(
+    tokens: list[bytes], stops: tuple[str, ...] = (), end: int | None = None, min_tokens: int = 0, includes_stop: bool = False
+) -> tuple[list[str], str, list[int]]:
     """The texts of the chunks, the reason, and all shown ids."""
-    checker = StopChecker(tokens, frozenset() if end is None else frozenset([end]), tuple(s.encode() for s in stops), min_tokens)
+    end_ids = frozenset() if end is None else frozenset([end])
+    checker = StopChecker(StopRules(tokens, end_ids, tuple(s.encode() for s in stops), includes_stop, min_tokens, min_tokens))
     texts, ids = [], []
     for token in range(len(tokens)):
         reason = checker.push(token)
@@ -68,6 +71,11 @@ def test_stops_do_not_count_before_min_tokens():
 def test_the_text_of_an_end_token_is_not_shown():
     texts, reason, ids = run([b"a", b"END", b"b"], end=1)
     assert ("".join(texts), reason, ids) == ("a", "stop", [0, 1])
+
+
+def test_what_ends_the_answer_stays_if_asked_for_but_nothing_behind_it():
+    assert "".join(run([b"a", b"bST", b"OPc"], ("STOP",), includes_stop=True)[0]) == "abSTOP"
+    assert "".join(run([b"a", b"END", b"b"], end=1, includes_stop=True)[0]) == "aEND"
 
 
 @given(st.text(max_size=6), st.integers(0, 24))

@@ -11,6 +11,7 @@ import torch
 
 from pagetide.config import Settings, SettingsError
 from pagetide.engine.blocks import BlockManager
+from pagetide.engine.guides import XGrammarCompiler
 from pagetide.engine.loop import EngineLoop
 from pagetide.engine.scheduler import Scheduler
 from pagetide.engine.strategies import ModelLimits
@@ -23,8 +24,9 @@ from pagetide.models.source import find_model
 from pagetide.models.weights import Checkpoint
 from pagetide.ops.table import Ops, select_ops
 from pagetide.runner.device import Device, select_device
+from pagetide.runner.rows import Rows
 from pagetide.runner.runner import Runner
-from pagetide.text.tokens import token_bytes
+from pagetide.text.tokens import Vocabulary
 from pagetide.types import EngineInfo
 
 
@@ -58,12 +60,24 @@ def assemble(settings: Settings) -> Engine:
     num_blocks = settings.num_blocks or device.kv_cache_bytes(settings) // layout.block_bytes
     max_len = _max_model_len(settings, config, num_blocks)
     store = device.run(make_store, layout, num_blocks, device.torch_device)
-    runner = device.run(Runner, device, decoder, store, ops, settings.max_num_seqs, max_len, settings.block_size)
+    rows = device.run(Rows, settings.max_num_seqs, max_len, settings.block_size, config.vocab_size, device.torch_device)
+    runner = device.run(Runner, device, decoder, store, ops, rows, settings.block_size)
     runner.warm_up(min(settings.max_num_batched_tokens, max_len - 1))
-    table = token_bytes(model / "tokenizer.json") if (model / "tokenizer.json").exists() else []
-    limits = ModelLimits(table, config.end_ids, max_len, settings.max_output_tokens)
-    scheduler = Scheduler(settings, limits, BlockManager(num_blocks, settings.block_size, settings.enable_prefix_caching))
-    info = EngineInfo(str(model), config.vocab_size, max_len, settings.max_num_seqs, config.pad_id, device.torch_device.type)
+    vocabulary = Vocabulary.read(model)
+    limits = ModelLimits(vocabulary, config.vocab_size, config.end_ids, max_len, settings.max_output_tokens)
+    guides = XGrammarCompiler(vocabulary, config.vocab_size, config.end_ids)
+    scheduler = Scheduler(settings, limits, BlockManager(num_blocks, settings.block_size, settings.enable_prefix_caching), guides)
+    info = EngineInfo(
+        model=str(model),
+        vocab_size=config.vocab_size,
+        max_model_len=max_len,
+        max_num_seqs=settings.max_num_seqs,
+        pad_id=config.pad_id,
+        device=device.torch_device.type,
+        num_blocks=num_blocks,
+        block_size=settings.block_size,
+        allows_logits=settings.allow_logits,
+    )
     # What is loaded now stays: no collection needs to look at it again.
     gc.collect()
     gc.freeze()

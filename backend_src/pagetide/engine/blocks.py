@@ -20,6 +20,11 @@ def hash_block(parent: bytes, token_ids: list[int]) -> bytes:
     return hashlib.blake2b(parent + np.asarray(token_ids, np.int32).tobytes(), digest_size=16).digest()
 
 
+def _root(salt: str) -> bytes:
+    """What comes before the first block: prompts with different salts have no block in common."""
+    return hashlib.blake2b(salt.encode(), digest_size=16, person=b"salt").digest() if salt else b""
+
+
 class BlockManager:
     """Reference counts, prefix cache and free list over num_blocks blocks of block_size tokens. Only this class touches them."""
 
@@ -163,7 +168,7 @@ class BlockManager:
         size = self.block_size
         while len(sequence.hashes) < num_full:
             at = len(sequence.hashes)
-            parent = sequence.hashes[-1] if at else b""
+            parent = sequence.hashes[-1] if at else _root(sequence.request.salt)
             sequence.hashes.append(hash_block(parent, sequence.token_ids[at * size : (at + 1) * size]))
         return sequence.hashes[:num_full]
 

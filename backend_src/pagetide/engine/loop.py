@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import Protocol
 
+import numpy as np
+
 from pagetide.engine.scheduler import Scheduler
 from pagetide.runner.plan import StepPlan, StepTokens
 from pagetide.types import Output
@@ -15,8 +17,8 @@ class StepRunner(Protocol):
     def forward(self, plan: StepPlan) -> None:
         """Queues the model's work behind that of the step before, and returns at once."""
 
-    def sample(self, plan: StepPlan) -> None:
-        """Queues the sampling of the plan's tokens, and their way to the host."""
+    def sample(self, plan: StepPlan, masks: np.ndarray | None = None) -> None:
+        """Queues the sampling of the plan's tokens, and their way to the host. masks: of plan.guided, int32 [g, vocabulary / 32]."""
 
     def wait(self, plan: StepPlan) -> StepTokens:
         """Waits for the tokens of a step; raises what the step raised."""
@@ -40,9 +42,15 @@ class EngineLoop:
         plan = self.scheduler.schedule()
         if plan is not None:
             self._runner.forward(plan)
-            self._runner.sample(plan)
+            if not len(plan.guided):
+                self._runner.sample(plan)
         if self._last is not None:
             self.scheduler.commit(self._last, self._runner.wait(self._last))
+        if plan is not None and len(plan.guided):
+            # Guides know all tokens before this step's only now; the device is still busy with the step.
+            self._runner.sample(plan, self.scheduler.masks(plan))
+        if plan is None and self._last is None:
+            self.scheduler.wait_for_guides()
         self._last = plan
         if self._check_integrity:
             self.scheduler.check_integrity()

@@ -39,25 +39,19 @@ class Outputs(msgspec.Struct, tag=True, frozen=True):
 
 
 class Statistics(msgspec.Struct, tag=True, frozen=True):
-    """What the engine holds now, and what it has done since its start. Counts of requests, KV blocks and tokens."""
+    """What the engine holds now (sequences, KV blocks), what it has counted since its start, and what it has observed since the last report."""
 
-    running: int
-    waiting: int
-    blocks_total: int
-    blocks_used: int
-    blocks_cached: int
-    prompt_tokens: int
-    generated_tokens: int
-    cached_tokens: int
-    preemptions: int
-    cancelled: int
+    gauges: dict[str, int]
+    counters: dict[str, int]
+    observations: dict[str, list[float]]
 
 
 class Refused(msgspec.Struct, tag=True, frozen=True):
-    """A request that the engine does not take now."""
+    """A request that the engine does not take now, or, if is_invalid, never."""
 
     number: int
     reason: str
+    is_invalid: bool = False
 
 
 ToEngine = Hello | Submit | Cancel

@@ -11,6 +11,7 @@ import signal
 import sys
 import threading
 import time
+from dataclasses import asdict
 
 import msgspec
 import zmq
@@ -21,6 +22,8 @@ from pagetide.engine.messages import ERROR_PREFIX, Cancel, FromEngine, Hello, Ou
 from pagetide.types import Output, QueueFullError
 
 log = logging.getLogger("pagetide.engine")
+
+_REPORT_S = 0.25
 
 
 class EngineServer:
@@ -35,7 +38,8 @@ class EngineServer:
         self._client_of: dict[int, bytes] = {}  # request number -> who sent it
         self._unfinished: dict[int, int] = {}  # request number -> sequences that have not ended
         self._watchers: set[bytes] = set()  # clients that want statistics
-        self._last_statistics: tuple[float, Statistics | None] = (0.0, None)
+        self._reported_at = 0.0
+        self._reported: tuple[dict[str, int], dict[str, int]] | None = None  # gauges and counters
 
     def run(self) -> None:
         """Serves for ever."""
@@ -45,6 +49,7 @@ class EngineServer:
                 self._receive_all()
             if self._loop.has_work:
                 self._send_outputs(self._loop.step())
+                self._send_refusals()
             self._send_statistics()
 
     def _receive_all(self) -> None:
@@ -81,28 +86,34 @@ class EngineServer:
         for client, its_outputs in by_client.items():
             self._send(client, Outputs(its_outputs))
 
+    def _send_refusals(self) -> None:
+        for refusal in self._scheduler.take_refusals():
+            self._send(self._client_of[refusal.number], Refused(refusal.number, refusal.reason, is_invalid=True))
+            self._forget(refusal.number)
+
     def _send_statistics(self) -> None:
         """Four times a second, and at once when the last request has ended."""
-        now, (then, before) = time.monotonic(), self._last_statistics
-        if not self._watchers or (now - then < 0.25 and self._loop.has_work):
+        now = time.monotonic()
+        if not self._watchers or (now - self._reported_at < _REPORT_S and self._loop.has_work):
             return
-        scheduler, counters = self._scheduler, self._scheduler.counters
-        statistics = Statistics(
-            running=len(scheduler.running),
-            waiting=len(scheduler.waiting),
-            blocks_total=scheduler.blocks.num_blocks,
-            blocks_used=scheduler.blocks.num_used,
-            blocks_cached=scheduler.blocks.num_cached,
-            prompt_tokens=counters.prompt_tokens,
-            generated_tokens=counters.generated_tokens,
-            cached_tokens=counters.cached_tokens,
-            preemptions=counters.preemptions,
-            cancelled=counters.cancelled,
-        )
-        self._last_statistics = now, statistics
-        if statistics != before:
+        scheduler = self._scheduler
+        gauges = {
+            "running": len(scheduler.running),
+            "waiting": scheduler.num_waiting,
+            "swapped": 0,
+            "blocks_total": scheduler.blocks.num_blocks,
+            "blocks_used": scheduler.blocks.num_used,
+            "blocks_cached": scheduler.blocks.num_cached,
+        }
+        report = gauges, asdict(scheduler.counters)
+        self._reported_at = now
+        if report != self._reported:
+            self._reported = report
+            observations = {name: list(values) for name, values in vars(scheduler.observed).items()}
+            for values in vars(scheduler.observed).values():
+                values.clear()
             for client in self._watchers:
-                self._send(client, statistics)
+                self._send(client, Statistics(*report, observations))
 
     def _forget(self, number: int) -> None:
         del self._client_of[number], self._unfinished[number]

@@ -6,131 +6,205 @@ Prefill, a chunk of it, decode, what a prefix hit leaves, and re-computation aft
 
 from __future__ import annotations
 
+import heapq
+import time
 from bisect import insort
-from collections.abc import Iterable
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterable
+from concurrent.futures import Future, wait
+from dataclasses import dataclass
 
 import numpy as np
 
 from pagetide.config import Settings
 from pagetide.engine.blocks import BlockManager
-from pagetide.engine.sequence import Sequence, Status
-from pagetide.engine.strategies import ModelLimits, end_ids_of, sequences_of
-from pagetide.runner.plan import Admission, RowParams, StepPlan, StepTokens
-from pagetide.types import Output, QueueFullError, Request
+from pagetide.engine.draft import Draft, Flight, samples_first
+from pagetide.engine.guides import GuideCompiler, GuideState
+from pagetide.engine.sequence import Sequence, SequenceGroup, Status
+from pagetide.engine.statistics import Counters, Observations
+from pagetide.engine.strategies import Answer, BeamSearch, ModelLimits, give_guides, group_of
+from pagetide.runner.plan import StepPlan, StepTokens, TokenScores, bits_of
+from pagetide.types import Output, QueueFullError, Request, RequestError, TokenScore
+
+_GUIDE_WAIT_S = 0.005
 
 
-@dataclass
-class _Draft:
-    """A StepPlan while it is being put together. chunks: (sequence, start, count)."""
+@dataclass(frozen=True)
+class Refusal:
+    """A request that cannot be answered, found out after it had been taken."""
 
-    budget: int
-    chunks: list[tuple[Sequence, int, int]] = field(default_factory=list)
-    samples: list[tuple[Sequence, int]] = field(default_factory=list)
-    admitted: list[Sequence] = field(default_factory=list)
-    blocks: list[tuple[int, int, int]] = field(default_factory=list)
-    copies: list[tuple[int, int]] = field(default_factory=list)
-    num_tokens: int = 0
-    preempted: bool = False
-
-
-@dataclass
-class Counters:
-    """What has happened since the start, for statistics."""
-
-    steps: int = 0
-    preemptions: int = 0
-    prompt_tokens: int = 0
-    cached_tokens: int = 0
-    generated_tokens: int = 0
-    cancelled: int = 0
+    number: int
+    reason: str
 
 
 class Scheduler:
-    """The requests of an engine: schedule() makes the next step, commit() takes its tokens."""
+    """The requests of an engine: schedule() makes the next step, commit() takes its tokens.
 
-    def __init__(self, settings: Settings, limits: ModelLimits, blocks: BlockManager):
+    guides: compiles what guided requests ask for. now: the clock of deadlines and timings, in ns.
+    """
+
+    def __init__(
+        self,
+        settings: Settings,
+        limits: ModelLimits,
+        blocks: BlockManager,
+        guides: GuideCompiler,
+        now: Callable[[], int] = time.monotonic_ns,
+    ):
         self._settings = settings
         self._limits = limits
+        self._guides = guides
+        self._now = now
         self.blocks = blocks
         self.counters = Counters()
-        self.waiting: list[Sequence] = []  # sorted by arrival
-        self.running: list[Sequence] = []  # sorted by arrival
+        self.observed = Observations()
+        self.waiting: list[Sequence] = []  # sorted by order
+        self.running: list[Sequence] = []  # sorted by order
+        self._compiling: dict[int, Future[Callable[[], GuideState]]] = {}  # request number -> its guide
+        self._deadlines: list[tuple[int, int]] = []  # heap of (deadline, request number)
         self._rows = list(range(settings.max_num_seqs - 1, -1, -1))
-        self._row_params: dict[Sequence, RowParams] = {}
-        self._requests: dict[int, list[Sequence]] = {}  # request number -> its unfinished sequences
-        self._in_flight: dict[int, list[Sequence]] = {}  # step -> its sampled sequences
+        self._groups: dict[int, SequenceGroup] = {}  # request number -> group with unfinished sequences
+        self._in_flight: dict[int, Flight] = {}  # by step
         self._outputs: list[Output] = []
+        self._refusals: list[Refusal] = []
         self._arrivals = 0
         self._batch_is_open = True
+        self._end_bits = bits_of(limits.end_ids, limits.vocab_size)
 
     # -- requests come and go ----------------------------------------------------------------------------------------
 
     @property
     def has_work(self) -> bool:
-        return bool(self.waiting or self.running or self._outputs)
+        return bool(self.waiting or self.running or self._outputs or self._refusals or self._compiling)
 
     @property
     def num_requests(self) -> int:
-        return len(self._requests)
+        return len(self._groups)
+
+    @property
+    def num_waiting(self) -> int:
+        """Sequences that wait for their turn, or for their grammar."""
+        return len(self.waiting) + len(self._compiling)
 
     def add(self, request: Request) -> None:
         """Queues a request that has been checked. Raises QueueFullError."""
-        if len(self._requests) >= self._settings.max_queued_requests:
+        if len(self._groups) >= self._settings.max_queued_requests:
             limit = self._settings.max_queued_requests
             raise QueueFullError(f"Exceeds maximum queue size: Maximum queue size of {limit} requests reached")
-        leader = sequences_of(request, self._limits, self._arrivals)
-        samples = [leader, *leader.followers]
-        for sample in samples:
-            sample.arrival = self._arrivals
-            self._arrivals += 1
-            self._row_params[sample] = self._params_of(sample)
-        self._requests[request.number] = samples
-        self._enqueue(leader)
+        group = group_of(request, self._limits, self._arrivals, self._now())
+        self._arrivals += len(group.unfinished)
+        self._groups[request.number] = group
+        if request.deadline_ns:
+            heapq.heappush(self._deadlines, (request.deadline_ns, request.number))
+        if request.params.guide is not None:
+            self._compiling[request.number] = self._guides.compile(request.params.guide)
+        else:
+            self._enqueue(group.unfinished[0])
 
     def cancel(self, numbers: Iterable[int]) -> None:
         """Ends the requests with these numbers; unknown ones have ended already."""
         for number in numbers:
-            samples = list(self._requests.get(number, ()))
-            self.counters.cancelled += bool(samples)
-            for sequence in samples:
-                self._finish(sequence, "cancelled")
+            self.counters.cancelled += number in self._groups
+            self._end_group(number, "cancelled")
 
     def numbers_of(self, request_id: str) -> list[int]:
         """The numbers of the unfinished requests that their client calls request_id."""
-        return [number for number, samples in self._requests.items() if samples[0].request.request_id == request_id]
+        return [number for number, group in self._groups.items() if group.request.request_id == request_id]
 
-    def _params_of(self, sequence: Sequence) -> RowParams:
-        params = sequence.request.params
-        return RowParams(
-            temperature=params.temperature,
-            top_k=max(params.top_k, 0),
-            top_p=params.top_p,
-            min_p=params.min_p,
-            seed=sequence.seed,
-            min_position=sequence.num_prompt + params.min_tokens if params.min_tokens else 0,
-            end_ids=tuple(sorted(end_ids_of(sequence.request, self._limits))),
-        )
+    def _end_group(self, number: int, reason: str) -> None:
+        """Ends a request from outside; each of its answers gets what it has."""
+        group = self._groups.get(number)
+        if group is None:
+            return
+        self._compiling.pop(number, None)
+        if isinstance(group.strategy, BeamSearch):
+            self._answer_beams(group, group.strategy, reason)
+            return
+        for sequence in list(group.unfinished):
+            self._finish(sequence, reason)
+
+    def _end_late(self) -> None:
+        """Ends the requests whose deadline has passed."""
+        now = self._now()
+        while self._deadlines and self._deadlines[0][0] <= now:
+            _, number = heapq.heappop(self._deadlines)
+            self.counters.timed_out += number in self._groups
+            self._end_group(number, "timeout")
+
+    # -- grammars ----------------------------------------------------------------------------------------------------
+
+    def wait_for_guides(self) -> None:
+        """A short wait, for when nothing can be done until some grammar is compiled."""
+        wait(self._compiling.values(), _GUIDE_WAIT_S)
+
+    def _take_guides(self) -> None:
+        """Lets the requests whose grammars are ready join the queue; refuses those whose are none."""
+        for number in [number for number, guide in self._compiling.items() if guide.done()]:
+            guide, group = self._compiling.pop(number), self._groups[number]
+            try:
+                give_guides(group, guide.result())
+            except RequestError as error:
+                self.counters.failed += 1
+                del self._groups[number]
+                self._refusals.append(Refusal(number, str(error)))
+            else:
+                self._enqueue(group.unfinished[0])
+
+    def masks(self, plan: StepPlan) -> np.ndarray:
+        """Which tokens the plan's guided rows may sample, now that all tokens before are known: int32 [g, vocabulary / 32]."""
+        sequences = self._in_flight[plan.step].guided
+        masks = np.full((len(sequences), -(-self._limits.vocab_size // 32)), -1, np.int32)
+        for mask, sequence in zip(masks, sequences, strict=True):
+            if sequence.guide is not None and not sequence.is_finished:
+                sequence.guide.fill(mask)
+                self._restrict(sequence, mask)
+        return masks
+
+    def _restrict(self, sequence: Sequence, mask: np.ndarray) -> None:
+        """Further rules of the request hold as far as the grammar leaves a choice."""
+        params = sequence.group.params
+        rules = []
+        if len(sequence.token_ids) - sequence.num_prompt < params.min_tokens:
+            rules.append(~self._end_bits)
+        if params.allowed_token_ids:
+            rules.append(bits_of(params.allowed_token_ids, self._limits.vocab_size))
+        for rule in rules:
+            if (mask & rule).any():
+                mask &= rule
 
     # -- the next step -----------------------------------------------------------------------------------------------
 
     def schedule(self) -> StepPlan | None:
         """What runs next: running sequences first, then waiting ones, as far as budget and blocks reach. None: nothing can run now."""
-        draft = _Draft(self._settings.max_num_batched_tokens)
+        self._end_late()
+        self._take_guides()
+        draft = Draft(self._settings.max_num_batched_tokens)
         for sequence in list(self.running):
-            if sequence.status is Status.RUNNING and draft.budget and not sequence.is_at_limit:
+            if sequence.status is Status.RUNNING and draft.budget and sequence.can_run:
                 self._continue(draft, sequence)
         if not draft.preempted and self._may_admit():
             self._admit_waiting(draft)
             self._batch_is_open = draft.budget == 0
-        return self._finish_plan(draft) if draft.chunks else None
+        if not draft.chunks:
+            self._resolve_deadlock()
+            return None
+        plan = draft.plan(self.counters.steps)
+        self._in_flight[plan.step] = draft.flight()
+        self.counters.steps += 1
+        self.observed.step_tokens.append(plan.num_tokens)
+        self.observed.step_sequences.append(len(plan.rows))
+        return plan
+
+    def _resolve_deadlock(self) -> None:
+        """Beams run on only together: when some of them hold the blocks that others wait for, the last in order gives way."""
+        if not self._in_flight and self.running and self.waiting:
+            self._preempt(self.running[-1])
 
     def _may_admit(self) -> bool:
         """Static batching fills a batch, over several steps if the budget is small, and opens the next when all of it has ended."""
         return self._settings.batching == "continuous" or self._batch_is_open or not self.running
 
-    def _continue(self, draft: _Draft, sequence: Sequence) -> None:
-        """Gives a running sequence its share of the step; makes room by preempting the youngest if blocks are lacking."""
+    def _continue(self, draft: Draft, sequence: Sequence) -> None:
+        """Gives a running sequence its share of the step; makes room by preempting the last in order if blocks are lacking."""
         count = min(sequence.num_wanted - sequence.num_computed, draft.budget)
         while (copies := self.blocks.grow(sequence, sequence.num_computed + count)) is None:
             victim = self.running[-1]
@@ -138,22 +212,22 @@ class Scheduler:
             draft.preempted = True
             if victim is sequence:
                 return
-        self._add_chunk(draft, sequence, count, copies)
+        self._run(draft, sequence, count, copies)
 
-    def _admit_waiting(self, draft: _Draft) -> None:
+    def _admit_waiting(self, draft: Draft) -> None:
         num_admitted = 0
-        # In order of arrival: who does not fit stops those behind, so that nobody is overtaken for ever.
+        # In order: who does not fit stops those behind, so that nobody is overtaken for ever.
         while num_admitted < len(self.waiting) and self._admit(draft, self.waiting[num_admitted]):
             num_admitted += 1
         del self.waiting[:num_admitted]
 
-    def _admit(self, draft: _Draft, sequence: Sequence) -> bool:
+    def _admit(self, draft: Draft, sequence: Sequence) -> bool:
         """Starts a waiting sequence if budget, rows and blocks suffice; False if it has to wait on."""
         # Who was preempted in the last step has its last token by now: nothing is admitted in the step of a preemption.
         assert not sequence.num_pending, sequence.num_pending
-        if not draft.budget or len(self._rows) <= len(sequence.followers):
+        if not draft.budget or not sequence.can_run or len(self._rows) - self._num_promised() < num_rows_for(sequence):
             return False
-        found = self.blocks.match_prefix(sequence)
+        found = self._find_prefix(sequence)
         num_found = len(found) * self.blocks.block_size
         count = min(sequence.num_wanted - num_found, draft.budget)
         num_reserved = num_found + count if self._settings.kv_reservation == "paged" else sequence.max_len
@@ -164,46 +238,53 @@ class Scheduler:
         self.blocks.adopt(sequence, found)
         copies = self.blocks.grow(sequence, num_reserved)
         assert copies == [], copies
-        self._start(draft, sequence)
-        if sequence.num_cached < 0:
-            sequence.num_cached = num_found
-            self.counters.prompt_tokens += sequence.num_prompt
-            self.counters.cached_tokens += num_found
-        self._add_chunk(draft, sequence, count, copies, new_blocks=True)
+        self._start(sequence)
+        self._note_admission(sequence.group, num_found)
+        self._run(draft, sequence, count, copies)
         return True
 
-    def _start(self, draft: _Draft, sequence: Sequence) -> None:
+    def _find_prefix(self, sequence: Sequence) -> list[int]:
+        # What the model thinks of the prompt's tokens is known only by running them.
+        return [] if sequence.group.looks_at_prompt else self.blocks.match_prefix(sequence)
+
+    def _note_admission(self, group: SequenceGroup, num_found: int) -> None:
+        if group.first_scheduled_ns:
+            return
+        group.first_scheduled_ns = self._now()
+        group.num_cached = num_found
+        group.num_reused_blocks = num_found // self.blocks.block_size
+        group.num_new_blocks = self.blocks.num_blocks_for(len(group.request.prompt_ids)) - group.num_reused_blocks
+        self.counters.prompt_tokens += len(group.request.prompt_ids)
+        self.counters.cached_tokens += num_found
+        self.observed.queue_s.append((group.first_scheduled_ns - group.arrival_ns) / 1e9)
+
+    def _num_promised(self) -> int:
+        """Rows that running sequences will want for their followers or further beams."""
+        searches = {sequence.group for sequence in self.running if sequence.group.is_beam_search}
+        further_beams = sum(group.params.beam_width - len(group.unfinished) for group in searches)
+        return further_beams + sum(len(sequence.followers) for sequence in self.running)
+
+    def _start(self, sequence: Sequence) -> None:
         sequence.row = self._rows.pop()
         sequence.status = Status.RUNNING
-        insort(self.running, sequence, key=lambda s: s.arrival)
-        draft.admitted.append(sequence)
+        sequence.is_placed = False
+        insort(self.running, sequence, key=lambda s: s.order)
 
-    def _add_chunk(self, draft: _Draft, sequence: Sequence, count: int, copies: list[tuple[int, int]], new_blocks: bool = False) -> None:
+    def _run(self, draft: Draft, sequence: Sequence, count: int, copies: list[tuple[int, int]]) -> None:
         """Schedules count tokens of a sequence that has the blocks for them."""
-        start, first_changed = sequence.num_computed, sequence.num_computed // self.blocks.block_size
         draft.copies.extend(copies)
-        changed = range(0 if new_blocks else first_changed, len(sequence.blocks))
-        draft.blocks.extend((sequence.row, index, sequence.blocks[index]) for index in changed)
-        draft.chunks.append((sequence, start, count))
-        draft.budget -= count
-        draft.num_tokens += count
-        sequence.num_computed += count
+        draft.place(sequence, sequence.num_computed // self.blocks.block_size)
+        draft.add_chunk(sequence, count)
         self.blocks.publish(sequence)
         if sequence.num_computed == sequence.num_wanted:
-            self._add_samples(draft, sequence)
-
-    def _add_samples(self, draft: _Draft, sequence: Sequence) -> None:
-        """The last token of the step's chunk samples the sequence's next token, and the first one of each follower."""
-        followers, sequence.followers = sequence.followers, []
-        for follower in followers:
-            self.blocks.fork(sequence, follower)
-            follower.num_computed = sequence.num_computed
-            follower.num_cached = sequence.num_cached
-            self._start(draft, follower)
-            draft.blocks.extend((follower.row, index, block) for index, block in enumerate(follower.blocks))
-        for sample in (sequence, *followers):
-            sample.num_pending += 1
-            draft.samples.append((sample, draft.num_tokens - 1))
+            draft.add_sample(sequence)
+            for follower in sequence.followers:
+                self.blocks.fork(sequence, follower)
+                follower.num_computed = sequence.num_computed
+                self._start(follower)
+                draft.place(follower, 0)
+                draft.add_sample(follower)
+            sequence.followers = []
 
     def _preempt(self, sequence: Sequence) -> None:
         """Takes a running sequence's blocks and row away; it computes everything again later, as far as the cache has forgotten it."""
@@ -214,71 +295,7 @@ class Scheduler:
 
     def _enqueue(self, sequence: Sequence) -> None:
         sequence.status = Status.WAITING
-        insort(self.waiting, sequence, key=lambda s: s.arrival)
-
-    def _finish_plan(self, draft: _Draft) -> StepPlan:
-        step = self.counters.steps
-        self.counters.steps += 1
-        self._in_flight[step] = [sequence for sequence, _ in draft.samples]
-        chunks = np.array([(s.row, start, count) for s, start, count in draft.chunks], np.int32).reshape(-1, 3)
-        # num_wanted counts the token that this step samples; it stands at the position before that.
-        samples = np.array([(at, s.row, s.num_wanted - 1) for s, at in draft.samples], np.int32).reshape(-1, 3)
-        deltas = np.array(draft.blocks, np.int32).reshape(-1, 3)
-        params = [self._row_params[sequence] for sequence, _ in draft.samples]
-        return StepPlan(
-            step=step,
-            rows=chunks[:, 0],
-            starts=chunks[:, 1],
-            counts=chunks[:, 2],
-            logit_index=samples[:, 0],
-            sample_rows=samples[:, 1],
-            sample_positions=samples[:, 2],
-            admissions=tuple(Admission(s.row, np.array(s.token_ids, np.int32), self._row_params[s]) for s in draft.admitted),
-            block_rows=deltas[:, 0],
-            block_indices=deltas[:, 1],
-            block_ids=deltas[:, 2],
-            copies=np.array(draft.copies, np.int32).reshape(-1, 2),
-            is_greedy=all(p.temperature == 0 for p in params),
-            masks_end_ids=any(s.num_wanted - 1 < p.min_position for (s, _), p in zip(draft.samples, params, strict=True)),
-        )
-
-    # -- the step's tokens -------------------------------------------------------------------------------------------
-
-    def commit(self, plan: StepPlan, tokens: StepTokens) -> None:
-        """Takes a step's tokens in the order of its samples; sequences end here."""
-        for sequence, token in zip(self._in_flight.pop(plan.step), tokens.ids.tolist(), strict=True):
-            sequence.num_pending -= 1
-            # The step was launched before the host knew that the sequence had ended.
-            if not sequence.is_finished:
-                self._append(sequence, token)
-
-    def _append(self, sequence: Sequence, token: int) -> None:
-        sequence.token_ids.append(token)
-        self.counters.generated_tokens += 1
-        reason = sequence.stops.push(token)
-        if not reason and len(sequence.token_ids) >= sequence.max_len:
-            reason = "length"
-        if reason:
-            self._finish(sequence, reason)
-            return
-        if sequence.status is Status.RUNNING:
-            self.blocks.publish(sequence)
-        if sequence.request.stream:
-            self._emit(sequence, sequence.stops.take(is_last=False), "")
-
-    def _finish(self, sequence: Sequence, reason: str) -> None:
-        if sequence.status is Status.RUNNING:
-            self.blocks.publish(sequence)
-            self._release(sequence)
-        elif sequence in self.waiting:
-            self.waiting.remove(sequence)
-        sequence.status = Status.FINISHED
-        del self._row_params[sequence]
-        samples = self._requests[sequence.request.number]
-        samples.remove(sequence)
-        if not samples:
-            del self._requests[sequence.request.number]
-        self._emit(sequence, sequence.stops.take(is_last=True), reason)
+        insort(self.waiting, sequence, key=lambda s: s.order)
 
     def _release(self, sequence: Sequence) -> None:
         self.running.remove(sequence)
@@ -286,16 +303,174 @@ class Scheduler:
         self._rows.append(sequence.row)
         sequence.row = -1
 
-    def _emit(self, sequence: Sequence, ids: list[int], reason: str) -> None:
-        if ids or reason:
-            num_cut = sequence.stops.num_cut if reason else 0
-            cached = max(sequence.num_cached, 0)
-            self._outputs.append(Output(sequence.request.number, sequence.index, ids, num_cut, reason, sequence.num_prompt, cached))
+    # -- the step's tokens -------------------------------------------------------------------------------------------
+
+    def commit(self, plan: StepPlan, tokens: StepTokens) -> None:
+        """Takes a step's tokens in the order of its samples; sequences end here."""
+        flight = self._in_flight.pop(plan.step)
+        scores = dict(zip(plan.scored.tolist(), _scores(tokens.scores), strict=True))
+        logits = dict(zip(plan.kept.tolist(), () if tokens.logits is None else tokens.logits, strict=True))
+        candidates = dict(zip(plan.beams.tolist(), _candidates(tokens.candidates), strict=True))
+        for at, sequence in enumerate(flight.looks, len(flight.samples)):
+            if at in scores:
+                sequence.group.prompt_scores.append(_trimmed(scores[at], sequence.group.params.prompt_logprobs or 0))
+            if sequence.request.context_logits:
+                sequence.group.context_logits.append(logits[at])
+        searches: dict[SequenceGroup, None] = {}
+        for at, (sequence, token) in enumerate(zip(flight.samples, tokens.ids.tolist(), strict=True)):
+            if sequence.request.context_logits and at in logits and samples_first(sequence):
+                sequence.group.context_logits.append(logits[at])
+            sequence.num_pending -= 1
+            # The step was launched before the host knew that the sequence had ended.
+            if sequence.is_finished:
+                continue
+            self._note_token(sequence.group)
+            if at in candidates:
+                sequence.candidates = candidates[at]
+                searches[sequence.group] = None
+            else:
+                self._append(sequence, token, scores.get(at), logits.get(at))
+        for group in searches:
+            self._go_on_with_beams(group)
+
+    def _note_token(self, group: SequenceGroup) -> None:
+        group.last_token_ns = self._now()
+        if not group.first_token_ns:
+            group.first_token_ns = group.last_token_ns
+            self.observed.ttft_s.append((group.first_token_ns - group.arrival_ns) / 1e9)
+
+    def _append(self, sequence: Sequence, token: int, score: TokenScore | None, logits: np.ndarray | None) -> None:
+        sequence.token_ids.append(token)
+        self.counters.generated_tokens += 1
+        if score is not None:
+            sequence.cumulative_logprob += score.logprob
+            sequence.scores.append(_trimmed(score, sequence.group.params.logprobs or 0))
+        if sequence.request.generation_logits and logits is not None:
+            sequence.logits.append(logits)
+        reason = sequence.stops.push(token)
+        if sequence.guide is not None and not reason:
+            sequence.guide.advance(token)
+        if not reason and len(sequence.token_ids) >= sequence.max_len:
+            reason = "length"
+        if reason:
+            self._finish(sequence, reason)
+            return
+        if sequence.status is Status.RUNNING:
+            self.blocks.publish(sequence)
+        if sequence.request.stream and not sequence.group.params.picks_best:
+            self._emit(sequence, sequence.index, "")
+
+    def _finish(self, sequence: Sequence, reason: str) -> None:
+        self._leave(sequence)
+        group = sequence.group
+        group.unfinished.remove(sequence)
+        answers = group.strategy.end(sequence, reason)
+        if not group.unfinished:
+            self._forget(group)
+        self._emit_answers(answers)
+
+    def _leave(self, sequence: Sequence) -> None:
+        """Takes a sequence that has ended out of its queue; what it has computed stays findable."""
+        if sequence.status is Status.RUNNING:
+            self.blocks.publish(sequence)
+            self._release(sequence)
+        elif sequence in self.waiting:
+            self.waiting.remove(sequence)
+        sequence.status = Status.FINISHED
+
+    def _forget(self, group: SequenceGroup) -> None:
+        del self._groups[group.request.number]
+        self.observed.e2e_s.append((self._now() - group.arrival_ns) / 1e9)
+
+    # -- beams -------------------------------------------------------------------------------------------------------
+
+    def _go_on_with_beams(self, group: SequenceGroup) -> None:
+        """The next step of a beam search, once the candidates of all its beams are there."""
+        search, beams = group.strategy, group.unfinished
+        assert isinstance(search, BeamSearch)
+        if any(beam.candidates is None for beam in beams):
+            return
+        following = search.go_on(beams)
+        self.counters.generated_tokens += len(following)
+        if not following:
+            self._answer_beams(group, search, "length")
+            return
+        group.unfinished = [child for _, child in following]
+        self._replace_beams(beams, following)
+
+    def _replace_beams(self, beams: list[Sequence], following: list[tuple[Sequence, Sequence]]) -> None:
+        # Blocks get their new owners before the old ones let go, whose rows the new ones need.
+        for parent, child in following:
+            self.blocks.fork(parent, child)
+            child.num_computed = parent.num_computed
+        for beam in beams:
+            self._leave(beam)
+        for _, child in following:
+            if child.blocks and self._rows:
+                self._start(child)
+            else:  # its parent was preempted, or other beams that were have not left rows enough
+                self.blocks.free(child)
+                child.num_computed = 0
+                self._enqueue(child)
+
+    def _answer_beams(self, group: SequenceGroup, search: BeamSearch, reason: str) -> None:
+        beams, group.unfinished = group.unfinished, []
+        for beam in beams:
+            self._leave(beam)
+        self._forget(group)
+        self._emit_answers(search.answers(beams, reason))
+
+    # -- outputs -----------------------------------------------------------------------------------------------------
+
+    def _emit_answers(self, answers: Iterable[Answer]) -> None:
+        for answer in answers:
+            self._observe_pace(answer.sequence)
+            self._emit(answer.sequence, answer.index, answer.reason)
+
+    def _observe_pace(self, sequence: Sequence) -> None:
+        num_tokens, group = len(sequence.token_ids) - sequence.num_prompt, sequence.group
+        if num_tokens > 1:
+            self.observed.tpot_s.append((group.last_token_ns - group.first_token_ns) / 1e9 / (num_tokens - 1))
+
+    def _emit(self, sequence: Sequence, index: int, reason: str) -> None:
+        ids = sequence.stops.take(is_last=bool(reason))
+        if not ids and not reason:
+            return
+        group = sequence.group
+        prompt_scores: list[TokenScore] = []
+        context_logits: list[np.ndarray] = []
+        if index == 0:
+            prompt_scores, group.prompt_scores = group.prompt_scores, []
+            context_logits, group.context_logits = group.context_logits, []
+        scores, sequence.scores = sequence.scores[: len(ids)], sequence.scores[len(ids) :]
+        logits, sequence.logits = sequence.logits[: len(ids)], sequence.logits[len(ids) :]
+        self._outputs.append(
+            Output(
+                number=group.request.number,
+                index=index,
+                ids=ids,
+                num_cut=sequence.stops.num_cut if reason else 0,
+                finish_reason=reason,
+                num_prompt_tokens=sequence.num_prompt,
+                num_cached_tokens=group.num_cached,
+                cumulative_logprob=sequence.cumulative_logprob,
+                scores=scores if group.params.logprobs is not None else [],
+                prompt_scores=prompt_scores,
+                context_logits=b"".join(row.tobytes() for row in context_logits),
+                generation_logits=b"".join(row.tobytes() for row in logits),
+                timings=group.timings,
+            )
+        )
 
     def take_outputs(self) -> list[Output]:
         """The outputs since the last call."""
         outputs, self._outputs = self._outputs, []
         return outputs
+
+    def take_refusals(self) -> list[Refusal]:
+        """The requests that turned out to be wrong since the last call; nothing more comes of them."""
+        refusals, self._refusals = self._refusals, []
+        return refusals
 
     def check_integrity(self) -> None:
         """Raises AssertionError unless rows, blocks and states agree (see BlockManager.check_integrity)."""
@@ -304,3 +479,29 @@ class Scheduler:
         assert sorted(rows + self._rows) == list(range(self._settings.max_num_seqs)), (rows, self._rows)
         assert all(s.status is Status.RUNNING for s in self.running)
         assert all(s.status is Status.WAITING and not s.blocks for s in self.waiting)
+
+
+def num_rows_for(sequence: Sequence) -> int:
+    """How many rows a waiting sequence must find: its own, its followers', and those of the beams that it will become."""
+    group = sequence.group
+    further_beams = group.params.beam_width - len(group.unfinished) if group.is_beam_search else 0
+    return 1 + len(sequence.followers) + further_beams
+
+
+def _scores(scores: TokenScores | None) -> list[TokenScore]:
+    if scores is None:
+        return []
+    columns = (scores.logprobs.tolist(), scores.ranks.tolist(), scores.top_ids.tolist(), scores.top_logprobs.tolist())
+    return [TokenScore(*row) for row in zip(*columns, strict=True)]
+
+
+def _candidates(scores: TokenScores | None) -> list[list[tuple[int, TokenScore]]]:
+    """For each beam its likeliest tokens, best first."""
+    if scores is None:
+        return []
+    rows = zip(scores.top_ids.tolist(), scores.top_logprobs.tolist(), strict=True)
+    return [[(token, TokenScore(p, rank, ids, ps)) for rank, (token, p) in enumerate(zip(ids, ps, strict=True), 1)] for ids, ps in rows]
+
+
+def _trimmed(score: TokenScore, num_top: int) -> TokenScore:
+    return TokenScore(score.logprob, score.rank, score.top_ids[:num_top], score.top_logprobs[:num_top])

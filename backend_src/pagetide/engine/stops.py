@@ -7,7 +7,9 @@ Works on bytes through the table token id -> bytes, so no tokenizer runs per ste
 from __future__ import annotations
 
 import codecs
+import copy
 from collections.abc import Sequence as Seq
+from dataclasses import dataclass
 
 _utf8 = codecs.getincrementaldecoder("utf-8")
 
@@ -27,36 +29,55 @@ def num_matching_at_end(text: bytes, stop: bytes) -> int:
     return 0
 
 
-class StopChecker:
-    """Holds one sequence's rules for ending, and the tokens that were sampled but not shown yet."""
+@dataclass(frozen=True)
+class StopRules:
+    """When a sequence ends. token_bytes: id -> bytes of the text that counts.
 
-    def __init__(self, token_bytes: Seq[bytes], end_ids: frozenset[int], stops: tuple[bytes, ...], min_tokens: int):
-        self._token_bytes = token_bytes
-        self._end_ids = end_ids
-        self._stops = stops
-        self._min_tokens = min_tokens
+    end_ids, stops: tokens and texts that end it; includes_stop: they stay in the text.
+    min_tokens_to_end, min_tokens: not before so many new tokens, for end_ids and for stops.
+    """
+
+    token_bytes: Seq[bytes]
+    end_ids: frozenset[int] = frozenset()
+    stops: tuple[bytes, ...] = ()
+    includes_stop: bool = False
+    min_tokens_to_end: int = 0
+    min_tokens: int = 0
+
+
+class StopChecker:
+    """Holds the tokens of one sequence that were sampled but not shown yet, and finds its end."""
+
+    def __init__(self, rules: StopRules):
+        self._rules = rules
+        self._token_bytes = rules.token_bytes
         self._num_tokens = 0
         self._held_ids: list[int] = []
         self._held = b""
         self.num_cut = 0
 
+    def copy(self) -> StopChecker:
+        following = copy.copy(self)
+        following._held_ids = list(self._held_ids)
+        return following
+
     def push(self, token: int) -> str:
         """Takes the next token; returns `stop` if the sequence ends with it, else an empty string."""
+        rules = self._rules
         self._num_tokens += 1
         self._held_ids.append(token)
         text = self._bytes_of(token)
         self._held += text
-        if self._num_tokens < self._min_tokens:
-            return ""
-        if token in self._end_ids:
-            self.num_cut = len(text)
+        if token in rules.end_ids and self._num_tokens >= rules.min_tokens_to_end:
+            self.num_cut = 0 if rules.includes_stop else len(text)
             return "stop"
-        return "stop" if self._stops and self._find_stop_text() else ""
+        return "stop" if rules.stops and self._num_tokens >= rules.min_tokens and self._find_stop_text() else ""
 
     def _find_stop_text(self) -> bool:
-        found = [at for at in (self._held.find(stop) for stop in self._stops) if at >= 0]
+        found = [(at, len(stop)) for stop in self._rules.stops if (at := self._held.find(stop)) >= 0]
         if found:
-            self.num_cut = len(self._held) - min(found)
+            at, length = min(found)
+            self.num_cut = len(self._held) - at - (length if self._rules.includes_stop else 0)
         return bool(found)
 
     def take(self, is_last: bool) -> list[int]:
@@ -87,5 +108,5 @@ class StopChecker:
 
     def _num_held_bytes(self) -> int:
         """How many bytes at the end must not be shown yet."""
-        matching = max((num_matching_at_end(self._held, stop) for stop in self._stops), default=0)
+        matching = max((num_matching_at_end(self._held, stop) for stop in self._rules.stops), default=0)
         return max(matching, num_incomplete_bytes(self._held))

@@ -1,56 +1,222 @@
-"""How a request becomes sequences: one, or several samples that share the prompt's blocks."""
+"""How a request becomes sequences and an answer: samples that share the prompt's blocks, the best of several, or beams."""
 
 from __future__ import annotations
 
 import hashlib
 import secrets
-from collections.abc import Sequence as Seq
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Protocol
 
-from pagetide.engine.sequence import Sequence
-from pagetide.engine.stops import StopChecker
-from pagetide.types import Request
+from pagetide.engine.guides import GuideState
+from pagetide.engine.sequence import Sequence, SequenceGroup
+from pagetide.engine.stops import StopChecker, StopRules
+from pagetide.runner.plan import LogitEdit, RowParams
+from pagetide.text.tokens import Vocabulary
+from pagetide.types import Request, SamplingParams
 
 
 @dataclass(frozen=True)
 class ModelLimits:
     """What the engine knows of the model and the settings.
 
-    token_bytes: token id -> its text in bytes. end_ids: the model's own end-of-sequence tokens.
+    vocab_size: tokens that the model can sample. end_ids: the model's own end-of-sequence tokens.
     max_output_tokens: cap for requests that name no max_tokens.
     """
 
-    token_bytes: Seq[bytes]
+    vocabulary: Vocabulary
+    vocab_size: int
     end_ids: frozenset[int]
     max_model_len: int
     max_output_tokens: int
 
 
-def sequences_of(request: Request, limits: ModelLimits, arrival: int) -> Sequence:
-    """The sequence that computes the request's prompt; further samples are its followers."""
+@dataclass(frozen=True)
+class Answer:
+    """A sequence as its client sees it."""
+
+    sequence: Sequence
+    index: int
+    reason: str
+
+
+class Strategy(Protocol):
+    """What becomes of sequences that end."""
+
+    def end(self, sequence: Sequence, reason: str) -> list[Answer]:
+        """Takes a sequence that has ended; returns the answers that are known now."""
+
+
+class Samples:
+    """Every sequence is an answer by itself."""
+
+    def end(self, sequence: Sequence, reason: str) -> list[Answer]:
+        return [Answer(sequence, sequence.index, reason)]
+
+
+@dataclass
+class BestOf:
+    """The num_answers sequences with the highest log-probability, when all have ended."""
+
+    num_answers: int
+    num_left: int
+    ended: list[tuple[Sequence, str]] = field(default_factory=list)
+
+    def end(self, sequence: Sequence, reason: str) -> list[Answer]:
+        self.ended.append((sequence, reason))
+        self.num_left -= 1
+        if self.num_left:
+            return []
+        best = sorted(self.ended, key=lambda one: -one[0].cumulative_logprob)[: self.num_answers]
+        return [Answer(one, index, reason) for index, (one, reason) in enumerate(best)]
+
+
+@dataclass
+class BeamSearch:
+    """Beam search by the rules of transformers' `generate`, whose answers it gives.
+
+    Each step looks at num_candidates continuations of all beams together. Those that end and are among the first `width` become finished
+    beams, if they score better than the worst of at most `width` finished ones; the others are the beams of the next step.
+    """
+
+    width: int
+    num_candidates: int
+    num_answers: int
+    length_penalty: float
+    early_stopping: bool
+    finished: list[tuple[float, Sequence, str]] = field(default_factory=list)  # best first
+    can_improve: bool = True
+
+    def go_on(self, beams: list[Sequence]) -> list[tuple[Sequence, Sequence]]:
+        """(beam, its continuation) for the next step, none when the search is over. All beams have candidates."""
+        continuations = [(beam, token, score) for beam in beams for token, score in beam.candidates or ()]
+        continuations.sort(key=lambda one: -(one[0].cumulative_logprob + one[2].logprob))
+        following: list[tuple[Sequence, Sequence]] = []
+        was_full = len(self.finished) == self.width
+        for place, (beam, token, score) in enumerate(continuations[: self.num_candidates]):
+            child = beam.child(token, score)
+            reason = child.stops.push(token) or ("length" if len(child.token_ids) >= child.max_len else "")
+            if not reason:
+                following.append((beam, child))
+            elif place < self.width and self.can_improve and not (was_full and self.early_stopping):
+                self._finish(child, reason)
+        following = following[: self.width]
+        self._look_ahead([child for _, child in following])
+        return [] if self._is_over else following
+
+    def _finish(self, child: Sequence, reason: str) -> None:
+        self.finished.append((self._score(child), child, reason))
+        self.finished.sort(key=lambda one: -one[0])
+        del self.finished[self.width :]
+
+    def _score(self, beam: Sequence) -> float:
+        return beam.cumulative_logprob / (len(beam.token_ids) - beam.num_prompt) ** self.length_penalty
+
+    def _look_ahead(self, beams: list[Sequence]) -> None:
+        if beams and len(self.finished) == self.width:
+            self.can_improve = self.can_improve and self._score(beams[0]) > self.finished[-1][0]
+
+    @property
+    def _is_over(self) -> bool:
+        return not self.can_improve or (self.early_stopping and len(self.finished) == self.width)
+
+    def answers(self, beams: list[Sequence], reason: str) -> list[Answer]:
+        """The best num_answers beams. beams, reason: those that still ran when the request was ended from outside, and why."""
+        unfinished = sorted(beams, key=lambda beam: -beam.cumulative_logprob)
+        best = [(sequence, why) for _, sequence, why in self.finished] + [(sequence, reason) for sequence in unfinished]
+        return [Answer(sequence, index, why) for index, (sequence, why) in enumerate(best[: self.num_answers])]
+
+    def end(self, sequence: Sequence, reason: str) -> list[Answer]:
+        raise AssertionError("beams end together, by answers()")
+
+
+# -- from a request to its sequences -----------------------------------------------------------------------------------
+
+
+def group_of(request: Request, limits: ModelLimits, arrival: int, now_ns: int) -> SequenceGroup:
+    """A request's group. Its sequences beside the first are followers of that, or, with beam search, come later."""
     params = request.params
+    group = SequenceGroup(request, strategy_of(params, limits), request.arrival_ns or now_ns)
     seed = secrets.randbits(63) if params.seed is None else params.seed
-    leader, *followers = (_make_sequence(request, index, _seed_of_sample(seed, index), limits, arrival) for index in range(params.n))
-    leader.followers = followers
-    return leader
+    rules = stop_rules(params, limits)
+    edits = edits_of(params, rules, len(request.prompt_ids), limits.vocabulary)
+    num_samples = 1 if group.is_beam_search else params.num_sequences
+    for index in range(num_samples):
+        sampling = row_params(request, _seed_of_sample(seed, index), edits)
+        order = (request.priority, arrival + index)
+        group.unfinished.append(Sequence(group, index, order, list(request.prompt_ids), max_len_of(request, limits), StopChecker(rules), sampling))
+    leader, *leader.followers = group.unfinished
+    return group
 
 
-def end_ids_of(request: Request, limits: ModelLimits) -> frozenset[int]:
+def strategy_of(params: SamplingParams, limits: ModelLimits) -> Strategy:
+    if params.beam_width > 1:
+        num_candidates = max(2, 1 + len(end_ids_of(params, limits))) * params.beam_width
+        return BeamSearch(params.beam_width, num_candidates, params.n, params.length_penalty, params.early_stopping)
+    return BestOf(params.n, params.num_sequences) if params.picks_best else Samples()
+
+
+def give_guides(group: SequenceGroup, make_guide: Callable[[], GuideState]) -> None:
+    for sequence in group.unfinished:
+        sequence.guide = make_guide()
+
+
+def end_ids_of(params: SamplingParams, limits: ModelLimits) -> frozenset[int]:
     """The tokens that end this request's sequences."""
-    params = request.params
+    # A complete answer to a grammar has nothing after it but the model's own end.
+    if params.guide is not None:
+        return limits.end_ids | frozenset(params.stop_token_ids)
     if params.ignore_eos or params.end_id == -1:
-        return frozenset()
-    return limits.end_ids if params.end_id is None else frozenset([params.end_id])
+        return frozenset(params.stop_token_ids)
+    return (limits.end_ids if params.end_id is None else frozenset([params.end_id])) | frozenset(params.stop_token_ids)
 
 
-def _make_sequence(request: Request, index: int, seed: int, limits: ModelLimits, arrival: int) -> Sequence:
-    params = request.params
+def stop_rules(params: SamplingParams, limits: ModelLimits) -> StopRules:
+    return StopRules(
+        token_bytes=limits.vocabulary.table(params.skip_special_tokens),
+        end_ids=end_ids_of(params, limits),
+        stops=tuple(text.encode() for text in params.stop_texts),
+        includes_stop=params.include_stop_str_in_output,
+        # A guide decides by itself when the answer may end.
+        min_tokens_to_end=0 if params.guide is not None else params.min_tokens,
+        min_tokens=params.min_tokens,
+    )
+
+
+def max_len_of(request: Request, limits: ModelLimits) -> int:
+    """Tokens of prompt and answer together, at most."""
     num_prompt = len(request.prompt_ids)
     room = limits.max_model_len - num_prompt
-    max_tokens = min(limits.max_output_tokens, room) if params.max_tokens is None else min(params.max_tokens, room)
-    stops = tuple(text.encode() for text in params.stop_texts)
-    checker = StopChecker(limits.token_bytes, end_ids_of(request, limits), stops, params.min_tokens)
-    return Sequence(request, index, seed, list(request.prompt_ids), num_prompt, num_prompt + max_tokens, checker, arrival)
+    asked = request.params.max_tokens
+    return num_prompt + (min(limits.max_output_tokens, room) if asked is None else min(asked, room))
+
+
+def edits_of(params: SamplingParams, rules: StopRules, num_prompt: int, vocabulary: Vocabulary) -> tuple[LogitEdit, ...]:
+    """All changes of single logits that the request asks for."""
+    never = float("-inf")
+    edits = [LogitEdit(token, bias) for token, bias in params.logit_bias.items()]
+    edits += [LogitEdit(token, bias) for word, bias in params.word_bias.items() for token in vocabulary.encode(word)]
+    edits += [LogitEdit(ids[-1], never, prefix=ids[:-1]) for word in params.bad_words for ids in vocabulary.spellings(word)]
+    if rules.min_tokens_to_end:
+        edits += [LogitEdit(token, never, below=num_prompt + rules.min_tokens_to_end) for token in sorted(rules.end_ids)]
+    return tuple(edits)
+
+
+def row_params(request: Request, seed: int, edits: tuple[LogitEdit, ...]) -> RowParams:
+    params = request.params
+    return RowParams(
+        temperature=0.0 if params.beam_width > 1 else params.temperature,
+        top_k=max(params.top_k, 0),
+        top_p=params.top_p,
+        min_p=params.min_p,
+        seed=seed,
+        num_prompt=len(request.prompt_ids),
+        repetition_penalty=params.repetition_penalty,
+        presence_penalty=params.presence_penalty,
+        frequency_penalty=params.frequency_penalty,
+        edits=edits,
+        allowed=params.allowed_token_ids,
+    )
 
 
 def _seed_of_sample(seed: int, index: int) -> int:

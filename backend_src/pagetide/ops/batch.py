@@ -24,3 +24,19 @@ class Batch:
     counts: np.ndarray  # int32 [n]
     starts: np.ndarray  # int32 [n]
     attention: Any = None
+
+
+@dataclass(frozen=True)
+class LogitEdits:
+    """Changes of single logits of all rows, one after the other: row r has edits starts[r] to starts[r + 1].
+
+    Edit e adds biases[e] to the logit of tokens[e] for positions below below[e], if the row's answer so far ends with
+    prefixes[prefix_starts[e] : prefix_starts[e + 1]]. All int32 but biases.
+    """
+
+    starts: torch.Tensor  # [max_rows + 1]
+    tokens: torch.Tensor  # [e]
+    biases: torch.Tensor  # float32 [e]
+    below: torch.Tensor  # [e]
+    prefix_starts: torch.Tensor  # [e + 1]
+    prefixes: torch.Tensor  # [p]

@@ -5,6 +5,8 @@ from __future__ import annotations
 import torch
 import torch.nn.functional as F
 
+from pagetide.ops.batch import LogitEdits
+
 _MASK_32 = 0xFFFFFFFF
 
 
@@ -69,6 +71,62 @@ def sample(
     threshold = torch.maximum(threshold, ordered[:, :1] + min_p.unsqueeze(1).log())
     noisy = (scaled + gumbel_noise(seed, position, vocabulary)).masked_fill(scaled < threshold, -torch.inf)
     return torch.where(is_greedy, logits.argmax(-1), noisy.argmax(-1))
+
+
+def penalize(
+    logits: torch.Tensor,
+    history: torch.Tensor,
+    rows: torch.Tensor,
+    positions: torch.Tensor,
+    num_prompt: torch.Tensor,
+    repetition: torch.Tensor,
+    presence: torch.Tensor,
+    frequency: torch.Tensor,
+) -> None:
+    """Lowers, in place, the logits [s, vocabulary] of tokens that row rows[i] of history [max_rows, max_len] has before positions[i].
+
+    Repetition (arXiv:1909.05858) looks at prompt and answer, presence and frequency (OpenAI's) at the answer, as in vLLM. Parameters [s].
+    """
+    tokens = history[rows]
+    at = torch.arange(tokens.shape[1], device=tokens.device)
+    is_past = at < positions.unsqueeze(1)
+    in_answer = is_past & (at >= num_prompt.unsqueeze(1))
+    seen = torch.zeros_like(logits).scatter_add_(1, tokens, is_past.float())
+    counts = torch.zeros_like(logits).scatter_add_(1, tokens, in_answer.float())
+    factor = repetition.unsqueeze(1)
+    penalized = torch.where(seen > 0, torch.where(logits > 0, logits / factor, logits * factor), logits)
+    logits.copy_(penalized - frequency.unsqueeze(1) * counts - presence.unsqueeze(1) * (counts > 0))
+
+
+def edit(
+    logits: torch.Tensor, history: torch.Tensor, rows: torch.Tensor, positions: torch.Tensor, num_prompt: torch.Tensor, edits: LogitEdits
+) -> None:
+    """Adds, in place, the biases of the rows' edits (LogitEdits) to logits [s, vocabulary]. Other shapes as in penalize."""
+    for i, row in enumerate(rows.tolist()):
+        for e in range(int(edits.starts[row]), int(edits.starts[row + 1])):
+            prefix = edits.prefixes[edits.prefix_starts[e] : edits.prefix_starts[e + 1]]
+            begin = int(positions[i]) - len(prefix)
+            if positions[i] < edits.below[e] and begin >= num_prompt[i] and torch.equal(history[row, begin : positions[i]], prefix.long()):
+                logits[i, edits.tokens[e]] += edits.biases[e]
+
+
+def mask(logits: torch.Tensor, masks: torch.Tensor, is_masked: torch.Tensor, rows: torch.Tensor) -> None:
+    """Sets, in place, logits [s, vocabulary] to -inf where the token's bit is 0 in masks int32 [max_rows, words], if is_masked [max_rows]."""
+    bits = masks[rows].unsqueeze(-1) >> torch.arange(32, device=masks.device, dtype=torch.int32) & 1
+    is_out = (bits.flatten(1)[:, : logits.shape[1]] == 0) & is_masked[rows].unsqueeze(1)
+    logits.masked_fill_(is_out, -torch.inf)
+
+
+def score(logits: torch.Tensor, ids: torch.Tensor, num_top: int) -> list[torch.Tensor]:
+    """Log-probabilities of one token for each row of logits float32 [w, vocabulary]; ids int64 [w].
+
+    Returns log-probability float32 [w], rank int64 [w] (1: the likeliest), the num_top likeliest tokens int64 [w, k] and their log-probabilities.
+    """
+    own = logits.gather(1, ids.unsqueeze(1))
+    total = logits.logsumexp(-1, keepdim=True)
+    ranks = (logits > own).sum(1) + 1
+    top = logits.topk(min(num_top, logits.shape[1]), -1)
+    return [(own - total).squeeze(1), ranks, top.indices, top.values - total]
 
 
 def gumbel_noise(seed: torch.Tensor, position: torch.Tensor, vocabulary: int) -> torch.Tensor:

@@ -22,7 +22,11 @@ class Ops:
     add_rms_norm: Callable[[Tensor, Tensor, Tensor, float], Tensor]
     silu_mul: Callable[[Tensor], Tensor]
     argmax: Callable[[Tensor], Tensor]
-    sample: Callable[[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor], Tensor]
+    sample: Callable[..., Tensor]
+    penalize: Callable[..., None]
+    edit: Callable[..., None]
+    mask: Callable[[Tensor, Tensor, Tensor, Tensor], None]
+    score: Callable[[Tensor, Tensor, int], list[Tensor]]
     make_matmul: Callable[[Tensor, Tensor | None], Matmul]
     make_attention: Callable[[HeadShape], AttentionBackend]
 
@@ -41,6 +45,10 @@ REFERENCE = Ops(
     silu_mul=reference.silu_mul,
     argmax=reference.argmax,
     sample=reference.sample,
+    penalize=reference.penalize,
+    edit=reference.edit,
+    mask=reference.mask,
+    score=reference.score,
     make_matmul=reference_matmul,
     make_attention=TorchAttention,
 )

@@ -26,8 +26,8 @@ class Device(Protocol):
     def queue(self, function: Callable[..., Any], *args: Any) -> None:
         """Runs the function behind everything queued before, and returns at once."""
 
-    def fetch(self, function: Callable[..., torch.Tensor], *args: Any) -> Callable[[], np.ndarray]:
-        """Like queue; the result waits for the function's tensor, on the host, and raises what anything queued has raised."""
+    def fetch(self, function: Callable[..., list[torch.Tensor]], *args: Any) -> Callable[[], list[np.ndarray]]:
+        """Like queue; the result waits for the function's tensors, on the host, and raises what anything queued has raised."""
 
     def kv_cache_bytes(self, settings: Settings) -> int:
         """How many bytes the KV cache may take, now that the weights are loaded."""
@@ -58,14 +58,14 @@ class CpuDevice:
     def queue(self, function: Callable[..., Any], *args: Any) -> None:
         self._queued.append(self._worker.submit(function, *args))
 
-    def fetch(self, function: Callable[..., torch.Tensor], *args: Any) -> Callable[[], np.ndarray]:
+    def fetch(self, function: Callable[..., list[torch.Tensor]], *args: Any) -> Callable[[], list[np.ndarray]]:
         before, self._queued = self._queued, []
-        future = self._worker.submit(lambda: function(*args).numpy())
+        future = self._worker.submit(function, *args)
 
-        def wait() -> np.ndarray:
+        def wait() -> list[np.ndarray]:
             for queued in before:
                 queued.result()
-            return future.result()
+            return [tensor.numpy() for tensor in future.result()]
 
         return wait
 
@@ -90,16 +90,17 @@ class CudaDevice:
     def queue(self, function: Callable[..., Any], *args: Any) -> None:
         function(*args)
 
-    def fetch(self, function: Callable[..., torch.Tensor], *args: Any) -> Callable[[], np.ndarray]:
-        result = function(*args)
-        host = torch.empty(result.shape, dtype=result.dtype, pin_memory=True)
-        host.copy_(result, non_blocking=True)
+    def fetch(self, function: Callable[..., list[torch.Tensor]], *args: Any) -> Callable[[], list[np.ndarray]]:
+        hosts = []
+        for result in function(*args):
+            host = torch.empty(result.shape, dtype=result.dtype, pin_memory=True)
+            hosts.append(host.copy_(result, non_blocking=True))
         done = torch.cuda.Event()
         done.record()
 
-        def wait() -> np.ndarray:
+        def wait() -> list[np.ndarray]:
             done.synchronize()
-            return host.numpy()
+            return [host.numpy() for host in hosts]
 
         return wait
 

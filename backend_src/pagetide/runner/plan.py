@@ -1,30 +1,67 @@
 """The only language between engine, runner and ranks: what runs in a step, and what came out. numpy, no torch.
 
-Legend: [n] sequences of the step, [t] tokens of the step, [s] sampled positions. A row is a sequence's place in device state.
-The tokens of the step lie one sequence after the other, in the order of `rows`; token k of sequence i is at sum(counts[:i]) + k.
+Legend: [n] sequences of the step, [t] tokens of the step, [m] positions whose logits are computed, the first [s] of which sample a token.
+A row is a sequence's place in device state. The tokens of the step lie one sequence after the other, in the order of `rows`; token k of
+sequence i is at sum(counts[:i]) + k.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Iterable
+from dataclasses import dataclass, field
 
 import numpy as np
+
+ALWAYS = 2**31 - 1
+
+
+def _no_rows() -> np.ndarray:
+    return np.empty(0, np.int32)
+
+
+def bits_of(tokens: Iterable[int], vocab_size: int) -> np.ndarray:
+    """A set of tokens as a mask: bit i of word w of int32 [vocabulary / 32] is token 32 * w + i."""
+    bits = np.zeros(-(-vocab_size // 32) * 32, np.uint8)
+    bits[list(tokens)] = 1
+    return np.packbits(bits, bitorder="little").view(np.int32)
+
+
+@dataclass(frozen=True)
+class LogitEdit:
+    """bias is added to the logit of token for positions below `below`, if the answer so far ends with prefix."""
+
+    token: int
+    bias: float
+    below: int = ALWAYS
+    prefix: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True)
 class RowParams:
-    """What the sampler needs to know of a sequence, constant while it holds its row.
+    """What the sampler needs to know of a sequence, constant while it holds its row. Fields are those of SamplingParams.
 
-    min_position: end_ids are not sampled for positions below it (position: index of the token in the sequence).
+    edits: changes of single logits; allowed: the only tokens that may be sampled, empty for all.
     """
 
-    temperature: float
-    top_k: int
-    top_p: float
-    min_p: float
-    seed: int
-    min_position: int
-    end_ids: tuple[int, ...]
+    temperature: float = 0.0
+    top_k: int = 0
+    top_p: float = 1.0
+    min_p: float = 0.0
+    seed: int = 0
+    num_prompt: int = 0
+    repetition_penalty: float = 1.0
+    presence_penalty: float = 0.0
+    frequency_penalty: float = 0.0
+    edits: tuple[LogitEdit, ...] = ()
+    allowed: tuple[int, ...] = ()
+
+    @property
+    def has_penalties(self) -> bool:
+        return self.repetition_penalty != 1 or self.presence_penalty != 0 or self.frequency_penalty != 0
+
+    def edits_at(self, position: int) -> bool:
+        """True if some edit may change the logits for this position."""
+        return any(position < edit.below for edit in self.edits)
 
 
 @dataclass(frozen=True)
@@ -41,10 +78,13 @@ class StepPlan:
     """One engine step. All arrays are int32.
 
     rows, starts, counts: [n] sequence i runs counts[i] tokens, beginning at position starts[i].
-    logit_index, sample_rows, sample_positions: [s] sample from the hidden state of token logit_index into row sample_rows, as the token
-        at sample_positions. Several rows may sample from one token (parallel samples); an unfinished prompt chunk has none.
+    logit_index, sample_rows, sample_positions: [m] look at the logits of token logit_index for row sample_rows, whose next token stands at
+        sample_positions. The first num_sampled of them sample that token; the others are prompt tokens whose successor is known.
+        Several rows may sample from one token (parallel samples); an unfinished prompt chunk samples none.
     block_rows, block_indices, block_ids: [d] changes to the rows' block tables. copies: [c, 2] (source, target), before anything is written.
-    is_greedy: every sampled row has temperature 0. masks_end_ids: some row is still below its min_position.
+    is_greedy: every sampled row has temperature 0. has_penalties, has_edits, has_masks: some sampled row has them in this step.
+    guided: [g] rows whose masks the host brings to sample(). scored: [w] which of [m] return log-probabilities, with num_top alternatives.
+    beams: [b] which of [s] return their num_candidates likeliest tokens. kept: [k] which of [m] return all logits.
     """
 
     step: int
@@ -54,21 +94,48 @@ class StepPlan:
     logit_index: np.ndarray
     sample_rows: np.ndarray
     sample_positions: np.ndarray
+    num_sampled: int
     admissions: tuple[Admission, ...]
     block_rows: np.ndarray
     block_indices: np.ndarray
     block_ids: np.ndarray
     copies: np.ndarray
     is_greedy: bool
-    masks_end_ids: bool
+    has_penalties: bool = False
+    has_edits: bool = False
+    has_masks: bool = False
+    guided: np.ndarray = field(default_factory=_no_rows)
+    scored: np.ndarray = field(default_factory=_no_rows)
+    num_top: int = 0
+    beams: np.ndarray = field(default_factory=_no_rows)
+    num_candidates: int = 0
+    kept: np.ndarray = field(default_factory=_no_rows)
 
     @property
     def num_tokens(self) -> int:
         return int(self.counts.sum())
 
+    @property
+    def adjusts_logits(self) -> bool:
+        """True if some sampled row's logits are changed before sampling."""
+        return self.has_penalties or self.has_edits or self.has_masks
+
+
+@dataclass(frozen=True)
+class TokenScores:
+    """For [w] positions: log-probability and rank of the token there [w], and the likeliest tokens [w, k], best first."""
+
+    logprobs: np.ndarray
+    ranks: np.ndarray
+    top_ids: np.ndarray
+    top_logprobs: np.ndarray
+
 
 @dataclass(frozen=True)
 class StepTokens:
-    """What a step sampled: ids int64 or int32 [s], in the order of sample_rows."""
+    """What a step brought. ids int64 [s], in the order of sample_rows; scores, candidates, logits float32 [k, vocabulary] as the plan asked."""
 
     ids: np.ndarray
+    scores: TokenScores | None = None
+    candidates: TokenScores | None = None
+    logits: np.ndarray | None = None

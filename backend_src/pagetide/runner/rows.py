@@ -5,47 +5,89 @@ from __future__ import annotations
 import numpy as np
 import torch
 
-from pagetide.runner.plan import Admission, RowParams, StepPlan
+from pagetide.ops.batch import LogitEdits
+from pagetide.runner.plan import Admission, LogitEdit, StepPlan, bits_of
+
+_STATES = {
+    "temperature": torch.float32,
+    "top_k": torch.int64,
+    "top_p": torch.float32,
+    "min_p": torch.float32,
+    "seed": torch.int64,
+    "num_prompt": torch.int64,
+    "repetition_penalty": torch.float32,
+    "presence_penalty": torch.float32,
+    "frequency_penalty": torch.float32,
+}
 
 
 class Rows:
     """history int64 [max_rows, max_len]: all tokens of each row, sampled ones too, so that the next step finds its input on the device.
 
-    block_table int32 [max_rows, max_blocks]; sampling parameters [max_rows].
+    block_table int32 [max_rows, max_blocks]; params: tensors [max_rows] by RowParams' names; masks int32 [max_rows, vocabulary / 32]: bit i of
+    word w says whether token 32 * w + i may be sampled, where is_masked [max_rows] is true; edits: of all rows.
     """
 
-    def __init__(self, max_rows: int, max_len: int, block_size: int, device: torch.device):
+    def __init__(self, max_rows: int, max_len: int, block_size: int, vocab_size: int, device: torch.device):
         self._device = device
+        self._vocab_size = vocab_size
         max_blocks = -(-max_len // block_size)
         self.history = torch.zeros((max_rows, max_len + 1), dtype=torch.int64, device=device)
         self.block_table = torch.zeros((max_rows, max_blocks), dtype=torch.int32, device=device)
-        self.temperature = torch.zeros(max_rows, dtype=torch.float32, device=device)
-        self.top_k = torch.zeros(max_rows, dtype=torch.int64, device=device)
-        self.top_p = torch.ones(max_rows, dtype=torch.float32, device=device)
-        self.min_p = torch.zeros(max_rows, dtype=torch.float32, device=device)
-        self.seed = torch.zeros(max_rows, dtype=torch.int64, device=device)
-        self.params: list[RowParams | None] = [None] * max_rows  # host side
+        self.params = {name: torch.zeros(max_rows, dtype=dtype, device=device) for name, dtype in _STATES.items()}
+        self.masks = torch.zeros((max_rows, -(-vocab_size // 32)), dtype=torch.int32, device=device)
+        self.is_masked = torch.zeros(max_rows, dtype=torch.bool, device=device)
+        self._edits_of: list[tuple[LogitEdit, ...]] = [()] * max_rows
+        self.edits = self._gather_edits()
 
     def apply(self, plan: StepPlan) -> None:
         """Admits the plan's sequences and changes block tables."""
         for admission in plan.admissions:
-            self._write_tokens(admission)
+            self.history[admission.row, : len(admission.token_ids)] = self.to_device(admission.token_ids).long()
         if plan.admissions:
             self._write_params(plan.admissions)
+            self._write_edits(plan.admissions)
         if len(plan.block_rows):
             rows, indices = self.to_device(plan.block_rows).long(), self.to_device(plan.block_indices).long()
             self.block_table[rows, indices] = self.to_device(plan.block_ids)
 
-    def _write_tokens(self, admission: Admission) -> None:
-        self.history[admission.row, : len(admission.token_ids)] = self.to_device(admission.token_ids).long()
+    def set_masks(self, rows: np.ndarray, masks: np.ndarray) -> None:
+        """Says which tokens these rows may sample: int32 [len(rows), vocabulary / 32]."""
+        places = self.to_device(rows).long()
+        self.masks[places] = self.to_device(masks)
+        self.is_masked[places] = True
 
     def _write_params(self, admissions: tuple[Admission, ...]) -> None:
         rows = self.to_device(np.array([a.row for a in admissions], np.int64))
-        for name in ("temperature", "top_k", "top_p", "min_p", "seed"):
-            state = getattr(self, name)
+        for name, state in self.params.items():
             state[rows] = torch.tensor([getattr(a.params, name) for a in admissions], dtype=state.dtype).to(self._device)
+        self.is_masked[rows] = False
         for admission in admissions:
-            self.params[admission.row] = admission.params
+            if admission.params.allowed:
+                self.set_masks(np.array([admission.row]), bits_of(admission.params.allowed, self._vocab_size)[None])
+
+    def _write_edits(self, admissions: tuple[Admission, ...]) -> None:
+        before = [self._edits_of[a.row] for a in admissions]
+        for admission in admissions:
+            self._edits_of[admission.row] = admission.params.edits
+        if any(before) or any(a.params.edits for a in admissions):
+            self.edits = self._gather_edits()
+
+    def _gather_edits(self) -> LogitEdits:
+        edits = [edit for row in self._edits_of for edit in row]
+        counts = [len(row) for row in self._edits_of]
+
+        def starts(lengths: list[int]) -> torch.Tensor:
+            return self.to_device(np.concatenate([[0], np.cumsum(np.array(lengths, np.int64))]).astype(np.int32))
+
+        return LogitEdits(
+            starts=starts(counts),
+            tokens=self.to_device(np.array([edit.token for edit in edits], np.int32)),
+            biases=self.to_device(np.array([edit.bias for edit in edits], np.float32)),
+            below=self.to_device(np.array([edit.below for edit in edits], np.int32)),
+            prefix_starts=starts([len(edit.prefix) for edit in edits]),
+            prefixes=self.to_device(np.array([token for edit in edits for token in edit.prefix], np.int32)),
+        )
 
     def to_device(self, array: np.ndarray) -> torch.Tensor:
         return torch.from_numpy(np.ascontiguousarray(array)).to(self._device, non_blocking=True)

@@ -14,30 +14,30 @@ from pagetide.runner.batch import make_batch
 from pagetide.runner.device import Device
 from pagetide.runner.plan import Admission, RowParams, StepPlan, StepTokens
 from pagetide.runner.rows import Rows
-from pagetide.runner.sampler import Sampler
+from pagetide.runner.sampler import Sampler, read_results
 
 
 class Runner:
     """The model, its KV cache and the rows of one device."""
 
-    def __init__(self, device: Device, decoder: Decoder, store: KVStore, ops: Ops, max_rows: int, max_len: int, block_size: int):
+    def __init__(self, device: Device, decoder: Decoder, store: KVStore, ops: Ops, rows: Rows, block_size: int):
         self._device = device
         self._decoder = decoder
         self._store = store
         self._block_size = block_size
-        self._rows = Rows(max_rows, max_len, block_size, device.torch_device)
+        self._rows = rows
         self._sampler = Sampler(self._rows, ops)
         self._logits: torch.Tensor | None = None
-        self._results: dict[int, Callable[[], np.ndarray]] = {}
+        self._results: dict[int, Callable[[], list[np.ndarray]]] = {}
 
     def forward(self, plan: StepPlan) -> None:
         self._device.queue(self._forward, plan)
 
-    def sample(self, plan: StepPlan) -> None:
-        self._results[plan.step] = self._device.fetch(self._sample, plan)
+    def sample(self, plan: StepPlan, masks: np.ndarray | None = None) -> None:
+        self._results[plan.step] = self._device.fetch(self._sample, plan, masks)
 
     def wait(self, plan: StepPlan) -> StepTokens:
-        return StepTokens(self._results.pop(plan.step)())
+        return read_results(plan, self._results.pop(plan.step)())
 
     @torch.inference_mode()
     def _forward(self, plan: StepPlan) -> None:
@@ -49,10 +49,10 @@ class Runner:
         self._logits = self._decoder.forward(batch, self._store.pool)
 
     @torch.inference_mode()
-    def _sample(self, plan: StepPlan) -> torch.Tensor:
+    def _sample(self, plan: StepPlan, masks: np.ndarray | None) -> list[torch.Tensor]:
         assert self._logits is not None
         logits, self._logits = self._logits, None
-        return self._sampler(plan, logits)
+        return self._sampler(plan, logits, masks)
 
     def warm_up(self, num_tokens: int) -> None:
         """Runs a prompt chunk of num_tokens and one token of decode, so that no request waits for compilers. Writes to block 0 only."""
@@ -69,7 +69,7 @@ class Runner:
 def warm_up_plan(count: int, start: int, temperature: float, block_size: int) -> StepPlan:
     """A step of row 0 alone, all of whose blocks are block 0."""
     num_blocks = -(-(start + count) // block_size)
-    params = RowParams(temperature, 0, 0.9, 0.0, 0, 0, ())
+    params = RowParams(temperature=temperature, top_p=0.9)
 
     def ints(*values: int) -> np.ndarray:
         return np.array(values, np.int32)
@@ -82,11 +82,11 @@ def warm_up_plan(count: int, start: int, temperature: float, block_size: int) ->
         logit_index=ints(count - 1),
         sample_rows=ints(0),
         sample_positions=ints(start + count),
+        num_sampled=1,
         admissions=(Admission(0, np.zeros(start + count, np.int32), params),),
         block_rows=np.zeros(num_blocks, np.int32),
         block_indices=np.arange(num_blocks, dtype=np.int32),
         block_ids=np.zeros(num_blocks, np.int32),
         copies=np.empty((0, 2), np.int32),
         is_greedy=temperature == 0,
-        masks_end_ids=False,
     )

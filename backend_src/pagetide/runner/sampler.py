@@ -1,11 +1,14 @@
-"""Logits to tokens, for all sampled rows at once."""
+"""Logits to tokens, for all sampled rows at once, and the log-probabilities that were asked for."""
 
 from __future__ import annotations
 
+from itertools import islice
+
+import numpy as np
 import torch
 
 from pagetide.ops.table import Ops
-from pagetide.runner.plan import StepPlan
+from pagetide.runner.plan import StepPlan, StepTokens, TokenScores
 from pagetide.runner.rows import Rows
 
 
@@ -16,27 +19,58 @@ class Sampler:
         self._rows = rows
         self._ops = ops
 
-    def __call__(self, plan: StepPlan, logits: torch.Tensor) -> torch.Tensor:
-        """logits float32 [s, vocabulary], changed in place; returns int64 [s]."""
-        rows = self._rows.to_device(plan.sample_rows).long()
-        positions = self._rows.to_device(plan.sample_positions).long()
-        if plan.masks_end_ids:
-            self._mask_end_ids(plan, logits)
-        ids = self._ops.argmax(logits) if plan.is_greedy else self._sample(rows, positions, logits)
-        self._rows.history[rows, positions] = ids
-        return ids
-
-    def _sample(self, rows: torch.Tensor, positions: torch.Tensor, logits: torch.Tensor) -> torch.Tensor:
+    def __call__(self, plan: StepPlan, logits: torch.Tensor, masks: np.ndarray | None) -> list[torch.Tensor]:
+        """logits float32 [m, vocabulary], changed in place; masks of plan.guided. Returns what read_results takes."""
         state = self._rows
-        return self._ops.sample(logits, state.temperature[rows], state.top_k[rows], state.top_p[rows], state.min_p[rows], state.seed[rows], positions)
+        rows = state.to_device(plan.sample_rows).long()
+        positions = state.to_device(plan.sample_positions).long()
+        raw = self._take(logits, plan.scored, plan.adjusts_logits)
+        kept = self._take(logits, plan.kept, plan.adjusts_logits)
+        sampled, own = logits[: plan.num_sampled], rows[: plan.num_sampled]
+        places = positions[: plan.num_sampled]
+        if masks is not None:
+            state.set_masks(plan.guided, masks)
+        self._adjust(plan, sampled, own, places)
+        ids = self._ops.argmax(sampled) if plan.is_greedy else self._sample(sampled, own, places)
+        state.history[own, places] = ids
+        results = [ids]
+        if raw is not None:
+            chosen = state.to_device(plan.scored).long()
+            results += self._ops.score(raw, state.history[rows[chosen], positions[chosen]], plan.num_top)
+        if len(plan.beams):
+            chosen = state.to_device(plan.beams).long()
+            results += self._ops.score(sampled[chosen], ids[chosen], plan.num_candidates)
+        return results if kept is None else [*results, kept]
 
-    def _mask_end_ids(self, plan: StepPlan, logits: torch.Tensor) -> None:
-        pairs = [
-            (at, end_id)
-            for at, (row, position) in enumerate(zip(plan.sample_rows.tolist(), plan.sample_positions.tolist(), strict=True))
-            if (params := self._rows.params[row]) is not None and position < params.min_position
-            for end_id in params.end_ids
-        ]
-        if pairs:
-            at, end_ids = torch.tensor(pairs, device=logits.device).unbind(1)
-            logits[at, end_ids] = -torch.inf
+    def _take(self, logits: torch.Tensor, index: np.ndarray, will_change: bool) -> torch.Tensor | None:
+        """Some rows as the model gave them."""
+        if len(index) == len(logits) and not will_change:
+            return logits
+        return logits[self._rows.to_device(index).long()] if len(index) else None
+
+    def _adjust(self, plan: StepPlan, logits: torch.Tensor, rows: torch.Tensor, positions: torch.Tensor) -> None:
+        state = self._rows
+        if plan.has_penalties:
+            names = ("num_prompt", "repetition_penalty", "presence_penalty", "frequency_penalty")
+            self._ops.penalize(logits, state.history, rows, positions, *(state.params[name][rows] for name in names))
+        if plan.has_edits:
+            self._ops.edit(logits, state.history, rows, positions, state.params["num_prompt"][rows], state.edits)
+        if plan.has_masks:
+            self._ops.mask(logits, state.masks, state.is_masked, rows)
+
+    def _sample(self, logits: torch.Tensor, rows: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
+        names = ("temperature", "top_k", "top_p", "min_p", "seed")
+        return self._ops.sample(logits, *(self._rows.params[name][rows] for name in names), positions)
+
+
+def read_results(plan: StepPlan, results: list[np.ndarray]) -> StepTokens:
+    """What a step's sampler returned, on the host."""
+    left = iter(results)
+    ids = next(left)
+
+    def take_scores() -> TokenScores:
+        return TokenScores(*islice(left, 4))
+
+    scores = take_scores() if len(plan.scored) else None
+    candidates = take_scores() if len(plan.beams) else None
+    return StepTokens(ids, scores, candidates, logits=next(left, None))

@@ -20,9 +20,11 @@ import zmq.utils.monitor
 import pagetide
 from pagetide.config import Settings
 from pagetide.engine.messages import ERROR_PREFIX, Cancel, FromEngine, Hello, Outputs, Ready, Refused, Statistics, Submit, ToEngine
-from pagetide.types import EngineInfo, Output, Request
+from pagetide.types import EngineInfo, Output, QueueFullError, Request, RequestError
 
 log = logging.getLogger("pagetide.client")
+
+NOT_RUNNING = "the engine is not running; it is being started again"
 
 
 class EngineStartError(RuntimeError):
@@ -44,7 +46,7 @@ def failure_file(path: Path) -> Path:
 class EngineClient:
     """Sends requests to the engine and hands on what comes back. All callbacks run on the client's own thread.
 
-    on_outputs: what a step brought. on_refused(number, reason): a request that the engine does not take.
+    on_outputs: what a step brought. on_refused(number, error): a request that the engine does not take, and what its client is told.
     on_lost: the engine is gone, and with it everything that was sent to it. on_statistics: called a few times a second, if given.
     """
 
@@ -52,7 +54,7 @@ class EngineClient:
         self,
         path: Path,
         on_outputs: Callable[[list[Output]], None],
-        on_refused: Callable[[int, str], None],
+        on_refused: Callable[[int, Exception], None],
         on_lost: Callable[[], None],
         on_statistics: Callable[[Statistics], None] | None = None,
     ):
@@ -130,8 +132,8 @@ class EngineClient:
             match self._decoder.decode(self._socket.recv()):
                 case Outputs(outputs):
                     self._on_outputs(outputs)
-                case Refused(number, reason):
-                    self._on_refused(number, reason)
+                case Refused(number, reason, is_invalid):
+                    self._on_refused(number, RequestError(reason) if is_invalid else QueueFullError(reason))
                 case Statistics() as statistics:
                     if self._on_statistics is not None:
                         self._on_statistics(statistics)
@@ -157,7 +159,7 @@ class EngineClient:
                 self._socket.send(msgspec.msgpack.encode(message))
             elif isinstance(message, Submit):
                 for request in message.requests:
-                    self._on_refused(request.number, "the engine is not running; it is being started again")
+                    self._on_refused(request.number, ConnectionError(NOT_RUNNING))
         return True
 
 

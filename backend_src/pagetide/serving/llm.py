@@ -10,6 +10,8 @@ import json
 import logging
 import os
 import threading
+import time
+from pathlib import Path
 from typing import Any
 
 import msgspec
@@ -18,18 +20,18 @@ import triton_python_backend_utils as pb_utils
 
 from pagetide.config import settings_beside
 from pagetide.serving import triton
-from pagetide.serving.client import EngineClient, EngineStartError, EngineSupervisor, socket_path, wait_for_engine
-from pagetide.serving.contract import ParsedRequest, check_request, parse
+from pagetide.serving.client import NOT_RUNNING, EngineClient, EngineStartError, EngineSupervisor, socket_path, wait_for_engine
+from pagetide.serving.contract import ParsedRequest, check_request, parse, timed
+from pagetide.serving.defaults import read_defaults
 from pagetide.serving.metrics import EngineMetrics
 from pagetide.serving.pacer import ResponsePacer
-from pagetide.serving.responses import ClientRequest, Prompt, send
-from pagetide.types import Output, QueueFullError, Request, RequestError
+from pagetide.serving.responses import ClientRequest, Prompt, TokenTexts, is_vllm_face, send
+from pagetide.types import Output, Request, RequestError
 
 log = logging.getLogger("pagetide.llm")
 
 _CANCEL_POLL_S = 0.05
-_SEND_SHARE_ON_CPU = 0.04
-_NOT_RUNNING = "the engine is not running; it is being started again"
+_SEND_SHARE_ON_CPU = 0.025
 
 
 class LlmModel:
@@ -46,7 +48,7 @@ class LlmModel:
         # Only one of the engine's clients starts it.
         self._supervisor = EngineSupervisor(self._settings, path, log.warning) if self._is_decoupled else None
         self._pacer = ResponsePacer(self._send)
-        self._metrics = EngineMetrics(args["model_name"], self._supervisor) if self._supervisor is not None else None
+        self._metrics = EngineMetrics(args["model_name"], self._settings.metric_names, self._supervisor) if self._supervisor is not None else None
         on_statistics = self._metrics.update if self._metrics is not None else None
         self._client = EngineClient(path, self._pacer.put, self._on_refused, self._on_lost, on_statistics)
         try:
@@ -56,8 +58,12 @@ class LlmModel:
             raise pb_utils.TritonModelException(str(error)) from error
         if self._supervisor is not None:
             self._supervisor.mark_started()
-        if self._client.engine is not None and self._client.engine.device == "cpu":
+        engine = self._client.engine
+        assert engine is not None
+        if engine.device == "cpu":
             self._pacer.max_share = _SEND_SHARE_ON_CPU
+        self._defaults = read_defaults(Path(engine.model), self._settings)
+        self._texts = TokenTexts(Path(engine.model))
         self._closing = threading.Event()
         self._poller = threading.Thread(target=self._poll_cancels, name="pagetide-cancels", daemon=True)
         self._poller.start()
@@ -78,27 +84,36 @@ class LlmModel:
         """Checks a client request and registers it; returns its engine requests, none for a cancel."""
         engine = self._client.engine
         if engine is None or not self._client.is_ready:
-            raise ConnectionError(_NOT_RUNNING)
+            raise ConnectionError(NOT_RUNNING)
         prompts = self._read_prompts(request)
-        opened = ClientRequest(sender, request.requested_output_names(), prompts, self._is_decoupled, engine.pad_id)
+        wanted = request.requested_output_names()
+        collects = not self._is_decoupled or is_vllm_face(wanted)
+        opened = ClientRequest(sender, wanted, prompts, self._is_decoupled, collects, engine, self._texts)
         if any(prompt.parsed.cancel for prompt in prompts):
             self._cancel_named(request.request_id(), opened)
             return []
-        requests = [
-            Request(
-                number=prompt.number,
-                prompt_ids=prompt.ids,
-                params=prompt.parsed.params,
-                request_id=request.request_id(),
-                stream=prompt.parsed.stream and self._is_decoupled,
-            )
-            for prompt in prompts
-        ]
+        requests = [self._engine_request(prompt, request.request_id()) for prompt in prompts]
         for one in requests:
-            check_request(one, engine.vocab_size, engine.max_model_len, engine.max_num_seqs)
+            check_request(one, engine)
         with self._lock:
             self._open.update((one.number, opened) for one in requests)
         return requests
+
+    def _engine_request(self, prompt: Prompt, request_id: str) -> Request:
+        parsed = prompt.parsed
+        return Request(
+            number=prompt.number,
+            prompt_ids=prompt.ids,
+            params=parsed.params,
+            request_id=request_id,
+            stream=parsed.stream and self._is_decoupled,
+            arrival_ns=parsed.arrival_ns,
+            deadline_ns=parsed.deadline_ns,
+            priority=parsed.priority,
+            salt=parsed.salt,
+            context_logits="context_logits" in parsed.returns,
+            generation_logits="generation_logits" in parsed.returns,
+        )
 
     def _read_prompts(self, request: Any) -> list[Prompt]:
         arrays = triton.input_arrays(request)
@@ -106,7 +121,8 @@ class LlmModel:
         if packed is not None:
             parsed = [_unpack(one) for one in packed.reshape(-1)]
         else:
-            parsed = parse(arrays, triton.parameters(request), self._settings.exclude_input_in_output)
+            now, timeout_us = time.monotonic_ns(), request.timeout()
+            parsed = [timed(one, now, timeout_us) for one in parse(arrays, triton.parameters(request), self._defaults)]
         ids = arrays.get("input_ids", np.zeros((len(parsed), 0), np.int32))
         if lengths is not None and (lengths.size != len(ids) or lengths.min() < 0 or lengths.max() > ids.shape[1]):
             raise RequestError(f"input_lengths is {lengths.reshape(-1).tolist()}, must be from 0 to {ids.shape[1]} for each prompt")
@@ -125,12 +141,14 @@ class LlmModel:
         if opened is not None and opened.take(output):
             self._forget(opened)
 
-    def _on_refused(self, number: int, reason: str) -> None:
-        self._fail([number], ConnectionError(reason) if reason == _NOT_RUNNING else QueueFullError(reason))
+    def _on_refused(self, number: int, error: Exception) -> None:
+        self._fail([number], error)
 
     def _on_lost(self) -> None:
         with self._lock:
             numbers = list(self._open)
+        if self._metrics is not None:
+            self._metrics.count_failed(len(numbers))
         self._fail(numbers, RuntimeError("the engine failed while it was working on this request; send it again"))
 
     def _fail(self, numbers: list[int], error: Exception) -> None:

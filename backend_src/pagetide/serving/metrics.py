@@ -12,6 +12,7 @@ from pagetide.serving.client import EngineSupervisor
 GAUGES = {
     "running": ("pagetide_requests_running", "sequences that run"),
     "waiting": ("pagetide_requests_waiting", "sequences that wait for their turn"),
+    "swapped": ("pagetide_requests_swapped", "sequences whose blocks are in host memory"),
     "blocks_total": ("pagetide_kv_blocks_total", "KV cache blocks"),
     "blocks_used": ("pagetide_kv_blocks_used", "KV cache blocks that running sequences hold"),
     "blocks_cached": ("pagetide_kv_blocks_cached", "free KV cache blocks whose content can be found again"),
@@ -22,39 +23,100 @@ COUNTERS = {
     "cached_tokens": ("pagetide_cached_prompt_tokens", "prompt tokens that the prefix cache held"),
     "preemptions": ("pagetide_preemptions", "sequences that gave their blocks to others"),
     "cancelled": ("pagetide_requests_cancelled", "requests that ended because nobody wanted them any more"),
+    "timed_out": ("pagetide_requests_timed_out", "requests that ended because their time was up"),
+    "failed": ("pagetide_requests_failed", "requests that could not be answered"),
+    "restarts": ("pagetide_engine_restarts", "times that the engine was started again"),
+}
+# Bounds for 1 ms and for 100 s.
+_SECONDS = [0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 25, 50, 100, 250]
+_COUNTS = [float(2**i) for i in range(15)]
+HISTOGRAMS = {
+    "ttft_s": ("pagetide_time_to_first_token_seconds", "arrival to first token", _SECONDS),
+    "tpot_s": ("pagetide_time_per_output_token_seconds", "time between the tokens of an answer", _SECONDS),
+    "e2e_s": ("pagetide_request_seconds", "arrival to end", _SECONDS),
+    "queue_s": ("pagetide_queue_seconds", "arrival to admission", _SECONDS),
+    "step_tokens": ("pagetide_step_tokens", "tokens of an engine step", _COUNTS),
+    "step_sequences": ("pagetide_step_sequences", "sequences of an engine step", _COUNTS),
+}
+# The names of other engines' dashboards, by the setting metric_names: statistics field -> (name, labels).
+OTHER_NAMES: dict[str, dict[str, tuple[str, dict[str, str]]]] = {
+    "pagetide": {},
+    "vllm": {
+        "running": ("vllm:num_requests_running", {}),
+        "waiting": ("vllm:num_requests_waiting", {}),
+        "swapped": ("vllm:num_requests_swapped", {}),
+        "prompt_tokens": ("vllm:prompt_tokens_total", {}),
+        "generated_tokens": ("vllm:generation_tokens_total", {}),
+        "preemptions": ("vllm:num_preemptions_total", {}),
+        "ttft_s": ("vllm:time_to_first_token_seconds", {}),
+        "tpot_s": ("vllm:time_per_output_token_seconds", {}),
+        "e2e_s": ("vllm:e2e_request_latency_seconds", {}),
+        "queue_s": ("vllm:request_queue_time_seconds", {}),
+    },
+    "trtllm": {
+        "running": ("nv_trt_llm_request_metrics", {"request_type": "active"}),
+        "waiting": ("nv_trt_llm_request_metrics", {"request_type": "waiting"}),
+        "blocks_total": ("nv_trt_llm_kv_cache_block_metrics", {"kv_cache_block_type": "max"}),
+        "blocks_used": ("nv_trt_llm_kv_cache_block_metrics", {"kv_cache_block_type": "used"}),
+    },
 }
 
 
 class EngineMetrics:
     """Counters go on over restarts of the engine: what each engine counted since its start is added up."""
 
-    def __init__(self, model: str, supervisor: EngineSupervisor):
+    def __init__(self, model: str, names: str, supervisor: EngineSupervisor):
         self._supervisor = supervisor
         self._labels = {"model": model}
-        self._families: list[Any] = []  # a metric dies with its family
-        self._gauges = {field: self._metric(*names, pb_utils.MetricFamily.GAUGE) for field, names in GAUGES.items()}
-        self._counters = {field: self._metric(*names, pb_utils.MetricFamily.COUNTER) for field, names in COUNTERS.items()}
-        self._restarts = self._metric("pagetide_engine_restarts", "times that the engine was started again", pb_utils.MetricFamily.GAUGE)
-        self._before: Statistics | None = None
+        self._families: dict[str, Any] = {}  # by name; a metric dies with its family
+        self._others = OTHER_NAMES[names]
+        kinds = pb_utils.MetricFamily
+        self._gauges = {field: self._metrics(field, *about, kinds.GAUGE) for field, about in GAUGES.items()}
+        self._counters = {field: self._metrics(field, *about, kinds.COUNTER) for field, about in COUNTERS.items()}
+        self._histograms = {field: self._metrics(field, *about[:2], kinds.HISTOGRAM, about[2]) for field, about in HISTOGRAMS.items()}
+        self._before: dict[str, int] = {}
+        self._num_restarts = 0
 
     def update(self, now: Statistics) -> None:
-        for field, gauge in self._gauges.items():
-            gauge.set(getattr(now, field))
-        for field, counter in self._counters.items():
-            value = getattr(now, field)
-            before = getattr(self._before, field) if self._before is not None else 0
+        for field, gauges in self._gauges.items():
+            for gauge in gauges:
+                gauge.set(now.gauges[field])
+        for field in self._counters.keys() & now.counters.keys():
+            count, before = now.counters[field], self._before.get(field, 0)
             # A smaller count than before comes from a new engine.
-            counter.increment(value - before if value >= before else value)
-        self._restarts.set(self._supervisor.num_restarts)
-        self._before = now
+            self._increment(field, count - before if count >= before else count)
+        self._before = now.counters
+        self._increment("restarts", self._supervisor.num_restarts - self._num_restarts)
+        self._num_restarts = self._supervisor.num_restarts
+        for field, histograms in self._histograms.items():
+            for value in now.observations[field]:
+                for histogram in histograms:
+                    histogram.observe(value)
 
-    def _metric(self, name: str, description: str, kind: Any) -> Any:
-        self._families.append(pb_utils.MetricFamily(name=name, description=description, kind=kind))
-        return self._families[-1].Metric(labels=self._labels)
+    def count_failed(self, count: int) -> None:
+        """Requests that an engine has taken with it."""
+        self._increment("failed", count)
+
+    def _increment(self, field: str, by: int) -> None:
+        if by:
+            for counter in self._counters[field]:
+                counter.increment(by)
+
+    def _metrics(self, field: str, name: str, description: str, kind: Any, buckets: list[float] | None = None) -> list[Any]:
+        """A metric of ours, and the one that other dashboards know it by."""
+        found = [self._metric(name, description, kind, self._labels, buckets)]
+        if field in self._others:
+            other, labels = self._others[field]
+            found.append(self._metric(other, description, kind, {**self._labels, **labels}, buckets))
+        return found
+
+    def _metric(self, name: str, description: str, kind: Any, labels: dict[str, str], buckets: list[float] | None) -> Any:
+        if name not in self._families:
+            self._families[name] = pb_utils.MetricFamily(name=name, description=description, kind=kind)
+        return self._families[name].Metric(labels=labels, buckets=buckets) if buckets else self._families[name].Metric(labels=labels)
 
     def close(self) -> None:
         """Gives the metrics back while the stub can still do it: first they, then their families."""
-        self._gauges.clear()
-        self._counters.clear()
-        self._restarts = None
+        for metrics in (self._gauges, self._counters, self._histograms):
+            metrics.clear()
         self._families.clear()

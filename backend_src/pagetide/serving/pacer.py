@@ -79,4 +79,11 @@ class ResponsePacer:
 
 def join(earlier: Output, later: Output) -> Output:
     """Two chunks that follow each other as one."""
-    return msgspec.structs.replace(later, ids=earlier.ids + later.ids)
+    return msgspec.structs.replace(
+        later,
+        ids=earlier.ids + later.ids,
+        scores=earlier.scores + later.scores,
+        prompt_scores=earlier.prompt_scores + later.prompt_scores,
+        context_logits=earlier.context_logits + later.context_logits,
+        generation_logits=earlier.generation_logits + later.generation_logits,
+    )

@@ -12,7 +12,7 @@ from pagetide.config import settings_beside
 from pagetide.models.source import find_model
 from pagetide.serving import triton
 from pagetide.serving.client import EngineClient, socket_path
-from pagetide.text.tokens import decode, token_bytes
+from pagetide.text.tokens import Vocabulary, decode
 
 log = logging.getLogger("pagetide.postprocess")
 
@@ -22,9 +22,9 @@ class PostprocessModel:
 
     def initialize(self, args: dict[str, str]) -> None:
         settings = settings_beside(args["model_repository"])
-        self._table = token_bytes(find_model(settings.model, settings.cache_path) / "tokenizer.json")
+        self._vocabulary = Vocabulary.read(find_model(settings.model, settings.cache_path))
         self._client = EngineClient(
-            socket_path(triton.server_pid()), on_outputs=lambda outputs: None, on_refused=lambda number, reason: None, on_lost=lambda: None
+            socket_path(triton.server_pid()), on_outputs=lambda outputs: None, on_refused=lambda number, error: None, on_lost=lambda: None
         )
 
     def execute(self, requests: list[Any]) -> list[Any]:
@@ -54,9 +54,10 @@ class PostprocessModel:
         lengths = _flat(arrays.get("SEQUENCE_LENGTH"), len(rows), rows.shape[1])
         cuts = _flat(arrays.get("TEXT_CUT"), len(rows), 0)
         prompts = _flat(arrays.get("PROMPT_TEXT"), len(rows), b"")
+        skips = _flat(arrays.get("SKIP_SPECIAL_TOKENS"), len(rows), True)
         return [
-            prompt.decode() + decode(self._table, row[:length].tolist(), cut)
-            for row, length, cut, prompt in zip(rows, lengths, cuts, prompts, strict=True)
+            prompt.decode() + decode(self._vocabulary.table(skip), row[:length].tolist(), cut)
+            for row, length, cut, prompt, skip in zip(rows, lengths, cuts, prompts, skips, strict=True)
         ]
 
     def finalize(self) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from typing import Any
 
 import msgspec
@@ -9,15 +10,21 @@ import numpy as np
 import triton_python_backend_utils as pb_utils
 
 from pagetide.config import settings_beside
+from pagetide.models.families import read_model
 from pagetide.models.source import find_model
 from pagetide.serving import triton
-from pagetide.serving.contract import ParsedRequest, parse
-from pagetide.text.chat import ChatTemplateError, render_chat
+from pagetide.serving.contract import Defaults, ParsedRequest, parse, timed
+from pagetide.serving.defaults import read_defaults
+from pagetide.text.chat import ChatTemplateError, read_template, render_chat
+from pagetide.text.tokens import Vocabulary
 from pagetide.types import RequestError
 
 # TensorRT-LLM's names of what this model takes; its clients chain the steps by hand.
 TENSOR_OF_FIELD = {"text_input": "QUERY", "max_tokens": "REQUEST_OUTPUT_LEN"}
 _FIELD_OF_TENSOR = {tensor: field for field, tensor in TENSOR_OF_FIELD.items()}
+# Prompts of the face vllm_model come under a name of their own, by which its defaults are chosen.
+VLLM_PROMPT = "VLLM_QUERY"
+_VLLM_MAX_TOKENS = 16
 
 
 class PreprocessModel:
@@ -26,9 +33,18 @@ class PreprocessModel:
     def initialize(self, args: dict[str, str]) -> None:
         self._settings = settings_beside(args["model_repository"])
         self._model = find_model(self._settings.model, self._settings.cache_path)
+        self._defaults = read_defaults(self._model, self._settings)
+        params = msgspec.structs.replace(self._defaults.params, max_tokens=_VLLM_MAX_TOKENS)
+        self._vllm_defaults = Defaults(params, is_greedy=False, excludes_input=False)
+        _, config = read_model(self._model)
+        self._max_len = self._settings.max_model_len or config.max_position
+        self._max_bytes = self._max_len * max(map(len, Vocabulary.read(self._model).full), default=1)
+        template = read_template(self._settings.chat_template)
         from transformers import AutoTokenizer  # slow to import: after the settings have been found to be right
 
         self._tokenizer: Any = AutoTokenizer.from_pretrained(str(self._model))
+        if template is not None:
+            self._tokenizer.chat_template = template
 
     def execute(self, requests: list[Any]) -> list[Any]:
         parsed = [self._parse(request) for request in requests]
@@ -36,10 +52,15 @@ class PreprocessModel:
         return [self._respond(prompts) for prompts in parsed]
 
     def _parse(self, request: Any) -> list[_Prompt] | RequestError:
+        now = time.monotonic_ns()
         arrays = {_FIELD_OF_TENSOR.get(name, name): array for name, array in triton.input_arrays(request).items()}
+        defaults = self._defaults
+        if VLLM_PROMPT in arrays:
+            defaults = self._vllm_defaults
+            arrays["text_input"] = arrays.pop(VLLM_PROMPT)
         try:
-            parsed = parse(arrays, triton.parameters(request), self._settings.exclude_input_in_output)
-            return [self._render(prompt) for prompt in parsed]
+            parsed = parse(arrays, triton.parameters(request), defaults)
+            return [self._check_size(self._render(timed(prompt, now, request.timeout()))) for prompt in parsed]
         except RequestError as error:
             return error
 
@@ -51,6 +72,13 @@ class PreprocessModel:
             except ChatTemplateError as error:
                 raise RequestError(str(error)) from error
         return _Prompt(parsed, parsed.text)
+
+    def _check_size(self, prompt: _Prompt) -> _Prompt:
+        """Refuses what must have more tokens than the context: tokenizing 10 MB would keep all others waiting for half a minute."""
+        if prompt.text is not None and len(prompt.text.encode()) > self._max_bytes:
+            size = len(prompt.text)
+            raise RequestError(f"the prompt has {size} characters, which are more tokens than the model's context has ({self._max_len})")
+        return prompt
 
     def _tokenize(self, prompts: list[_Prompt]) -> None:
         """Token ids of all prompts, in one call for texts and one for chats (whose templates write special tokens themselves)."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 
@@ -9,14 +10,25 @@ class ChatTemplateError(ValueError):
     """The messages cannot be rendered; the sentence says why."""
 
 
+def read_template(setting: str) -> str | None:
+    """The template that the setting chat_template names: the text itself, or a file's; None if it is empty. Raises OSError."""
+    if not setting or "{" in setting:
+        return setting or None
+    return Path(setting).expanduser().read_text(encoding="utf-8")
+
+
 def render_chat(
-    tokenizer: Any, messages: list[dict[str, Any]], tools: list[Any] | None, add_generation_prompt: bool, variables: dict[str, Any]
+    tokenizer: Any,
+    messages: list[dict[str, Any]],
+    tools: list[Any] | None,
+    add_generation_prompt: bool,
+    variables: dict[str, Any],
 ) -> str:
     """The prompt's text. tokenizer: transformers'; variables: what else the template may use. Raises ChatTemplateError."""
     import jinja2  # comes with the template's renderer
 
     if not tokenizer.chat_template:
-        raise ChatTemplateError("messages need a chat template, and this model has none; send text_input instead")
+        raise ChatTemplateError("messages need a chat template, and this model has none; send text_input, or set chat_template on the server")
     try:
         return tokenizer.apply_chat_template(
             messages,

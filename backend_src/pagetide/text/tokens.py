@@ -1,28 +1,61 @@
-"""One table, made at load: token id -> the bytes of its text. Detokenizing and stop texts use it; no tokenizer runs per step."""
+"""Tables made at load: token id -> the bytes of its text. Detokenizing, stop texts and grammars use them; no tokenizer runs per step."""
 
 from __future__ import annotations
 
 import json
 import re
 from collections.abc import Iterator
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 _BYTE_TOKEN = re.compile(r"<0x([0-9A-F]{2})>")
 
 
-def token_bytes(tokenizer_file: Path) -> list[bytes]:
-    """The bytes of every token of a tokenizer.json, by id; special tokens, which no answer shows, have none.
+class Vocabulary:
+    """shown: token id -> the bytes that an answer shows, none for special tokens; full: with the special tokens' own texts.
 
     Two kinds of vocabulary are known: byte-level BPE (GPT-2, Llama 3, Qwen) and SentencePiece (Llama 2, Mistral) with a space as U+2581.
     """
-    tokenizer = json.loads(tokenizer_file.read_bytes())
-    is_byte_level = "ByteLevel" in set(_decoder_types(tokenizer.get("decoder") or {}))
-    to_bytes = _from_byte_level if is_byte_level else _from_sentencepiece
-    texts = {index: to_bytes(token) for token, index in _vocabulary(tokenizer["model"])}
-    for added in tokenizer.get("added_tokens", ()):
-        texts[added["id"]] = b"" if added["special"] else added["content"].encode()
-    return [texts.get(index, b"") for index in range(max(texts) + 1)]
+
+    def __init__(self, shown: list[bytes], full: list[bytes], file: Path | None = None):
+        self.shown = shown
+        self.full = full
+        self._file = file
+
+    @classmethod
+    def read(cls, model: Path) -> Vocabulary:
+        """The vocabulary of the tokenizer.json in a model directory; empty if there is none."""
+        file = model / "tokenizer.json"
+        if not file.exists():
+            return cls([], [])
+        tokenizer = json.loads(file.read_bytes())
+        is_byte_level = "ByteLevel" in set(_decoder_types(tokenizer.get("decoder") or {}))
+        to_bytes = _from_byte_level if is_byte_level else _from_sentencepiece
+        shown = {index: to_bytes(token) for token, index in _vocabulary(tokenizer["model"])}
+        full = dict(shown)
+        for added in tokenizer.get("added_tokens", ()):
+            full[added["id"]] = added["content"].encode()
+            shown[added["id"]] = b"" if added["special"] else full[added["id"]]
+        size = max(full) + 1
+        return cls([shown.get(index, b"") for index in range(size)], [full.get(index, b"") for index in range(size)], file)
+
+    def table(self, skips_special: bool) -> list[bytes]:
+        return self.shown if skips_special else self.full
+
+    @cached_property
+    def _tokenizer(self) -> Any:
+        from tokenizers import Tokenizer  # only requests that name words need it
+
+        return Tokenizer.from_file(str(self._file)) if self._file is not None else None
+
+    def encode(self, text: str) -> tuple[int, ...]:
+        """The text's tokens, without special ones; none if the model has no tokenizer."""
+        return tuple(self._tokenizer.encode(text, add_special_tokens=False).ids) if self._tokenizer is not None else ()
+
+    def spellings(self, word: str) -> list[tuple[int, ...]]:
+        """The tokens of a word at the beginning of a text and behind a space."""
+        return list(dict.fromkeys(ids for ids in (self.encode(word), self.encode(" " + word.lstrip())) if ids))
 
 
 def _vocabulary(model: dict[str, Any]) -> Iterator[tuple[str, int]]:

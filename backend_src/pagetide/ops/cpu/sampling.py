@@ -6,10 +6,11 @@ import numpy as np
 import torch
 from numba import prange
 
-from pagetide.ops.cpu.compiled import device_function, kernel
+from pagetide.ops.cpu.compiled import device_function, fast_exp, kernel
 
 _MASK_32 = np.uint64(0xFFFFFFFF)
 _MINUS_INFINITY = np.float32(-np.inf)
+_BUCKETS = 256  # of an eighth of a nat each; what is further from the peak shares the last one
 
 
 @kernel
@@ -44,12 +45,12 @@ def sample(
 def _sample(num_rows, logits, temperature, top_k, top_p, min_p, seed, position, out):  # type: ignore[no-untyped-def]
     for row in prange(num_rows):
         values = logits[row]
-        if temperature[row] == 0:
-            out[row] = _argmax_row(values)
-        else:
+        at = _argmax_row(values)
+        if temperature[row] > 0:
             scaled = values / temperature[row]
-            threshold = _threshold(scaled, top_k[row], top_p[row], min_p[row])
-            out[row] = _gumbel_argmax(scaled, threshold, np.uint64(seed[row]), np.uint64(position[row]))
+            threshold = _threshold(scaled, scaled[at], top_k[row], top_p[row], min_p[row])
+            at = _gumbel_argmax(scaled, at, threshold, np.uint64(seed[row]), np.uint64(position[row]))
+        out[row] = at
 
 
 @device_function
@@ -65,15 +66,12 @@ def _argmax_row(values):  # type: ignore[no-untyped-def]
 
 
 @device_function
-def _threshold(scaled, top_k, top_p, min_p):  # type: ignore[no-untyped-def]
+def _threshold(scaled, peak, top_k, top_p, min_p):  # type: ignore[no-untyped-def]
     """The smallest scaled logit that may be drawn."""
     size = scaled.shape[0]
-    peak = _MINUS_INFINITY
-    for i in range(size):
-        peak = max(peak, scaled[i])
     threshold = _MINUS_INFINITY
     if 0 < top_k < size:
-        threshold = np.partition(scaled, size - top_k)[size - top_k]
+        threshold = _likeliest(scaled, peak, top_k)[top_k - 1]
     if top_p < 1:
         threshold = max(threshold, _nucleus(scaled, peak, threshold, top_p))
     if min_p > 0:
@@ -82,41 +80,86 @@ def _threshold(scaled, top_k, top_p, min_p):  # type: ignore[no-untyped-def]
 
 
 @device_function
-def _nucleus(scaled, peak, threshold, top_p):  # type: ignore[no-untyped-def]
-    """The smallest logit of the smallest set, among those from threshold on, whose probability reaches top_p."""
-    total = 0.0
-    for i in range(scaled.shape[0]):
-        if scaled[i] >= threshold:
-            total += np.exp(scaled[i] - peak)
-    # The likeliest tokens almost always suffice: sort those above a border, and lower the border until their mass does.
+def _likeliest(values, peak, count):  # type: ignore[no-untyped-def]
+    """At least count of the largest values, largest first: those above a border that is lowered until they are enough."""
     reach = np.float32(4)
     while True:
-        border = max(peak - reach, threshold)
-        ordered = np.sort(scaled[scaled >= border])[::-1]
-        mass = 0.0
-        for i in range(ordered.shape[0]):
-            mass += np.exp(ordered[i] - peak)
-            if mass >= top_p * total:
-                return ordered[i]
-        if border == threshold or ordered.shape[0] == scaled.shape[0]:
-            return ordered[-1]
+        border = peak - reach
+        found = 0
+        for i in range(values.shape[0]):
+            found += values[i] >= border
+        if found >= count or not np.isfinite(border):
+            return np.sort(values[values >= border])[::-1]
         reach *= 2
 
 
 @device_function
-def _gumbel_argmax(scaled, threshold, seed, position):  # type: ignore[no-untyped-def]
-    """argmax of logit + Gumbel noise among the logits from threshold on; the noise is that of ops.reference.gumbel_noise."""
-    state = _mix((seed & _MASK_32) ^ _mix(seed >> np.uint64(32)))
-    state = _mix(state ^ _mix(position & _MASK_32))
-    best, at = _MINUS_INFINITY, 0
+def _nucleus(scaled, peak, threshold, top_p):  # type: ignore[no-untyped-def]
+    """The smallest logit of the smallest set, among those from threshold on, whose probability reaches top_p.
+
+    Probabilities are added up by distance from the peak, in buckets; only the bucket where the sum reaches top_p is sorted.
+    """
+    masses = np.zeros(_BUCKETS + 1, np.float64)
+    total = 0.0
     for i in range(scaled.shape[0]):
         if scaled[i] >= threshold:
-            bits = _mix(state ^ _mix((np.uint64(i) + np.uint64(0x9E3779B9)) & _MASK_32))
-            uniform = (np.float32(bits >> np.uint64(8)) + np.float32(0.5)) * np.float32(2.0**-24)
-            noisy = scaled[i] - np.log(-np.log(uniform))
+            mass = fast_exp(scaled[i] - peak)
+            masses[_bucket(scaled[i], peak)] += mass
+            total += mass
+    mass, bucket = 0.0, 0
+    while bucket < _BUCKETS and mass + masses[bucket] < top_p * total:
+        mass += masses[bucket]
+        bucket += 1
+    members = np.empty(scaled.shape[0], np.float32)
+    count = 0
+    for i in range(scaled.shape[0]):
+        if scaled[i] >= threshold and _bucket(scaled[i], peak) == bucket:
+            members[count] = scaled[i]
+            count += 1
+    ordered = np.sort(members[:count])[::-1]
+    for k in range(count):
+        mass += fast_exp(ordered[k] - peak)
+        if mass >= top_p * total:
+            return ordered[k]
+    return ordered[count - 1] if count > 0 else threshold
+
+
+@device_function
+def _bucket(value, peak):  # type: ignore[no-untyped-def]
+    return np.int64(min((peak - value) * np.float32(8), np.float32(_BUCKETS)))
+
+
+@device_function
+def _gumbel_argmax(scaled, peak_at, threshold, seed, position):  # type: ignore[no-untyped-def]
+    """argmax of logit + Gumbel noise among the logits from threshold on; the noise is that of ops.reference.gumbel_noise.
+
+    A token beats `best` only if 1 - uniform < exp(logit - best): that is asked first, of all tokens in one loop that can be vectorized.
+    """
+    state = _mix((seed & _MASK_32) ^ _mix(seed >> np.uint64(32)))
+    state = _mix(state ^ _mix(position & _MASK_32))
+    at, best = peak_at, scaled[peak_at] + _noise(_bits(state, peak_at))
+    may_win = np.empty(scaled.shape[0], np.bool_)
+    for i in range(scaled.shape[0]):
+        rest = (np.float32(2**24) - np.float32(np.int32(_bits(state, i)))) * np.float32(2.0**-24)
+        may_win[i] = (rest <= fast_exp(scaled[i] - best) * np.float32(1.001)) & (scaled[i] >= threshold)
+    for i in range(scaled.shape[0]):
+        if may_win[i]:
+            noisy = scaled[i] + _noise(_bits(state, i))
             if noisy > best:
-                best, at = noisy, i
+                at, best = i, noisy
     return at
+
+
+@device_function
+def _bits(state, token):  # type: ignore[no-untyped-def]
+    """24 random bits of a token."""
+    return _mix(state ^ _mix((np.uint64(token) + np.uint64(0x9E3779B9)) & _MASK_32)) >> np.uint64(8)
+
+
+@device_function
+def _noise(bits):  # type: ignore[no-untyped-def]
+    uniform = (np.float32(bits) + np.float32(0.5)) * np.float32(2.0**-24)
+    return -np.log(-np.log(uniform))
 
 
 @device_function
@@ -124,3 +167,34 @@ def _mix(x):  # type: ignore[no-untyped-def]
     x = ((x ^ (x >> np.uint64(16))) * np.uint64(0x7FEB352D)) & _MASK_32
     x = ((x ^ (x >> np.uint64(15))) * np.uint64(0x846CA68B)) & _MASK_32
     return x ^ (x >> np.uint64(16))
+
+
+@kernel
+def _score(num_rows, logits, ids, logprobs, ranks, top_ids, top_logprobs):  # type: ignore[no-untyped-def]
+    count = top_ids.shape[1]
+    for row in prange(num_rows):
+        values = logits[row]
+        peak, own = values[_argmax_row(values)], values[ids[row]]
+        total = np.float32(0)
+        better = 0
+        for i in range(values.shape[0]):
+            total += fast_exp(values[i] - peak)
+            better += values[i] > own
+        norm = peak + np.log(total)
+        logprobs[row], ranks[row] = own - norm, better + 1
+        if count > 0:
+            border = _likeliest(values, peak, count)[count - 1]
+            places = np.flatnonzero(values >= border)
+            order = np.argsort(-values[places], kind="mergesort")
+            for k in range(count):
+                top_ids[row, k] = places[order[k]]
+                top_logprobs[row, k] = values[places[order[k]]] - norm
+
+
+def score(logits: torch.Tensor, ids: torch.Tensor, num_top: int) -> list[torch.Tensor]:
+    """As ops.reference.score."""
+    num_rows, count = len(ids), min(num_top, logits.shape[1])
+    shapes = ((num_rows,), torch.float32), ((num_rows,), torch.int64), ((num_rows, count), torch.int64), ((num_rows, count), torch.float32)
+    results = [torch.empty(shape, dtype=dtype) for shape, dtype in shapes]
+    _score(num_rows, logits.numpy(), ids.numpy(), *(result.numpy() for result in results))
+    return results

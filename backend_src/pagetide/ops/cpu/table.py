@@ -19,9 +19,10 @@ from pagetide.ops.attention import HeadShape
 from pagetide.ops.cpu.activation import silu_mul
 from pagetide.ops.cpu.attention import NumbaAttention
 from pagetide.ops.cpu.compiled import as_numpy
+from pagetide.ops.cpu.logits import edit, mask, penalize
 from pagetide.ops.cpu.matmul import matmul
 from pagetide.ops.cpu.norm import add_rms_norm
-from pagetide.ops.cpu.sampling import argmax, sample
+from pagetide.ops.cpu.sampling import argmax, sample, score
 from pagetide.ops.table import Matmul, Ops
 
 # Numbers of rows at which the candidates are compared; between two of them the lower one's winner is used.
@@ -37,6 +38,10 @@ def make_cpu_ops(cache: Path) -> Ops:
         silu_mul=silu_mul,
         argmax=argmax,
         sample=sample,
+        penalize=penalize,
+        edit=edit,
+        mask=mask,
+        score=score,
         make_matmul=partial(make_matmul, timings=MatmulTimings(cache / "matmul.json")),
         make_attention=make_attention,
     )

@@ -1,0 +1,118 @@
+"""Single values of requests: from tensors, JSON or request parameters to Python's types, with one clear sentence for each wrong one."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Callable
+from typing import Any
+
+from pagetide.types import RequestError
+
+_MAX_SHOWN = 80
+
+
+def shown(value: Any) -> str:
+    """A value as an error message shows it: short, whatever a client sent."""
+    text = repr(value)
+    return text if len(text) <= _MAX_SHOWN else f"{text[:_MAX_SHOWN]}... ({len(text)} characters)"
+
+
+def text(name: str, raw: Any) -> str:
+    if isinstance(raw, bytes):
+        try:
+            raw = raw.decode()
+        except UnicodeDecodeError as error:
+            raise RequestError(f"{name} is not valid UTF-8 (byte {error.start}); it must be UTF-8 text") from None
+    if isinstance(raw, str):
+        if "\0" in raw or not _is_encodable(raw):
+            raise RequestError(f"{name} is {shown(raw)}, must be a text without zero bytes and lone surrogates")
+        return raw
+    raise RequestError(f"{name} is {shown(raw)}, must be a text")
+
+
+def _is_encodable(raw: str) -> bool:
+    try:
+        raw.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
+
+
+def integer(name: str, raw: Any) -> int:
+    if isinstance(raw, int) and not isinstance(raw, bool):
+        return raw
+    if isinstance(raw, float) and raw.is_integer():
+        return int(raw)
+    if isinstance(raw, str) and len(raw) < 40:
+        try:
+            return int(raw)
+        except ValueError:
+            pass
+    raise RequestError(f"{name} is {shown(raw)}, must be an integer")
+
+
+def number(name: str, raw: Any) -> float:
+    if isinstance(raw, int | float | str) and not isinstance(raw, bool):
+        try:
+            value = float(raw)
+        except (ValueError, OverflowError):
+            value = math.nan
+        if math.isfinite(value):
+            return value
+    raise RequestError(f"{name} is {shown(raw)}, must be a finite number")
+
+
+def boolean(name: str, raw: Any) -> bool:
+    if isinstance(raw, bool):
+        return raw
+    if raw in ("true", "True", "1", 1):
+        return True
+    if raw in ("false", "False", "0", 0):
+        return False
+    raise RequestError(f"{name} is {shown(raw)}, must be true or false")
+
+
+def json_value(name: str, raw: Any, what: str) -> Any:
+    """What a JSON text says; anything that is no text is taken as it is."""
+    if not isinstance(raw, str | bytes):
+        return raw
+    try:
+        return json.loads(text(name, raw), parse_constant=_refuse_constant)
+    except (ValueError, RecursionError) as error:
+        raise RequestError(f"{name} is not valid JSON ({error}); it must be {what}") from None
+
+
+def _refuse_constant(name: str) -> None:
+    raise ValueError(f"{name} is no JSON number")
+
+
+def json_object(name: str, raw: Any) -> dict[str, Any]:
+    value = json_value(name, raw, "a JSON object") if raw else {}
+    if not isinstance(value, dict):
+        raise RequestError(f"{name} is a JSON {type(value).__name__}, must be an object")
+    return value
+
+
+def json_objects(name: str, raw: Any) -> list[dict[str, Any]]:
+    value = json_value(name, raw, "a JSON list of objects")
+    if not isinstance(value, list) or not value or not all(isinstance(item, dict) for item in value):
+        raise RequestError(f"{name} must be a JSON list of at least one object")
+    return value
+
+
+def token_biases(name: str, raw: Any) -> dict[int, float]:
+    """{token id: bias} from a JSON object, whose keys are texts."""
+    return {integer(f"{name}'s token", key): number(f"{name}'s bias of {shown(key)}", bias) for key, bias in json_object(name, raw).items()}
+
+
+CONVERTERS: dict[str, Callable[[str, Any], Any]] = {
+    "BYTES": text,
+    "INT32": integer,
+    "UINT64": integer,
+    "FP32": number,
+    "BOOL": boolean,
+    "object": json_object,
+    "objects": json_objects,
+    "biases": token_biases,
+}
