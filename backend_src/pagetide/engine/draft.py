@@ -76,13 +76,13 @@ class Draft:
         positions = [(at, s.row, s.num_wanted - 1) for s, at in self.samples] + [(at, s.row, position) for s, at, position in self.looks]
         chunks, samples = _columns([(s.row, start, count) for s, start, count in self.chunks]), _columns(positions)
         deltas = _columns(self.blocks)
-        sequences = [sequence for sequence, _ in self.samples]
-        looking = list(enumerate((sequence for sequence, _, _ in self.looks), len(sequences)))
-        sampling = [s.sampling for s in sequences]
-        guided = [s.row for s in sequences if s.guide is not None]
-        scored = [i for i, s in enumerate(sequences) if wants_score(s)] + [i for i, s in looking if s.group.params.prompt_logprobs is not None]
-        kept = [i for i, s in enumerate(sequences) if keeps_logits(s)] + [i for i, s in looking if s.request.context_logits]
-        searches = [s.group.strategy for s in sequences if isinstance(s.group.strategy, BeamSearch)]
+        # Most sequences ask for nothing but a token: only the others are looked at again and again.
+        special = [(i, s) for i, (s, _) in enumerate(self.samples) if not s.is_plain]
+        looking = list(enumerate((sequence for sequence, _, _ in self.looks), len(self.samples)))
+        guided = [s.row for _, s in special if s.guide is not None]
+        scored = [i for i, s in special if wants_score(s)] + [i for i, s in looking if s.group.params.prompt_logprobs is not None]
+        kept = [i for i, s in special if keeps_logits(s)] + [i for i, s in looking if s.request.context_logits]
+        beams = [(i, s.group.strategy) for i, s in special if isinstance(s.group.strategy, BeamSearch)]
         return StepPlan(
             step=step,
             rows=chunks[0],
@@ -91,21 +91,21 @@ class Draft:
             logit_index=samples[0],
             sample_rows=samples[1],
             sample_positions=samples[2],
-            num_sampled=len(sequences),
+            num_sampled=len(self.samples),
             admissions=tuple(Admission(s.row, np.array(s.token_ids, np.int32), s.sampling) for s in self.admitted),
             block_rows=deltas[0],
             block_indices=deltas[1],
             block_ids=deltas[2],
             copies=np.array(self.copies, np.int32).reshape(-1, 2),
-            is_greedy=all(p.temperature == 0 for p in sampling),
-            has_penalties=any(p.has_penalties for p in sampling),
-            has_edits=any(s.sampling.edits and s.sampling.edits_at(s.num_wanted - 1) for s in sequences),
-            has_masks=bool(guided) or any(p.allowed for p in sampling),
+            is_greedy=all(s.sampling.temperature == 0 for s, _ in self.samples),
+            has_penalties=any(s.sampling.has_penalties for _, s in special),
+            has_edits=any(s.sampling.edits_at(s.num_wanted - 1) for _, s in special),
+            has_masks=bool(guided) or any(s.sampling.allowed for _, s in special),
             guided=np.array(guided, np.int32),
             scored=np.array(scored, np.int32),
-            num_top=max((num_top(s) for s in (*sequences, *(s for _, s in looking))), default=0),
-            beams=np.array([i for i, s in enumerate(sequences) if s.group.is_beam_search], np.int32),
-            num_candidates=max((search.num_candidates for search in searches), default=0),
+            num_top=max((num_top(s) for _, s in (*special, *looking)), default=0),
+            beams=np.array([i for i, _ in beams], np.int32),
+            num_candidates=max((search.num_candidates for _, search in beams), default=0),
             kept=np.array(kept, np.int32),
         )
 

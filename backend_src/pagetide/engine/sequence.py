@@ -75,7 +75,7 @@ class Sequence:
 
     order: (priority, arrival in the engine), unique; a preempted sequence keeps its place.
     followers: samples of the same prompt that fork from this one when its prompt has been computed.
-    is_placed: its row on the device holds its tokens and blocks.
+    is_plain: asks for nothing but tokens, and changes no logits. is_placed: its row on the device holds its tokens and blocks.
     candidates: what a beam may go on with, until all beams of the group know: (token, score), best first.
     hashes: the hash chain of the full blocks, as far as it has been needed; num_published: how many of them can be found.
     scores, logits: of tokens that have not been emitted.
@@ -88,6 +88,7 @@ class Sequence:
     max_len: int
     stops: StopChecker
     sampling: RowParams
+    is_plain: bool
     guide: GuideState | None = None
     followers: list[Sequence] = field(default_factory=list)
     status: Status = Status.WAITING

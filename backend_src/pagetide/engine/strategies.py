@@ -144,9 +144,18 @@ def group_of(request: Request, limits: ModelLimits, arrival: int, now_ns: int) -
     for index in range(num_samples):
         sampling = row_params(request, _seed_of_sample(seed, index), edits)
         order = (request.priority, arrival + index)
-        group.unfinished.append(Sequence(group, index, order, list(request.prompt_ids), max_len_of(request, limits), StopChecker(rules), sampling))
+        stops, max_len = StopChecker(rules), max_len_of(request, limits)
+        group.unfinished.append(Sequence(group, index, order, list(request.prompt_ids), max_len, stops, sampling, is_plain(request, sampling)))
     leader, *leader.followers = group.unfinished
     return group
+
+
+def is_plain(request: Request, sampling: RowParams) -> bool:
+    """True if nothing but tokens is asked for, and no logits have to be changed for them."""
+    params = request.params
+    changes = sampling.edits or sampling.has_penalties or sampling.allowed or params.guide is not None
+    reports = params.logprobs is not None or params.prompt_logprobs is not None or request.context_logits or request.generation_logits
+    return not (changes or reports or params.picks_best)
 
 
 def strategy_of(params: SamplingParams, limits: ModelLimits) -> Strategy:
