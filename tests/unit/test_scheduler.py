@@ -330,6 +330,26 @@ def test_beams_share_the_prompts_blocks(engine):
     assert max(used) <= 3 + 8 * 2
 
 
+def test_preempted_beams_do_not_wait_for_each_other(engine):
+    """One token a step: of two beams the first has its candidates and is preempted before the second, which has none."""
+    small = engine(max_num_batched_tokens=1)
+    small.add(1, [1, 2], beam_width=2, n=2, max_tokens=12)
+    scheduler = small.scheduler
+
+    def step_alone() -> None:
+        plan = scheduler.schedule()
+        small.runner.forward(plan)
+        small.runner.sample(plan)
+        scheduler.commit(plan, small.runner.wait(plan))
+
+    while [beam.candidates is not None for beam in scheduler.running] != [True, False]:
+        step_alone()
+    for beam in list(scheduler.running):
+        scheduler._preempt(beam)
+    small.run(max_steps=200)
+    assert [small.tokens(1, index) for index in range(2)] == beams_alone([1, 2], 2, 12)
+
+
 def test_a_cancelled_beam_search_gives_what_it_has_and_frees_its_blocks(engine):
     small = engine()
     small.add(1, [1, 2, 3], beam_width=3, n=2, max_tokens=30)

@@ -215,17 +215,20 @@ class Scheduler:
         self._run(draft, sequence, count, copies)
 
     def _admit_waiting(self, draft: Draft) -> None:
-        num_admitted = 0
-        # In order: who does not fit stops those behind, so that nobody is overtaken for ever.
-        while num_admitted < len(self.waiting) and self._admit(draft, self.waiting[num_admitted]):
-            num_admitted += 1
-        del self.waiting[:num_admitted]
+        at = 0
+        while at < len(self.waiting):
+            if not self.waiting[at].can_run:
+                at += 1  # a preempted beam whose next token is chosen when the others of its search, perhaps behind it, have theirs
+            elif self._admit(draft, self.waiting[at]):
+                del self.waiting[at]
+            else:
+                return  # who does not fit stops those behind, so that nobody is overtaken for ever
 
     def _admit(self, draft: Draft, sequence: Sequence) -> bool:
         """Starts a waiting sequence if budget, rows and blocks suffice; False if it has to wait on."""
         # Who was preempted in the last step has its last token by now: nothing is admitted in the step of a preemption.
         assert not sequence.num_pending, sequence.num_pending
-        if not draft.budget or not sequence.can_run or len(self._rows) - self._num_promised() < num_rows_for(sequence):
+        if not draft.budget or len(self._rows) - self._num_promised() < num_rows_for(sequence):
             return False
         found = self._find_prefix(sequence)
         num_found = len(found) * self.blocks.block_size
