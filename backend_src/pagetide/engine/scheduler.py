@@ -7,6 +7,7 @@ Prefill, a chunk of it, decode, what a prefix hit leaves, and re-computation aft
 from __future__ import annotations
 
 import heapq
+import logging
 import time
 from bisect import insort
 from collections.abc import Callable, Iterable
@@ -24,6 +25,8 @@ from pagetide.engine.statistics import Counters, Observations
 from pagetide.engine.strategies import Answer, BeamSearch, ModelLimits, give_guides, group_of
 from pagetide.runner.plan import StepPlan, StepTokens, TokenScores, bits_of
 from pagetide.types import Output, QueueFullError, Request, RequestError, TokenScore
+
+log = logging.getLogger("pagetide.scheduler")
 
 _GUIDE_WAIT_S = 0.005
 
@@ -143,11 +146,18 @@ class Scheduler:
             try:
                 give_guides(group, guide.result())
             except RequestError as error:
-                self.counters.failed += 1
-                del self._groups[number]
-                self._refusals.append(Refusal(number, str(error)))
+                self._refuse(number, str(error))
+            except Exception as error:
+                # Whatever a grammar library can raise belongs to the request that brought the grammar, not to the engine.
+                log.exception("a grammar could not be compiled")
+                self._refuse(number, f"the grammar could not be compiled: {error!r}")
             else:
                 self._enqueue(group.unfinished[0])
+
+    def _refuse(self, number: int, reason: str) -> None:
+        self.counters.failed += 1
+        del self._groups[number]
+        self._refusals.append(Refusal(number, reason))
 
     def masks(self, plan: StepPlan) -> np.ndarray:
         """Which tokens the plan's guided rows may sample, now that all tokens before are known: int32 [g, vocabulary / 32]."""
