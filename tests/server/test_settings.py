@@ -3,14 +3,24 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Iterator
 
 import pytest
 from client import Streams, generate, stream_one, wait_for, wait_until_idle
-from conftest import TEXT, start
+from conftest import CACHE, TEXT
 from parrot import pieces_of, write_parrot
 from test_contract_fields import scrape
-from triton_server import TritonServer
+from triton_server import REPOSITORY, TritonServer, free_address
+
+
+class ServerWithCopies(TritonServer):
+    """Two faces stand in the repository under other names too."""
+
+    def _make_repository(self) -> None:
+        super()._make_repository()
+        for face, copy in (("ensemble", "my_model"), ("vllm_model", "my_vllm")):
+            shutil.copytree(REPOSITORY / face, self.folder / "models" / copy)
 
 
 @pytest.fixture(scope="module")
@@ -19,7 +29,9 @@ def narrow(tmp_path_factory) -> Iterator[TritonServer]:
     write_parrot(folder, pieces_of(TEXT, 2), ends=False)
     template = "{% for message in messages %}<start>{{ message.content }}{% endfor %}"
     settings = {"max_num_seqs": 1, "num_blocks": 4000, "chat_template": template, "default_sampling": "trtllm", "metric_names": "trtllm"}
-    server = start({"model": str(folder), **settings})
+    server = ServerWithCopies(free_address(), {"model": str(folder), "cache_dir": CACHE, "check_integrity": True, **settings})
+    server.start()
+    server.wait_until_ready()
     yield server
     wait_until_idle(server)
     assert server.stop()
@@ -36,6 +48,13 @@ def test_with_tensorrt_llms_sampling_requests_are_greedy_unless_they_ask_for_mor
     assert greedy[0] == greedy[1] and greedy[0][:10] == list(range(2, 12))
     sampled = stream_one(narrow, input_ids=[1], max_tokens=30, temperature=5.0, top_p=1.0, seed=3).ids()
     assert sampled != greedy[0]
+
+
+def test_a_faces_folder_may_be_copied_under_another_name(narrow):
+    body = {"text_input": "<start>", "temperature": 0, "max_tokens": 3}
+    status, answer = generate(narrow, body, model="my_model")
+    assert status == 200 and answer["model_name"] == "my_model" and answer["output_ids"] == [2, 3, 4]
+    assert generate(narrow, {"text_input": "<start>", "parameters": {"stream": False}}, model="my_vllm")[0] == 200
 
 
 def test_lower_priority_numbers_run_sooner(narrow):
