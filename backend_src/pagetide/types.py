@@ -155,7 +155,6 @@ class Output(msgspec.Struct, frozen=True, array_like=True):
     ids: list[int]
     num_cut: int = 0
     finish_reason: str = ""
-    num_prompt_tokens: int = 0
     num_cached_tokens: int = 0
     cumulative_logprob: float = 0.0
     scores: list[TokenScore] = []

@@ -80,10 +80,6 @@ class Scheduler:
         return bool(self.waiting or self.running or self._outputs or self._refusals or self._compiling)
 
     @property
-    def num_requests(self) -> int:
-        return len(self._groups)
-
-    @property
     def num_waiting(self) -> int:
         """Sequences that wait for their turn, or for their grammar."""
         return len(self.waiting) + len(self._compiling)
@@ -464,7 +460,6 @@ class Scheduler:
                 ids=ids,
                 num_cut=sequence.stops.num_cut if reason else 0,
                 finish_reason=reason,
-                num_prompt_tokens=sequence.num_prompt,
                 num_cached_tokens=group.num_cached,
                 cumulative_logprob=sequence.cumulative_logprob,
                 scores=scores if group.params.logprobs is not None else [],
