@@ -14,6 +14,10 @@ from triton_server import ROOT, free_address
 sys.path.insert(0, str(ROOT / "scripts"))
 
 
+# Every token of the answer leads by 1.9 nats: without the second sentence the first one leads by 0.1, which bfloat16's rounding may turn.
+QUESTION = "What is the capital of France? Explain in two sentences."
+
+
 def run(*command: str, timeout: float = 120) -> subprocess.CompletedProcess[str]:
     return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=timeout)
 
@@ -30,7 +34,7 @@ def test_serve_detached_streams_a_completion_and_stop_leaves_no_process():
     curl = re.search(r"^curl .*?'$", served.stdout, re.MULTILINE | re.DOTALL)[0]
     assert '"text_output"' in run("bash", "-c", curl).stdout
     url, http = f"--url={address.grpc}", f"--url={address.http}"
-    assert "Paris" in run(sys.executable, "clients/grpc_stream.py", url, "--temperature=0", "What is the capital of France?").stdout
+    assert "Paris" in run(sys.executable, "clients/grpc_stream.py", url, "--temperature=0", QUESTION).stdout
     assert "Paris" in run(sys.executable, "clients/http_unary.py", http, "--temperature=0", "The capital of France is").stdout
     assert "Paris" in run(sys.executable, "clients/http_stream.py", http, "--temperature=0", "The capital of France is").stdout
     many = run(sys.executable, "clients/grpc_async_many.py", url, "--count=6", "--max-tokens=8")
@@ -38,7 +42,7 @@ def test_serve_detached_streams_a_completion_and_stop_leaves_no_process():
     chat = subprocess.run(
         [sys.executable, "clients/chat.py", url, "--temperature=0"],
         cwd=ROOT,
-        input="What is the capital of France?\n",
+        input=f"{QUESTION}\n",
         capture_output=True,
         text=True,
     )
