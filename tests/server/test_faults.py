@@ -34,10 +34,11 @@ def memory_mb(server) -> float:
     return sum(process.memory_info().rss for process in server.processes()) / 2**20
 
 
-def cancel_by_grpc(server, count: int) -> None:
+def cancel_by_grpc(server, count: int, how_many=any) -> None:
+    """Cancels when any, or all, of the streams have begun to answer."""
     streams = Streams(server)
     sent = [streams.send("ensemble", f"g{i}", **LONG) for i in range(count)]
-    wait_for(lambda: any(s.responses for s in sent), 60, "a first response")
+    wait_for(lambda: how_many(s.responses for s in sent), 60, "first responses")
     streams.close(cancel=True)
 
 
@@ -83,11 +84,12 @@ def test_a_thousand_cancelled_streams_leave_nothing_behind(tmp_path):
     wait_until_idle(server)
     before = memory_mb(server)
     for _ in range(8):
-        cancel_by_grpc(server, 60)
+        cancel_by_grpc(server, 60, all)
         cancel_by_leaving_http(server, 30)
         cancel_by_request(server, 30)
         wait_until_idle(server)
-    assert metric(server, "pagetide_requests_cancelled") >= 900
+    # Of the first 50 some never reached the engine.
+    assert metric(server, "pagetide_requests_cancelled") >= 8 * 120
     assert memory_mb(server) < before + 150
     assert stream_one(server, **{**LONG, "max_tokens": 5}).reason == "length"
     assert server.stop(), "requests were still in flight"
