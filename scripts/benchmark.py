@@ -443,10 +443,10 @@ def versions() -> dict[str, str]:
     import numba
     import torch
     import transformers
-    from pagetide.ops.cpu.table import cpu_model
 
-    name = next((line.split(":", 1)[1].strip() for line in cpu_model().splitlines() if line.startswith("model name")), platform.processor())
-    has_bf16 = "avx512_bf16" in cpu_model()
+    cpu = Path("/proc/cpuinfo").read_text(encoding="utf-8")
+    name = next((line.split(":", 1)[1].strip() for line in cpu.splitlines() if line.startswith("model name")), platform.processor())
+    has_bf16 = "avx512_bf16" in cpu
     return {
         "processor": name,
         "avx512_bf16": str(has_bf16),

@@ -58,7 +58,7 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
     ] = "pagetide"
     exclude_input_in_output: Annotated[bool, Meta(description="default of the request field of this name")] = True
     engine_start_timeout_s: Annotated[float, Meta(gt=0, description="seconds that the engine may take to load")] = 600.0
-    cache_dir: Annotated[str, Meta(description="converted models and kernel timings are kept here; ~ is expanded")] = "~/.cache/pagetide"
+    cache_dir: Annotated[str, Meta(description="converted models are kept here; ~ is expanded")] = "~/.cache/pagetide"
 
     @property
     def cache_path(self) -> Path:

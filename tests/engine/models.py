@@ -10,7 +10,7 @@ from transformers import AutoModelForCausalLM, LlamaConfig, MistralConfig, Pretr
 
 SIZES: dict[str, Any] = {
     "vocab_size": 199,
-    "hidden_size": 48,
+    "hidden_size": 96,
     "intermediate_size": 80,
     "num_hidden_layers": 3,
     "num_attention_heads": 6,
@@ -33,11 +33,12 @@ FAMILIES: dict[str, PretrainedConfig] = {
     "llama2": LlamaConfig(**SIZES),
     "llama3.1": LlamaConfig(**SIZES, rope_parameters=LLAMA3_ROPE, tie_word_embeddings=True),
     "llama-biases": LlamaConfig(**SIZES, attention_bias=True),
-    "smollm2": LlamaConfig(**{**SIZES, "num_attention_heads": 9, "num_key_value_heads": 3, "hidden_size": 72}, tie_word_embeddings=True),
+    "smollm2": LlamaConfig(**{**SIZES, "num_attention_heads": 9, "num_key_value_heads": 3, "hidden_size": 288}, tie_word_embeddings=True),
     "mistral": MistralConfig(**SIZES, sliding_window=None, head_dim=16),
-    "mistral-window": MistralConfig(**SIZES, sliding_window=24, head_dim=8),
+    "mistral-window": MistralConfig(**SIZES, sliding_window=24, head_dim=16),
     "qwen2.5": Qwen2Config(**SIZES),
     "qwen3": Qwen3Config(**SIZES, head_dim=16),
+    "sizes that no kernel takes": LlamaConfig(**{**SIZES, "hidden_size": 60}),
 }
 
 

@@ -127,11 +127,11 @@ def test_a_killed_engine_gives_each_stream_one_error_and_comes_back(tmp_path):
 
 def test_a_full_queue_is_refused_at_once_and_says_so(parrot):
     streams = Streams(parrot)
-    sent = [streams.send("ensemble", f"q{i}", **{**LONG, "max_tokens": 400}) for i in range(220)]
+    sent = [streams.send("ensemble", f"q{i}", **{**LONG, "max_tokens": 2000}) for i in range(220)]
     wait_for(lambda: sum(s.done.is_set() for s in sent) + len(streams.errors) == 220, 120, "an answer or a refusal for each")
     assert 0 < len(streams.errors) <= 20
     assert all("Exceeds maximum queue size: Maximum queue size of 200 requests reached" in error for error in streams.errors)
-    assert all(len(s.ids()) == 400 for s in sent if s.done.is_set())
+    assert all(len(s.ids()) == 2000 for s in sent if s.done.is_set())
     streams.close()
 
 

@@ -17,7 +17,7 @@ DATA = TEXT.encode()
 
 def said(num_tokens: int) -> str:
     """What the model says in so many tokens of two bytes."""
-    return (DATA * 20)[: 2 * num_tokens].decode("utf-8", "replace")
+    return (DATA * (2 * num_tokens // len(DATA) + 1))[: 2 * num_tokens].decode("utf-8", "replace")
 
 
 @pytest.mark.parametrize("model", ["ensemble"])

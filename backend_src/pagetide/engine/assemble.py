@@ -18,7 +18,7 @@ from pagetide.engine.strategies import ModelLimits
 from pagetide.kv_cache.layout import KVLayout
 from pagetide.kv_cache.store import make_store
 from pagetide.models.config import DecoderConfig
-from pagetide.models.decoder import Decoder
+from pagetide.models.decoder import Decoder, layer_shape
 from pagetide.models.families import read_model
 from pagetide.models.source import find_model
 from pagetide.models.weights import Checkpoint
@@ -54,7 +54,8 @@ def assemble(settings: Settings) -> Engine:
     def load(max_len: int) -> tuple[Ops, Decoder]:
         ops = select_ops(device.torch_device, settings)
         checkpoint = Checkpoint(model, dtype, device.torch_device)
-        return ops, Decoder(config, family, checkpoint, ops, max_len, device.activation_dtype or dtype)
+        shape = layer_shape(config, settings.block_size, max_len, device.torch_device)
+        return ops, Decoder(config, family, checkpoint, ops, shape, device.activation_dtype or dtype)
 
     ops, decoder = device.run(load, settings.max_model_len or config.max_position)
     num_blocks = settings.num_blocks or device.kv_cache_bytes(settings) // layout.block_bytes

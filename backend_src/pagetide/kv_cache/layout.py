@@ -1,8 +1,12 @@
 """How keys and values lie in memory: the size of a block, and nothing else.
 
-One pool holds all layers: [num_layers, num_blocks, 2 (keys, values), num_kv_heads, block_size * head_dim]. In a block of one head
-   keys stand as [head_dim, block_size]: the scores of a block's tokens are one vector, summed over head_dim without a reduction;
-   values stand as [block_size, head_dim].
+One pool holds all layers: [num_layers, num_blocks, 2 (keys, values), num_kv_heads, block_size * head_dim]. What is in a block of one head is
+the attention's own affair. In plain torch: [block_size, head_dim]. In the CPU's kernels: pages of 16 tokens, each packed like a weight matrix
+(ops/cpu/tiles.py), so that a page's scores are one vector:
+
+            bfloat16                          float32
+   keys     [head_dim / 2, 16, 2]             [head_dim, 16]
+   values   [head_dim / 16, 8, 16, 2]         [head_dim / 16, 16, 16]      (the 16 in the middle, or 8 pairs: tokens)
 """
 
 from __future__ import annotations
@@ -10,6 +14,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
+
+PAGE = 16  # tokens that the CPU's kernels take at a time
 
 
 @dataclass(frozen=True)
@@ -29,13 +35,3 @@ class KVLayout:
 
     def pool_shape(self, num_blocks: int) -> tuple[int, ...]:
         return (self.num_layers, num_blocks, 2, self.num_kv_heads, self.block_size * self.head_dim)
-
-
-def keys_of(kv: torch.Tensor, head_dim: int) -> torch.Tensor:
-    """The keys of one layer of the pool: [num_blocks, num_kv_heads, head_dim, block_size], a view."""
-    return kv[:, 0].unflatten(-1, (head_dim, -1))
-
-
-def values_of(kv: torch.Tensor, head_dim: int) -> torch.Tensor:
-    """The values of one layer of the pool: [num_blocks, num_kv_heads, block_size, head_dim], a view."""
-    return kv[:, 1].unflatten(-1, (-1, head_dim))

@@ -8,7 +8,6 @@ from typing import Any, Protocol
 import torch
 import torch.nn.functional as F
 
-from pagetide.kv_cache.layout import keys_of, values_of
 from pagetide.ops import reference
 from pagetide.ops.batch import Batch
 
@@ -42,16 +41,16 @@ class LayerAttention:
 
 
 class AttentionBackend(Protocol):
-    """Paged attention. kv is one layer of the pool: [num_blocks, 2, num_kv_heads, block_size * head_dim] (see kv_cache.layout)."""
+    """Paged attention. kv is one layer of the pool: [num_blocks, 2, num_kv_heads, block_size * head_dim]; the order inside is the backend's own."""
 
     def plan(self, batch: Batch) -> Any:
-        """Once per step: what the layers need beyond the batch's tensors."""
+        """Once per step: what attend() needs in every layer beyond the batch's tensors."""
 
     def write(self, qkv: torch.Tensor, kv: torch.Tensor, layer: LayerAttention, batch: Batch) -> torch.Tensor:
         """QK-norm, rotary, and the write of keys and values into the step's slots. qkv [t, (H + 2K) * head_dim] -> q [t, H, head_dim]."""
 
-    def attend(self, q: torch.Tensor, kv: torch.Tensor, layer: LayerAttention, batch: Batch) -> torch.Tensor:
-        """Each query against its sequence's tokens up to itself. q [t, H, head_dim] -> [t, H * head_dim]."""
+    def attend(self, q: torch.Tensor, kv: torch.Tensor, layer: LayerAttention, batch: Batch, plan: Any) -> torch.Tensor:
+        """Each query against its sequence's tokens up to itself. plan: what plan() gave. q [t, H, head_dim] -> [t, H * head_dim]."""
 
 
 class TorchAttention:
@@ -77,18 +76,18 @@ class TorchAttention:
             q, k = reference.rms_norm(q, layer.q_norm, layer.eps), reference.rms_norm(k, layer.k_norm, layer.eps)
         cos_sin = layer.cos_sin[batch.positions]
         q, k = reference.apply_rotary(q, cos_sin), reference.apply_rotary(k, cos_sin)
-        block_size = kv.shape[3] // shape.head_dim
-        block, offset = batch.slot_mapping // block_size, batch.slot_mapping % block_size
-        keys_of(kv, shape.head_dim)[block, :, :, offset] = k.to(kv.dtype)
-        values_of(kv, shape.head_dim)[block, :, offset] = v.to(kv.dtype)
+        cache = rows_of(kv, shape.head_dim)
+        block, offset = batch.slot_mapping // cache.shape[3], batch.slot_mapping % cache.shape[3]
+        cache[block, 0, :, offset] = k.to(kv.dtype)
+        cache[block, 1, :, offset] = v.to(kv.dtype)
         return q
 
-    def attend(self, q: torch.Tensor, kv: torch.Tensor, layer: LayerAttention, batch: Batch) -> torch.Tensor:
+    def attend(self, q: torch.Tensor, kv: torch.Tensor, layer: LayerAttention, batch: Batch, plan: list[tuple[int, int]]) -> torch.Tensor:
         out = torch.empty_like(q)
-        singles = [(first, sequence) for first, sequence in batch.attention if batch.counts[sequence] == 1]
+        singles = [(first, sequence) for first, sequence in plan if batch.counts[sequence] == 1]
         if singles:
             self._attend_singles(q, kv, layer, batch, singles, out)
-        for first, sequence in batch.attention:
+        for first, sequence in plan:
             if batch.counts[sequence] > 1:
                 self._attend_chunk(q, kv, layer, batch, first, sequence, out)
         return out.flatten(1)
@@ -119,12 +118,15 @@ class TorchAttention:
 
     def _gather(self, kv: torch.Tensor, block_table: torch.Tensor, length: int, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
         """Keys and values of the first `length` tokens of each sequence: [n, num_kv_heads, length, head_dim] each."""
-        head_dim = self._shape.head_dim
-        num_blocks = -(-length // (kv.shape[3] // head_dim))
-        blocks = block_table[:, :num_blocks].long()
-        keys = keys_of(kv, head_dim)[blocks].permute(0, 2, 1, 4, 3)  # [n, heads, blocks, block_size, head_dim]
-        values = values_of(kv, head_dim)[blocks].permute(0, 2, 1, 3, 4)
-        return keys.flatten(2, 3)[:, :, :length].to(dtype), values.flatten(2, 3)[:, :, :length].to(dtype)
+        cache = rows_of(kv, self._shape.head_dim)
+        gathered = cache[block_table[:, : -(-length // cache.shape[3])].long()]  # [n, blocks, 2, heads, block_size, head_dim]
+        keys, values = gathered.permute(2, 0, 3, 1, 4, 5).flatten(3, 4)[:, :, :, :length].to(dtype)
+        return keys, values
+
+
+def rows_of(kv: torch.Tensor, head_dim: int) -> torch.Tensor:
+    """One layer of TorchAttention's cache, a token's vector after the other: [num_blocks, 2, num_kv_heads, block_size, head_dim], a view."""
+    return kv.unflatten(-1, (-1, head_dim))
 
 
 def attend_chunk(queries: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, start: int, window: int) -> torch.Tensor:

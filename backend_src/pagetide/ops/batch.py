@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 import torch
@@ -13,7 +12,7 @@ import torch
 class Batch:
     """[n] sequences, [t] tokens, [s] sampled positions; a slot is a token's place in the cache (block * block_size + offset).
 
-    counts, starts: the plan's, on the host. attention: what the attention backend's plan() returned for this batch.
+    counts, starts: the plan's, on the host.
     """
 
     ids: torch.Tensor  # int64 [t]
@@ -23,7 +22,6 @@ class Batch:
     logit_index: torch.Tensor  # int64 [s]
     counts: np.ndarray  # int32 [n]
     starts: np.ndarray  # int32 [n]
-    attention: Any = None
 
 
 @dataclass(frozen=True)

@@ -2,37 +2,38 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 
 from pagetide.config import Settings
 from pagetide.ops import reference
-from pagetide.ops.attention import AttentionBackend, HeadShape, TorchAttention
+from pagetide.ops.attention import TorchAttention
+from pagetide.ops.layers import Affine, ComposedLayers, Embedding, EmbeddingWeights, LayerOps, Layers, LayerShape, LayerWeights
 
 Tensor = torch.Tensor
-Matmul = Callable[[Tensor], Tensor]
 
 
 @dataclass(frozen=True)
 class Ops:
-    """Signatures and shapes are those of ops/reference.py. make_matmul: (weight [out, in], bias [out] or None) -> x [t, in] -> [t, out]."""
+    """Signatures and shapes are those of ops/reference.py and ops/layers.py."""
 
-    add_rms_norm: Callable[[Tensor, Tensor, Tensor, float], Tensor]
-    silu_mul: Callable[[Tensor], Tensor]
+    gather: Callable[..., tuple[Tensor, Tensor, Tensor, Tensor]]
+    make_embedding: Callable[[EmbeddingWeights], Embedding]
+    make_layers: Callable[[LayerShape, Iterable[LayerWeights]], Layers]
     argmax: Callable[[Tensor], Tensor]
     sample: Callable[..., Tensor]
     penalize: Callable[..., None]
     edit: Callable[..., None]
     mask: Callable[[Tensor, Tensor, Tensor, Tensor], None]
     score: Callable[[Tensor, Tensor, int], list[Tensor]]
-    make_matmul: Callable[[Tensor, Tensor | None], Matmul]
-    make_attention: Callable[[HeadShape], AttentionBackend]
 
 
-def reference_matmul(weight: Tensor, bias: Tensor | None) -> Matmul:
+def torch_matmul(affine: Affine) -> Callable[[Tensor], Tensor]:
     """x @ weight.T + bias in the weight's type; the result has x's."""
+    weight, bias = affine.weight, affine.bias
 
     def matmul(x: Tensor) -> Tensor:
         return torch.nn.functional.linear(x.to(weight.dtype), weight, bias).to(x.dtype)
@@ -40,17 +41,32 @@ def reference_matmul(weight: Tensor, bias: Tensor | None) -> Matmul:
     return matmul
 
 
+class TorchEmbedding:
+    """Embedding in plain torch; activations have the norm's type."""
+
+    def __init__(self, weights: EmbeddingWeights):
+        self._weights = weights
+        self._head = torch_matmul(Affine(weights.embedding if weights.head is None else weights.head, None))
+
+    def embed(self, ids: Tensor) -> Tensor:
+        return self._weights.embedding[ids].to(self._weights.norm.dtype)
+
+    def logits(self, residual: Tensor) -> Tensor:
+        return self._head(reference.rms_norm(residual, self._weights.norm, self._weights.eps)).float()
+
+
+TORCH_LAYERS = LayerOps(reference.add_rms_norm, reference.silu_mul, torch_matmul, TorchAttention)
+
 REFERENCE = Ops(
-    add_rms_norm=reference.add_rms_norm,
-    silu_mul=reference.silu_mul,
+    gather=reference.gather,
+    make_embedding=TorchEmbedding,
+    make_layers=partial(ComposedLayers, TORCH_LAYERS),
     argmax=reference.argmax,
     sample=reference.sample,
     penalize=reference.penalize,
     edit=reference.edit,
     mask=reference.mask,
     score=reference.score,
-    make_matmul=reference_matmul,
-    make_attention=TorchAttention,
 )
 
 
@@ -59,5 +75,5 @@ def select_ops(device: torch.device, settings: Settings) -> Ops:
     if device.type == "cpu" and settings.ops == "auto":
         from pagetide.ops.cpu.table import make_cpu_ops  # imports Numba, which a GPU does not need
 
-        return make_cpu_ops(settings.cache_path)
+        return make_cpu_ops()
     return REFERENCE

@@ -2,27 +2,22 @@
 
 from __future__ import annotations
 
-import numpy as np
-
 from pagetide.ops.batch import Batch
+from pagetide.ops.table import Ops
 from pagetide.runner.plan import StepPlan
 from pagetide.runner.rows import Rows
 
 
-def make_batch(plan: StepPlan, rows: Rows, block_size: int) -> Batch:
+def make_batch(plan: StepPlan, rows: Rows, block_size: int, ops: Ops) -> Batch:
     """Where every token of the step stands, and what it is."""
-    # The first token of sequence i stands at sum(counts[:i]) in the step and at starts[i] in its sequence.
-    first = np.cumsum(plan.counts) - plan.counts
-    positions_host = np.arange(plan.num_tokens) - np.repeat(first - plan.starts, plan.counts)
-    positions = rows.to_device(positions_host)
-    token_rows = rows.to_device(np.repeat(plan.rows, plan.counts)).long()
-    blocks = rows.block_table[token_rows, positions // block_size].long()
+    sequences = tuple(rows.to_device(array) for array in (plan.rows, plan.starts, plan.counts))
+    ids, positions, slots, block_table = ops.gather(rows.history, rows.block_table, *sequences, plan.num_tokens, block_size)
     return Batch(
-        ids=rows.history[token_rows, positions],
+        ids=ids,
         positions=positions,
-        slot_mapping=blocks * block_size + positions % block_size,
-        block_table=rows.block_table[rows.to_device(plan.rows).long()],
-        logit_index=rows.to_device(plan.logit_index).long(),
+        slot_mapping=slots,
+        block_table=block_table,
+        logit_index=rows.indices(plan.logit_index),
         counts=plan.counts,
         starts=plan.starts,
     )

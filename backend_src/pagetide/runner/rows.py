@@ -8,17 +8,8 @@ import torch
 from pagetide.ops.batch import LogitEdits
 from pagetide.runner.plan import Admission, LogitEdit, StepPlan, bits_of
 
-_STATES = {
-    "temperature": torch.float32,
-    "top_k": torch.int64,
-    "top_p": torch.float32,
-    "min_p": torch.float32,
-    "seed": torch.int64,
-    "num_prompt": torch.int64,
-    "repetition_penalty": torch.float32,
-    "presence_penalty": torch.float32,
-    "frequency_penalty": torch.float32,
-}
+_FLOATS = ("temperature", "top_p", "min_p", "repetition_penalty", "presence_penalty", "frequency_penalty")
+_INTEGERS = ("top_k", "seed", "num_prompt")
 
 
 class Rows:
@@ -34,7 +25,10 @@ class Rows:
         max_blocks = -(-max_len // block_size)
         self.history = torch.zeros((max_rows, max_len + 1), dtype=torch.int64, device=device)
         self.block_table = torch.zeros((max_rows, max_blocks), dtype=torch.int32, device=device)
-        self.params = {name: torch.zeros(max_rows, dtype=dtype, device=device) for name, dtype in _STATES.items()}
+        self._floats = torch.zeros((max_rows, len(_FLOATS)), dtype=torch.float32, device=device)
+        self._integers = torch.zeros((max_rows, len(_INTEGERS)), dtype=torch.int64, device=device)
+        columns = zip(_FLOATS + _INTEGERS, (*self._floats.T, *self._integers.T), strict=True)
+        self.params = dict(columns)
         self.masks = torch.zeros((max_rows, -(-vocab_size // 32)), dtype=torch.int32, device=device)
         self.is_masked = torch.zeros(max_rows, dtype=torch.bool, device=device)
         self._edits_of: list[tuple[LogitEdit, ...]] = [()] * max_rows
@@ -43,24 +37,24 @@ class Rows:
     def apply(self, plan: StepPlan) -> None:
         """Admits the plan's sequences and changes block tables."""
         for admission in plan.admissions:
-            self.history[admission.row, : len(admission.token_ids)] = self.to_device(admission.token_ids).long()
+            self.history[admission.row, : len(admission.token_ids)] = self.indices(admission.token_ids)
         if plan.admissions:
             self._write_params(plan.admissions)
             self._write_edits(plan.admissions)
         if len(plan.block_rows):
-            rows, indices = self.to_device(plan.block_rows).long(), self.to_device(plan.block_indices).long()
-            self.block_table[rows, indices] = self.to_device(plan.block_ids)
+            places = self.indices(plan.block_rows), self.indices(plan.block_indices)
+            self.block_table[places] = self.to_device(plan.block_ids)
 
     def set_masks(self, rows: np.ndarray, masks: np.ndarray) -> None:
         """Says which tokens these rows may sample: int32 [len(rows), vocabulary / 32]."""
-        places = self.to_device(rows).long()
+        places = self.indices(rows)
         self.masks[places] = self.to_device(masks)
         self.is_masked[places] = True
 
     def _write_params(self, admissions: tuple[Admission, ...]) -> None:
         rows = self.to_device(np.array([a.row for a in admissions], np.int64))
-        for name, state in self.params.items():
-            state[rows] = torch.tensor([getattr(a.params, name) for a in admissions], dtype=state.dtype).to(self._device)
+        for state, names in ((self._floats, _FLOATS), (self._integers, _INTEGERS)):
+            state[rows] = torch.tensor([[getattr(a.params, name) for name in names] for a in admissions], dtype=state.dtype, device=self._device)
         self.is_masked[rows] = False
         for admission in admissions:
             if admission.params.allowed:
@@ -90,4 +84,10 @@ class Rows:
         )
 
     def to_device(self, array: np.ndarray) -> torch.Tensor:
-        return torch.from_numpy(np.ascontiguousarray(array)).to(self._device, non_blocking=True)
+        host = torch.from_numpy(np.ascontiguousarray(array))
+        # Even a copy to where it is already would hand the interpreter to the host's thread, which keeps it for a while.
+        return host if self._device.type == "cpu" else host.to(self._device, non_blocking=True)
+
+    def indices(self, array: np.ndarray) -> torch.Tensor:
+        """The array on the device as int64, which torch takes as an index."""
+        return self.to_device(array.astype(np.int64))

@@ -26,6 +26,7 @@ class Runner:
         self._store = store
         self._block_size = block_size
         self._rows = rows
+        self._ops = ops
         self._sampler = Sampler(self._rows, ops)
         self._logits: torch.Tensor | None = None
         self._results: dict[int, Callable[[], list[np.ndarray]]] = {}
@@ -43,9 +44,9 @@ class Runner:
     def _forward(self, plan: StepPlan) -> None:
         self._rows.apply(plan)
         if len(plan.copies):
-            copies = self._rows.to_device(plan.copies).long()
+            copies = self._rows.indices(plan.copies)
             self._store.copy_blocks(copies[:, 0], copies[:, 1])
-        batch = make_batch(plan, self._rows, self._block_size)
+        batch = make_batch(plan, self._rows, self._block_size, self._ops)
         self._logits = self._decoder.forward(batch, self._store.pool)
 
     @torch.inference_mode()

@@ -22,10 +22,10 @@ class Sampler:
     def __call__(self, plan: StepPlan, logits: torch.Tensor, masks: np.ndarray | None) -> list[torch.Tensor]:
         """logits float32 [m, vocabulary], changed in place; masks of plan.guided. Returns what read_results takes."""
         state = self._rows
-        rows = state.to_device(plan.sample_rows).long()
-        positions = state.to_device(plan.sample_positions).long()
+        rows = state.indices(plan.sample_rows)
+        positions = state.indices(plan.sample_positions)
         raw = self._take(logits, plan.scored, plan.adjusts_logits)
-        kept = self._take(logits, plan.kept, plan.adjusts_logits)
+        kept = self._take(logits, plan.kept, will_change=True)  # the next step's logits take their place
         sampled, own = logits[: plan.num_sampled], rows[: plan.num_sampled]
         places = positions[: plan.num_sampled]
         if masks is not None:
@@ -35,18 +35,18 @@ class Sampler:
         state.history[own, places] = ids
         results = [ids]
         if raw is not None:
-            chosen = state.to_device(plan.scored).long()
+            chosen = state.indices(plan.scored)
             results += self._ops.score(raw, state.history[rows[chosen], positions[chosen]], plan.num_top)
         if len(plan.beams):
-            chosen = state.to_device(plan.beams).long()
+            chosen = state.indices(plan.beams)
             results += self._ops.score(sampled[chosen], ids[chosen], plan.num_candidates)
         return results if kept is None else [*results, kept]
 
     def _take(self, logits: torch.Tensor, index: np.ndarray, will_change: bool) -> torch.Tensor | None:
         """Some rows as the model gave them."""
-        if len(index) == len(logits) and not will_change:
-            return logits
-        return logits[self._rows.to_device(index).long()] if len(index) else None
+        if not len(index):
+            return None
+        return logits if len(index) == len(logits) and not will_change else logits[self._rows.indices(index)]
 
     def _adjust(self, plan: StepPlan, logits: torch.Tensor, rows: torch.Tensor, positions: torch.Tensor) -> None:
         state = self._rows

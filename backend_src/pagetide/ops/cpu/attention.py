@@ -1,200 +1,262 @@
-"""Paged attention straight on the KV blocks (float32 or bfloat16), sums in float32, online softmax (arXiv:1805.02867).
+"""Paged attention straight on the packed KV blocks, with online softmax (arXiv:1805.02867) over spans of 128 keys.
 
-A task is one (sequence, KV head, tile of queries): all query heads of the group that share the KV head are rows of one small matrix, so that
-keys and values are read once for the whole group. Long chunks go to torch's flash attention, which has the larger tiles they want.
+A task is one (sequence, KV head, tile of queries, range of keys): all query heads that share the KV head are rows of one matrix, so that keys and
+values are read once for the whole group. Long contexts of single queries are split over several tasks, whose parts are merged afterwards
+(Flash-Decoding, https://pytorch.org/blog/flash-decoding).
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from functools import lru_cache
-from typing import Any
+from typing import NamedTuple
 
 import numpy as np
-import torch
-from numba import prange
 
-from pagetide.ops.attention import LayerAttention, TorchAttention
+from pagetide.kv_cache.layout import PAGE
+from pagetide.ops.attention import HeadShape
 from pagetide.ops.batch import Batch
-from pagetide.ops.cpu.compiled import as_numpy, device_function, fast_exp, kernel, store
-from pagetide.ops.cpu.vectors import make_scores, make_weighted_sum
+from pagetide.ops.cpu.compiled import device_function, fast_exp, store
+from pagetide.ops.cpu.sync import take
+from pagetide.ops.cpu.tiles import TILE_ROWS, depth_of, tile
+from pagetide.ops.cpu.vectors import clear, copy, prefetch, scale, soften
 
-_TILE = 16  # queries of a task
-_LONGEST = 64  # chunks with more tokens go to torch
+MAX_ROWS = 48  # of a task: queries times heads of the group
+_SPAN = 128
+_SHORTEST_PART = 512  # keys; merging costs more than it gains for fewer
+_TASKS_PER_THREAD = 4
 _MINUS_INFINITY = np.float32(-3.0e38)
 
 
-@dataclass(frozen=True)
-class NumbaPlan:
-    """tasks int64 [num_tasks, 4]: sequence, KV head, first token in the step, number of queries. Arrays are shared with the batch's tensors.
+class AttentionTasks(NamedTuple):
+    """In the order in which threads take them.
 
-    long_chunks: (first token, sequence) for torch.
+    tasks int64 [num_tasks, 7]: sequence, KV head, first token in the step, queries, position of the first, first key, part or -1.
+    ends int64 [num_tasks]: the key after the last; merges int64 [num_merges, 4]: token, KV head, first part, parts.
+    parts float32 [num_parts, group, D + 2]: sums, then peak and total.
     """
 
     tasks: np.ndarray
-    block_table: np.ndarray
-    positions: np.ndarray
-    slots: np.ndarray
-    long_chunks: list[tuple[int, int]]
+    ends: np.ndarray
+    merges: np.ndarray
+    parts: np.ndarray
 
 
-class NumbaAttention(TorchAttention):
-    """One kernel for decode and short chunks; TorchAttention's way for long ones."""
+class Scratch(NamedTuple):
+    """Each thread's own memory. Rows of the last tile that stand for nothing are read too, so it begins as zeros."""
 
-    def plan(self, batch: Batch) -> NumbaPlan:  # type: ignore[override]
-        counts = batch.counts.astype(np.int64)
-        first = np.cumsum(counts) - counts
-        is_long = counts > _LONGEST
-        short = np.flatnonzero(~is_long)
-        num_tiles = -(-counts[short] // _TILE)
-        sequences = np.repeat(short, num_tiles)
-        offset = (np.arange(len(sequences)) - np.repeat(np.cumsum(num_tiles) - num_tiles, num_tiles)) * _TILE
-        queries = np.minimum(counts[sequences] - offset, _TILE)
-        cost = (batch.starts[sequences] + offset + 64) * queries
-        heads = self._shape.num_kv_heads
-        tasks = np.empty((len(sequences), heads, 4), np.int64)
-        tasks[..., 0], tasks[..., 2], tasks[..., 3] = sequences[:, None], (first[sequences] + offset)[:, None], queries[:, None]
-        tasks[..., 1] = np.arange(heads)
-        return NumbaPlan(
-            tasks=spread(tasks.reshape(-1, 4), np.repeat(cost, heads)),
-            block_table=batch.block_table.numpy(),
-            positions=batch.positions.numpy(),
-            slots=batch.slot_mapping.numpy(),
-            long_chunks=[(int(first[i]), int(i)) for i in np.flatnonzero(is_long)],
-        )
-
-    def write(self, qkv: torch.Tensor, kv: torch.Tensor, layer: LayerAttention, batch: Batch) -> torch.Tensor:
-        shape, plan = self._shape, batch.attention
-        q = torch.empty((qkv.shape[0], shape.num_heads, shape.head_dim), dtype=torch.float32)
-        has_norm = layer.q_norm is not None and layer.k_norm is not None
-        norms = (layer.q_norm.numpy(), layer.k_norm.numpy()) if has_norm else (_NO_NORM, _NO_NORM)  # type: ignore[union-attr]
-        positions = (plan.slots, plan.positions, layer.cos_sin.numpy())
-        _write(len(q), qkv.numpy(), as_numpy(kv), *positions, *norms, has_norm, np.float32(layer.eps), q.numpy())
-        return q
-
-    def attend(self, q: torch.Tensor, kv: torch.Tensor, layer: LayerAttention, batch: Batch) -> torch.Tensor:
-        out, plan = torch.empty_like(q), batch.attention
-        if len(plan.tasks):
-            scale = np.float32(self._shape.head_dim**-0.5)
-            attend = make_attend(self._shape.group, self._shape.head_dim, kv.shape[3] // self._shape.head_dim)
-            attend(q.numpy(), as_numpy(kv), plan.tasks, plan.block_table, plan.positions, layer.window, scale, out.numpy())
-        for first, sequence in plan.long_chunks:
-            self._attend_chunk(q, kv, layer, batch, first, sequence, out)
-        return out.flatten(1)
+    queries: np.ndarray  # [threads, rows, D], as the queries
+    weights: np.ndarray  # [threads, rows, _SPAN], as the queries
+    scores: np.ndarray  # float32 [threads, rows, _SPAN]
+    sums: np.ndarray  # float32 [threads, rows, D]
+    peaks: np.ndarray  # float32 [threads, rows]
+    totals: np.ndarray
 
 
-_NO_NORM = np.zeros(0, np.float32)
+def make_scratch(num_threads: int, head_dim: int, dtype: type[np.generic]) -> Scratch:
+    shape = (num_threads, MAX_ROWS + TILE_ROWS)
+    return Scratch(
+        queries=np.zeros((*shape, head_dim), dtype),
+        weights=np.zeros((*shape, _SPAN), dtype),
+        scores=np.zeros((*shape, _SPAN), np.float32),
+        sums=np.zeros((*shape, head_dim), np.float32),
+        peaks=np.zeros(shape, np.float32),
+        totals=np.zeros(shape, np.float32),
+    )
 
 
-def spread(tasks: np.ndarray, cost: np.ndarray) -> np.ndarray:
-    """The tasks in an order in which contiguous shares cost about the same: each thread takes one such share."""
+def plan_tasks(batch: Batch, shape: HeadShape, num_threads: int) -> AttentionTasks:
+    """Divides a step's attention into tasks."""
+    heads, counts, starts = shape.num_kv_heads, batch.counts, batch.starts
+    # Single queries may be split along the keys, but only as far as there would be too few tasks otherwise.
+    share = max(_SHORTEST_PART, int((starts + counts).sum()) * heads // (_TASKS_PER_THREAD * num_threads))
+    share = -(-share // _SPAN) * _SPAN
+    tile_queries = max(1, MAX_ROWS // shape.group)
+    num_tasks, num_parts, num_merges = _count(starts, counts, tile_queries, share)
+    tasks, ends = np.empty((heads * num_tasks, 7), np.int64), np.empty(heads * num_tasks, np.int64)
+    merges = np.empty((heads * num_merges, 4), np.int64)
+    cost = np.empty(heads * num_tasks, np.int64)
+    _divide(starts, counts, tile_queries, share, heads, tasks, ends, cost, merges)
     order = np.argsort(-cost, kind="stable")
-    return np.ascontiguousarray(np.concatenate([tasks[order[0::2]], tasks[order[1::2]]]))
-
-
-@kernel
-def _write(num_tokens, qkv, kv, slots, positions, cos_sin, q_norm, k_norm, has_norm, eps, q):  # type: ignore[no-untyped-def]
-    """QK-norm, rotary and the write into the cache, one pass. qkv [t, (H + 2K) * D], kv [blocks, 2, K, block_size * D], q [t, H, D]."""
-    num_heads, head_dim = q.shape[1], q.shape[2]
-    num_kv_heads, block_size = kv.shape[2], kv.shape[3] // head_dim
-    for token in prange(num_tokens):
-        block, offset = slots[token] // block_size, slots[token] % block_size
-        turn = cos_sin[positions[token]]
-        rotated = np.empty(head_dim, np.float32)
-        for head in range(num_heads + num_kv_heads):
-            source = qkv[token, head * head_dim : (head + 1) * head_dim]
-            is_query = head < num_heads
-            _rotate(source, turn, q_norm if is_query else k_norm, has_norm, eps, rotated)
-            if is_query:
-                q[token, head, :] = rotated
-            else:
-                keys = kv[block, 0, head - num_heads]
-                for i in range(head_dim):
-                    store(keys, i * block_size + offset, rotated[i])
-        for head in range(num_kv_heads):
-            source = qkv[token, (num_heads + num_kv_heads + head) * head_dim :]
-            values = kv[block, 1, head]
-            for i in range(head_dim):
-                store(values, offset * head_dim + i, source[i])
+    # Each thread's contiguous share is about the same work, costly tasks first.
+    order = np.concatenate([order[thread::num_threads] for thread in range(num_threads)])
+    parts = np.empty((heads * num_parts, shape.group, shape.head_dim + 2), np.float32)
+    return AttentionTasks(tasks[order], ends[order], merges, parts)
 
 
 @device_function
-def _rotate(source, turn, norm, has_norm, eps, out):  # type: ignore[no-untyped-def]
-    size = out.shape[0]
-    half = size // 2
-    scale = np.float32(1)
-    if has_norm:
-        squares = np.float32(0)
-        for i in range(size):
-            squares += source[i] * source[i]
-        scale = np.float32(1) / np.sqrt(squares / np.float32(size) + eps)
-    for i in range(half):
-        first, second = source[i] * scale, source[half + i] * scale
-        if has_norm:
-            first *= norm[i]
-            second *= norm[half + i]
-        out[i] = first * turn[i] - second * turn[half + i]
-        out[half + i] = second * turn[i] + first * turn[half + i]
+def _count(starts, counts, tile_queries, share):  # type: ignore[no-untyped-def]
+    """Numbers of tasks, parts and merges for each KV head."""
+    num_tasks = num_parts = num_merges = 0
+    for i in range(counts.shape[0]):
+        num_ranges = (starts[i] + share) // share if counts[i] == 1 else 1
+        num_tasks += num_ranges if counts[i] == 1 else (counts[i] + tile_queries - 1) // tile_queries
+        num_parts += num_ranges if num_ranges > 1 else 0
+        num_merges += num_ranges > 1
+    return num_tasks, num_parts, num_merges
 
 
-@lru_cache
-def make_attend(group: int, head_dim: int, block_size: int) -> Any:
-    """The kernel for these sizes, all of which are known when it is compiled.
+@device_function
+def _divide(starts, counts, tile_queries, share, heads, tasks, ends, cost, merges):  # type: ignore[no-untyped-def]
+    """Fills tasks, ends and merges, as AttentionTasks says, and what each task costs."""
+    number = part = merged = 0
+    for head in range(heads):
+        first = 0
+        for i in range(counts.shape[0]):
+            for offset in range(0, counts[i], tile_queries):
+                queries = min(tile_queries, counts[i] - offset)
+                position = starts[i] + offset
+                last = position + queries
+                is_split = counts[i] == 1 and last > share
+                if is_split:
+                    merges[merged] = first, head, part, (last + share - 1) // share
+                    merged += 1
+                for begin in range(0, last, share if is_split else last):
+                    ends[number] = min(begin + share, last) if is_split else last
+                    tasks[number] = i, head, first + offset, queries, position, begin, part if is_split else -1
+                    cost[number] = (ends[number] - begin + 32) * queries
+                    part += is_split
+                    number += 1
+            first += counts[i]
 
-    q, out float32 [t, H, head_dim]; kv [blocks, 2, K, block_size * head_dim]; tasks of NumbaPlan; window 0: everything is seen.
+
+@device_function
+def attend(sync, phase, thread, scratch, q, layer, kv, block_table, work, window, out):  # type: ignore[no-untyped-def]
+    """Each query against its sequence's tokens up to itself, at most `window` of them (0: all).
+
+    q [t, H, D], scaled; kv [layers, blocks, 2, K, block_size * D]; out [t, H * D], in its own type.
     """
-    score = make_scores(group, head_dim, block_size)
-    weighted_sum = make_weighted_sum(group, head_dim, block_size)
-
-    @kernel
-    def attend(q, kv, tasks, block_table, positions, window, scale, out):  # type: ignore[no-untyped-def]
-        for task in prange(tasks.shape[0]):
-            sequence, head, first, num_queries = tasks[task, 0], tasks[task, 1], tasks[task, 2], tasks[task, 3]
-            num_rows = num_queries * group
-            queries = np.empty((num_rows, head_dim), np.float32)
-            sums = np.zeros((num_rows, head_dim), np.float32)
-            largest = np.full(num_rows, _MINUS_INFINITY, np.float32)
-            totals = np.zeros(num_rows, np.float32)
-            scores = np.empty((group, block_size), np.float32)
-            for row in range(num_rows):
-                for i in range(head_dim):
-                    queries[row, i] = q[first + row // group, head * group + row % group, i] * scale
-            start = positions[first]
-            begin = max(0, start - window + 1) // block_size if window > 0 else 0
-            for index in range(begin, (start + num_queries - 1) // block_size + 1):
-                block = block_table[sequence, index]
-                keys, values = kv[block, 0, head], kv[block, 1, head]
-                for query in range(num_queries):
-                    position = start + query - index * block_size
-                    low = max(position - window + 1, 0) if window > 0 else 0
-                    high = min(position + 1, block_size)
-                    if high > low:
-                        row = query * group
-                        score(queries, row, keys, scores)
-                        for g in range(group):
-                            decay = soften(scores[g], low, high, row + g, largest, totals)
-                            for i in range(head_dim):
-                                sums[row + g, i] *= decay
-                        weighted_sum(scores, values, low, high, row, sums)
-            for row in range(num_rows):
+    head_dim = q.shape[2]
+    num_kv_heads = kv.shape[3]
+    group = q.shape[1] // num_kv_heads
+    queries, weights, scores, sums = scratch.queries[thread], scratch.weights[thread], scratch.scores[thread], scratch.sums[thread]
+    peaks, totals = scratch.peaks[thread], scratch.totals[thread]
+    number = take(sync, phase, thread, work.tasks.shape[0])
+    while number >= 0:
+        sequence, head, first, num_queries = work.tasks[number, 0], work.tasks[number, 1], work.tasks[number, 2], work.tasks[number, 3]
+        start, begin, part = work.tasks[number, 4], work.tasks[number, 5], work.tasks[number, 6]
+        rows = num_queries * group
+        for row in range(rows):
+            token, own = first + row // group, head * group + row % group
+            copy(q, (token * q.shape[1] + own) * head_dim, head_dim, queries, row * head_dim)
+            peaks[row], totals[row] = _MINUS_INFINITY, 0
+        clear(sums, 0, (rows + TILE_ROWS - 1) // TILE_ROWS * TILE_ROWS * head_dim)
+        if window > 0:
+            begin = max(begin, max(0, start - window + 1) // PAGE * PAGE)
+        for at in range(begin, work.ends[number], _SPAN):
+            end = min(at + _SPAN, work.ends[number])
+            _score(rows, queries, layer, kv, head, block_table, sequence, at, end, scores)
+            width = (end - at + PAGE - 1) // PAGE * PAGE
+            for row in range(rows):
+                position = start + row // group
+                low = max(position - window + 1 - at, 0) if window > 0 else 0
+                before = peaks[row]
+                peak, total = soften(scores, row * _SPAN, low, min(position + 1, end) - at, width, before, weights, row * _SPAN)
+                peaks[row] = peak
+                if peak > before:
+                    decay = fast_exp(before - peak)
+                    total += totals[row] * decay
+                    scale(sums, row * head_dim, decay, head_dim, sums, row * head_dim)
+                else:
+                    total += totals[row]
+                totals[row] = total
+            _add_values(rows, weights, layer, kv, head, block_table, sequence, at, end, sums)
+        for row in range(rows):
+            if part >= 0:
+                copy(sums, row * head_dim, head_dim, work.parts, (part * group + row) * (head_dim + 2))
+                work.parts[part, row, head_dim], work.parts[part, row, head_dim + 1] = peaks[row], totals[row]
+            else:
                 inverse = np.float32(1) / totals[row]
+                place = ((first + row // group) * q.shape[1] + head * group + row % group) * head_dim
+                scale(sums, row * head_dim, inverse, head_dim, out, place)
+        number = take(sync, phase, thread, work.tasks.shape[0])
+
+
+@device_function
+def merge(sync, phase, thread, scratch, work, head_dim, out):  # type: ignore[no-untyped-def]
+    """Joins the parts of queries whose keys were split; out as in attend."""
+    group = work.parts.shape[1]
+    sums = scratch.sums[thread]
+    number = take(sync, phase, thread, work.merges.shape[0])
+    while number >= 0:
+        token, head, first, count = work.merges[number, 0], work.merges[number, 1], work.merges[number, 2], work.merges[number, 3]
+        for g in range(group):
+            peak = _MINUS_INFINITY
+            for part in range(first, first + count):
+                peak = max(peak, work.parts[part, g, head_dim])
+            for i in range(head_dim):
+                sums[0, i] = 0
+            total = np.float32(0)
+            for part in range(first, first + count):
+                factor = fast_exp(work.parts[part, g, head_dim] - peak)
+                total += factor * work.parts[part, g, head_dim + 1]
                 for i in range(head_dim):
-                    out[first + row // group, head * group + row % group, i] = sums[row, i] * inverse
+                    sums[0, i] += factor * work.parts[part, g, i]
+            for i in range(head_dim):
+                store(out, token * out.shape[1] + (head * group + g) * head_dim + i, sums[0, i] / total)
+        number = take(sync, phase, thread, work.merges.shape[0])
 
-    @device_function
-    def soften(scores, low, high, row, largest, totals):  # type: ignore[no-untyped-def]
-        """Turns one row's scores of a block into weights; returns what the row's sums so far have to be multiplied by."""
-        for at in range(block_size):
-            scores[at] = scores[at] if low <= at < high else _MINUS_INFINITY
-        peak = largest[row]
-        for at in range(block_size):
-            peak = max(peak, scores[at])
-        total = np.float32(0)
-        for at in range(block_size):
-            scores[at] = fast_exp(scores[at] - peak)
-            total += scores[at]
-        decay = fast_exp(largest[row] - peak)
-        largest[row], totals[row] = peak, totals[row] * decay + total
-        return decay
 
-    return attend
+@device_function
+def _score(rows, queries, layer, kv, head, block_table, sequence, begin, end, scores):  # type: ignore[no-untyped-def]
+    """scores[row, key - begin] of all keys in the pages from begin to end."""
+    head_dim = queries.shape[1]
+    values = kv.shape[3] * kv.shape[4]
+    for key in range(begin, end, PAGE):
+        at = _page_place(layer, kv, 0, head, block_table, sequence, key, head_dim)
+        prefetch(kv, at + values, PAGE * head_dim)
+        column = key - begin
+        for row in range(0, rows, TILE_ROWS):
+            x_at, out_at, left = row * head_dim, row * _SPAN + column, rows - row
+            if left == 1:
+                tile(1, 1, False, False, queries, x_at, head_dim, kv, at, 0, head_dim, scores, out_at, _SPAN)
+            elif left == 2:
+                tile(2, 1, False, False, queries, x_at, head_dim, kv, at, 0, head_dim, scores, out_at, _SPAN)
+            elif TILE_ROWS == 3 or left == 3:
+                tile(3, 1, False, False, queries, x_at, head_dim, kv, at, 0, head_dim, scores, out_at, _SPAN)
+            elif left == 4:
+                tile(4, 1, False, False, queries, x_at, head_dim, kv, at, 0, head_dim, scores, out_at, _SPAN)
+            else:
+                tile(8, 1, False, False, queries, x_at, head_dim, kv, at, 0, head_dim, scores, out_at, _SPAN)
+
+
+@device_function
+def _add_values(rows, weights, layer, kv, head, block_table, sequence, begin, end, sums):  # type: ignore[no-untyped-def]
+    """sums[row] += weights[row, key - begin] * values of all keys from begin to end."""
+    head_dim = sums.shape[1]
+    for key in range(begin, end, PAGE):
+        place = _page_place(layer, kv, 1, head, block_table, sequence, key, head_dim)
+        size = (min(PAGE, end - key) + depth_of(kv) - 1) // depth_of(kv) * depth_of(kv)
+        for row in range(0, rows, TILE_ROWS):
+            x_at, left = row * _SPAN + key - begin, rows - row
+            panel, panels = 0, head_dim // PAGE
+            while panel < panels:
+                at, out_at = place + panel * PAGE * PAGE, row * head_dim + panel * PAGE
+                if panels - panel >= 4 and left <= 4 and TILE_ROWS > 3:
+                    if left == 1:
+                        tile(1, 4, True, False, weights, x_at, _SPAN, kv, at, PAGE * PAGE, size, sums, out_at, head_dim)
+                    elif left == 2:
+                        tile(2, 4, True, False, weights, x_at, _SPAN, kv, at, PAGE * PAGE, size, sums, out_at, head_dim)
+                    elif left == 3:
+                        tile(3, 4, True, False, weights, x_at, _SPAN, kv, at, PAGE * PAGE, size, sums, out_at, head_dim)
+                    else:
+                        tile(4, 4, True, False, weights, x_at, _SPAN, kv, at, PAGE * PAGE, size, sums, out_at, head_dim)
+                    panel += 4
+                elif panels - panel >= 2:
+                    if left >= 3:
+                        tile(TILE_ROWS, 2, True, False, weights, x_at, _SPAN, kv, at, PAGE * PAGE, size, sums, out_at, head_dim)
+                    else:
+                        tile(2, 2, True, False, weights, x_at, _SPAN, kv, at, PAGE * PAGE, size, sums, out_at, head_dim)
+                    panel += 2
+                else:
+                    tile(TILE_ROWS, 1, True, False, weights, x_at, _SPAN, kv, at, PAGE * PAGE, size, sums, out_at, head_dim)
+                    panel += 1
+
+
+@device_function
+def _page_place(layer, kv, which, head, block_table, sequence, key, head_dim):  # type: ignore[no-untyped-def]
+    """The element of the whole pool at which a sequence's page with this key begins."""
+    block, offset = key, 0
+    if kv.shape[4] == PAGE * head_dim:
+        block = key // PAGE
+    else:
+        block, offset = key * head_dim // kv.shape[4], key * head_dim % kv.shape[4]
+    return (((layer * kv.shape[1] + block_table[sequence, block]) * 2 + which) * kv.shape[3] + head) * kv.shape[4] + offset

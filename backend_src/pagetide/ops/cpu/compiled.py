@@ -6,12 +6,15 @@ Numba knows no bfloat16: arrays of it come as uint16, and float32 arrays as they
 from __future__ import annotations
 
 import ctypes
+import hashlib
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import numba
 import numpy as np
 import torch
+from llvmlite import binding as llvm
 from llvmlite import ir
 from numba.core import types
 from numba.extending import intrinsic
@@ -27,6 +30,28 @@ def _has_openmp() -> bool:
 
 # torch's kind of threads, so that both can use one pool (see pagetide/__init__.py); Numba's own where the system has no OpenMP runtime.
 numba.config.THREADING_LAYER = "omp" if _has_openmp() else "workqueue"
+
+
+def _source_hash() -> str:
+    """Of all kernels: Numba looks only at the file of the kernel that is called, not at what is compiled into it."""
+    sources = sorted(Path(__file__).parent.glob("*.py"))
+    return hashlib.blake2b(b"".join(source.read_bytes() for source in sources), digest_size=8).hexdigest()
+
+
+# Where that cannot be written, Numba goes on to its other places.
+numba.config.CACHE_DIR = numba.config.CACHE_DIR or str(Path(__file__).parent / "__pycache__" / f"kernels-{_source_hash()}")
+
+
+def _features() -> set[str]:
+    """What the processor that kernels are compiled for has; Numba's settings may name an older one."""
+    chosen = numba.config.CPU_FEATURES
+    if chosen is not None:
+        return {feature[1:] for feature in chosen.split(",") if feature.startswith("+")}
+    return {feature for feature, is_there in llvm.get_host_cpu_features().items() if is_there}
+
+
+HAS_BF16_DOT = "avx512bf16" in _features()
+VECTOR_BYTES = 64 if "avx512f" in _features() else 32
 
 # Sums may be reordered, products and sums fused; but NaN and infinity keep their meaning.
 FAST_MATH = {"reassoc", "contract", "arcp", "nsz"}
@@ -57,7 +82,10 @@ def load(typing_context, value):  # type: ignore[no-untyped-def]
 
 @intrinsic
 def store(typing_context, array, index, value):  # type: ignore[no-untyped-def]
-    """array[index] = value for a one-dimensional float32 or bfloat16 (uint16) array; rounds to nearest, ties to even."""
+    """Element number `index` of a contiguous float32 or bfloat16 (uint16) array = value; rounds to nearest, ties to even.
+
+    A row of an array is a view that counts its references with locked instructions, so kernels give places as such numbers.
+    """
     is_wide = array.dtype == types.float32
 
     def generate(context, builder, signature, args):  # type: ignore[no-untyped-def]
@@ -73,6 +101,31 @@ def store(typing_context, array, index, value):  # type: ignore[no-untyped-def]
         return context.get_dummy_value()
 
     return types.none(array, types.intp, types.float32), generate
+
+
+@intrinsic
+def borrowed(typing_context, value):  # type: ignore[no-untyped-def]
+    """The same arrays (one, or a tuple of tuples of them) without counting references, which locks memory whenever a function takes one.
+
+    Whoever gave them keeps them alive.
+    """
+
+    def generate(context, builder, signature, args):  # type: ignore[no-untyped-def]
+        return _without_owner(context, builder, value, args[0])
+
+    return value(value), generate
+
+
+def _without_owner(context: Any, builder: ir.IRBuilder, kind: Any, value: ir.Value) -> ir.Value:
+    if isinstance(kind, types.Array):
+        array = context.make_array(kind)(context, builder, value)
+        array.meminfo = ir.Constant(array.meminfo.type, None)
+        array.parent = ir.Constant(array.parent.type, None)
+        return array._getvalue()
+    if isinstance(kind, types.BaseTuple):
+        parts = [_without_owner(context, builder, part, builder.extract_value(value, i)) for i, part in enumerate(kind.types)]
+        return context.make_tuple(builder, kind, parts)
+    return value
 
 
 @intrinsic

@@ -1,83 +1,75 @@
-"""Matrix product for few rows: x float32 [m, k] times weight [n, k] (float32 or bfloat16) transposed, sums in float32.
+"""Matrix products with packed weights: x [m, k] times weight [n, k] transposed, sums in float32.
 
-Weights stream from memory once; a tile of 2 weight rows x 4 tokens is summed in registers.
+Threads take groups of 32 outputs. Weights stream from memory once, as long as all rows of x fit into the cache. Tiles write where the result
+belongs, whole tiles at a time: every array of rows has room for TILE_ROWS - 1 more than are used.
 """
 
 from __future__ import annotations
 
 import numpy as np
-from numba import prange
 
-from pagetide.ops.cpu.compiled import device_function, kernel, load
+from pagetide.ops.cpu.compiled import device_function
+from pagetide.ops.cpu.packing import GROUP
+from pagetide.ops.cpu.sync import take
+from pagetide.ops.cpu.tiles import LANES, TILE_ROWS, multiply, multiply_add
+from pagetide.ops.cpu.vectors import gate
 
-_ROWS = 16  # weight rows that a thread takes at a time
-
-
-@kernel
-def matmul(x, weight, out):  # type: ignore[no-untyped-def]
-    """out float32 [m, n] = x @ weight.T."""
-    m, k = x.shape
-    n = weight.shape[0]
-    for tile in prange((n + _ROWS - 1) // _ROWS):
-        first, last = tile * _ROWS, min(tile * _ROWS + _ROWS, n)
-        token = 0
-        while token + 4 <= m:
-            for row in range(first, last - 1, 2):
-                _tile_2x4(x, weight, out, token, row, k)
-            if (last - first) % 2:
-                for i in range(4):
-                    out[token + i, last - 1] = _dot(x[token + i], weight[last - 1], k)
-            token += 4
-        while token < m:
-            for row in range(first, last - 3, 4):
-                _tile_4x1(x, weight, out, token, row, k)
-            for row in range(last - (last - first) % 4, last):
-                out[token, row] = _dot(x[token], weight[row], k)
-            token += 1
+_TASKS_PER_THREAD = 4
 
 
 @device_function
-def _dot(x, w, k):  # type: ignore[no-untyped-def]
-    total = np.float32(0)
-    for i in range(k):
-        total += x[i] * load(w[i])
-    return total
+def _rows_of_block(num_rows, num_groups, num_threads):  # type: ignore[no-untyped-def]
+    """How many rows a task has, in whole tiles: all of them, unless the groups alone are too few tasks to keep all threads busy."""
+    blocks = max(1, min(_TASKS_PER_THREAD * num_threads // num_groups, num_rows // (4 * TILE_ROWS)))
+    return (num_rows + blocks * TILE_ROWS - 1) // (blocks * TILE_ROWS) * TILE_ROWS
 
 
 @device_function
-def _tile_4x1(x, weight, out, token, row, k):  # type: ignore[no-untyped-def]
-    x0 = x[token]
-    w0, w1, w2, w3 = weight[row], weight[row + 1], weight[row + 2], weight[row + 3]
-    a = b = c = d = np.float32(0)
-    for i in range(k):
-        xi = x0[i]
-        a += xi * load(w0[i])
-        b += xi * load(w1[i])
-        c += xi * load(w2[i])
-        d += xi * load(w3[i])
-    out[token, row] = a
-    out[token, row + 1] = b
-    out[token, row + 2] = c
-    out[token, row + 3] = d
+def project(sync, phase, thread, x, num_rows, weight, at, size, bias, adds, out):  # type: ignore[no-untyped-def]
+    """out float32 [m, n] = x @ weight.T + bias, or += if adds. weight: packed, from element `at` on, `size` elements along k; bias [n] or empty.
+
+    n is a multiple of 32.
+    """
+    num_outputs = out.shape[1]
+    num_groups = num_outputs // GROUP
+    block_rows = _rows_of_block(num_rows, num_groups, sync.shape[1])
+    blocks = (num_rows + block_rows - 1) // block_rows
+    task = take(sync, phase, thread, num_groups * blocks)
+    while task >= 0:
+        column, first = task // blocks * GROUP, task % blocks * block_rows
+        last = min(first + block_rows, num_rows)
+        if bias.shape[0] > 0:
+            for row in range(first, last):
+                for i in range(column, column + GROUP):
+                    out[row, i] = bias[i] + (out[row, i] if adds else np.float32(0))
+        for row in range(first, last, TILE_ROWS):
+            w_at, out_at = at + column * size, row * num_outputs + column
+            if adds or bias.shape[0] > 0:
+                multiply_add(last - row, x, row * size, size, weight, w_at, LANES * size, size, out, out_at, num_outputs)
+            else:
+                multiply(last - row, x, row * size, size, weight, w_at, LANES * size, size, out, out_at, num_outputs)
+        task = take(sync, phase, thread, num_groups * blocks)
 
 
 @device_function
-def _tile_2x4(x, weight, out, token, row, k):  # type: ignore[no-untyped-def]
-    x0, x1, x2, x3 = x[token], x[token + 1], x[token + 2], x[token + 3]
-    w0, w1 = weight[row], weight[row + 1]
-    a0 = a1 = a2 = a3 = b0 = b1 = b2 = b3 = np.float32(0)
-    for i in range(k):
-        p, q = load(w0[i]), load(w1[i])
-        y0, y1, y2, y3 = x0[i], x1[i], x2[i], x3[i]
-        a0 += p * y0
-        a1 += p * y1
-        a2 += p * y2
-        a3 += p * y3
-        b0 += q * y0
-        b1 += q * y1
-        b2 += q * y2
-        b3 += q * y3
-    out[token, row], out[token, row + 1] = a0, b0
-    out[token + 1, row], out[token + 1, row + 1] = a1, b1
-    out[token + 2, row], out[token + 2, row + 1] = a2, b2
-    out[token + 3, row], out[token + 3, row + 1] = a3, b3
+def project_gated(sync, phase, thread, sums, x, num_rows, weight, at, size, bias, out):  # type: ignore[no-untyped-def]
+    """out [m, n] = silu(gate) * up (SwiGLU, arXiv:2002.05202), in out's type. weight, bias: 16 outputs of gate and 16 of up, in turn.
+
+    sums: float32 scratch memory for TILE_ROWS * GROUP elements.
+    """
+    num_outputs = out.shape[1]
+    num_groups = num_outputs // LANES
+    block_rows = _rows_of_block(num_rows, num_groups, sync.shape[1])
+    blocks = (num_rows + block_rows - 1) // block_rows
+    task = take(sync, phase, thread, num_groups * blocks)
+    while task >= 0:
+        group, first = task // blocks, task % blocks * block_rows
+        last = min(first + block_rows, num_rows)
+        for row in range(first, last, TILE_ROWS):
+            multiply(last - row, x, row * size, size, weight, at + group * GROUP * size, LANES * size, size, sums, 0, GROUP)
+            for r in range(min(TILE_ROWS, last - row)):
+                if bias.shape[0] > 0:
+                    for i in range(GROUP):
+                        sums[r * GROUP + i] += bias[group * GROUP + i]
+                gate(sums, r * GROUP, out, (row + r) * num_outputs + group * LANES)
+        task = take(sync, phase, thread, num_groups * blocks)

@@ -1,30 +1,24 @@
-"""Residual addition and RMS norm in one pass over memory. x float32 [t, size], weight float32 [size]."""
+"""RMS norm of rows (arXiv:1910.07467), computed in float32."""
 
 from __future__ import annotations
 
 import numpy as np
-import torch
-from numba import prange
 
-from pagetide.ops.cpu.compiled import kernel
+from pagetide.ops.cpu.compiled import device_function
+from pagetide.ops.cpu.sync import take
+from pagetide.ops.cpu.vectors import scale_by, sum_of_squares
 
-
-@kernel
-def _add_rms_norm(num_tokens, x, residual, weight, eps, out):  # type: ignore[no-untyped-def]
-    size = x.shape[1]
-    for token in prange(num_tokens):
-        squares = np.float32(0)
-        for i in range(size):
-            value = residual[token, i] + x[token, i]
-            residual[token, i] = value
-            squares += value * value
-        scale = np.float32(1) / np.sqrt(squares / np.float32(size) + eps)
-        for i in range(size):
-            out[token, i] = residual[token, i] * scale * weight[i]
+_ROWS = 4  # of a task
 
 
-def add_rms_norm(x: torch.Tensor, residual: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
-    """Adds x to the residual, in place, and returns the norm of the sum."""
-    out = torch.empty_like(x)
-    _add_rms_norm(x.shape[0], x.numpy(), residual.numpy(), weight.numpy(), np.float32(eps), out.numpy())
-    return out
+@device_function
+def normalize(sync, phase, thread, rows, num_rows, weight, eps, out):  # type: ignore[no-untyped-def]
+    """out [m, size], in its own type, = the norms of rows float32 [m, size], times weight [size], a multiple of 16."""
+    size = weight.shape[0]
+    num_tasks = (num_rows + _ROWS - 1) // _ROWS
+    task = take(sync, phase, thread, num_tasks)
+    while task >= 0:
+        for row in range(task * _ROWS, min(task * _ROWS + _ROWS, num_rows)):
+            scale = np.float32(1) / np.sqrt(sum_of_squares(rows, row * size, size) / np.float32(size) + eps)
+            scale_by(rows, row * size, weight, scale, size, out, row * size)
+        task = take(sync, phase, thread, num_tasks)

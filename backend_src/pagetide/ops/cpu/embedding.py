@@ -1,0 +1,66 @@
+"""The embedding and the head, packed: one matrix where the model has one."""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+from numba import prange
+
+from pagetide.ops.cpu.compiled import as_numpy, borrowed, device_function, kernel
+from pagetide.ops.cpu.layers import activation_type
+from pagetide.ops.cpu.matmul import project
+from pagetide.ops.cpu.norm import normalize
+from pagetide.ops.cpu.packing import pack, read_rows
+from pagetide.ops.cpu.sync import finish, make_sync, num_concurrent_threads
+from pagetide.ops.cpu.tiles import TILE_ROWS
+from pagetide.ops.layers import EmbeddingWeights
+
+_MOST_KEPT_ROWS = 256
+_NO_BIAS = np.zeros(0, np.float32)
+
+
+@kernel
+def _logits(sync, num_rows, residual, norm, eps, normed, head, bias, out):  # type: ignore[no-untyped-def]
+    for thread in prange(sync.shape[1]):
+        arrays = borrowed((sync, residual, norm, normed, head, bias, out))
+        _logits_thread(np.int64(thread), num_rows, eps, *arrays)
+
+
+@device_function
+def _logits_thread(thread, num_rows, eps, sync, residual, norm, normed, head, bias, out):  # type: ignore[no-untyped-def]
+    normalize(sync, 0, thread, residual, num_rows, norm, eps, normed)
+    finish(sync, 0, thread)
+    project(sync, 1, thread, normed, num_rows, head, 0, residual.shape[1], bias, False, out)
+
+
+class CompiledEmbedding:
+    """ops.layers.Embedding on a CPU."""
+
+    def __init__(self, weights: EmbeddingWeights):
+        self._vocab_size, self._hidden_size = weights.embedding.shape
+        self._norm, self._eps = weights.norm.float().numpy(), np.float32(weights.eps)
+        self._head = pack(weights.embedding if weights.head is None else weights.head)
+        self._embedding = None if weights.head is None else weights.embedding
+        self._num_threads = num_concurrent_threads()
+        self._logits = torch.empty(0)
+
+    def embed(self, ids: torch.Tensor) -> torch.Tensor:
+        if self._embedding is not None:
+            return self._embedding[ids].float()
+        return read_rows(self._head, self._hidden_size, ids)
+
+    def logits(self, residual: torch.Tensor) -> torch.Tensor:
+        head, rows = as_numpy(self._head), len(residual) + TILE_ROWS
+        normed = np.empty((rows, self._hidden_size), activation_type(head))
+        out = self._room(rows, head.size // self._hidden_size)
+        sync = make_sync(2, self._num_threads)
+        _logits(sync, len(residual), residual.numpy(), self._norm, self._eps, normed, head, _NO_BIAS, out.numpy())
+        return out[: len(residual), : self._vocab_size].contiguous()
+
+    def _room(self, rows: int, columns: int) -> torch.Tensor:
+        """The same memory for every usual step: fresh memory costs the kernel's time for each of its pages."""
+        if rows > _MOST_KEPT_ROWS:
+            return torch.empty((rows, columns), dtype=torch.float32)
+        if self._logits.numel() < rows * columns:
+            self._logits = torch.empty(rows * columns, dtype=torch.float32)
+        return self._logits[: rows * columns].view(rows, columns)

@@ -1,0 +1,201 @@
+"""All layers of the decoder in one call: the threads of one parallel region go through the phases of every layer and wait for each other in between.
+
+phase of a layer    reads        writes
+0 norm              residual     normed
+1 qkv               normed       qkv
+2 rotary, write     qkv          queries, KV cache
+3 attention         queries, KV  attended, parts
+4 merge             parts        attended
+5 out               attended     residual (added)
+6 norm              residual     normed
+7 gate, up, SiLU    normed       gated
+8 down              gated        residual (added)
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from numba import prange
+
+from pagetide.ops.batch import Batch
+from pagetide.ops.cpu.attention import MAX_ROWS, attend, make_scratch, merge, plan_tasks
+from pagetide.ops.cpu.compiled import HAS_BF16_DOT, as_numpy, borrowed, device_function, kernel
+from pagetide.ops.cpu.matmul import project, project_gated
+from pagetide.ops.cpu.norm import normalize
+from pagetide.ops.cpu.packing import GROUP, pack
+from pagetide.ops.cpu.rotary import write
+from pagetide.ops.cpu.sync import finish, make_sync, num_concurrent_threads
+from pagetide.ops.cpu.tiles import LANES, TILE_ROWS
+from pagetide.ops.layers import LayerShape, LayerWeights
+
+PHASES = 9
+
+
+class Weights(NamedTuple):
+    """All layers' weights, stacked; matrices packed. A bias or norm that the model does not have is empty: [layers, 0]."""
+
+    attention_norm: np.ndarray  # float32 [layers, hidden]
+    qkv: np.ndarray  # [layers, packed]
+    qkv_bias: np.ndarray  # float32 [layers, (H + 2K) * D]
+    q_norm: np.ndarray  # float32 [layers, D]
+    k_norm: np.ndarray
+    windows: np.ndarray  # int64 [layers]
+    out: np.ndarray
+    out_bias: np.ndarray
+    mlp_norm: np.ndarray
+    gate_up: np.ndarray  # 16 outputs of gate and 16 of up, in turn
+    gate_up_bias: np.ndarray
+    down: np.ndarray
+    down_bias: np.ndarray
+
+
+class Activations(NamedTuple):
+    """What passes from phase to phase, with room for whole tiles of rows. bfloat16, but for residual and qkv, where the processor has the product."""
+
+    residual: np.ndarray  # float32 [rows, hidden]
+    normed: np.ndarray  # [rows, hidden]
+    qkv: np.ndarray  # float32 [rows, (H + 2K) * D, filled up to whole groups]
+    queries: np.ndarray  # [rows, H, D]
+    attended: np.ndarray  # [rows, H * D]
+    gated: np.ndarray  # [rows, intermediate]
+
+
+class Places(NamedTuple):
+    """Where the step's tokens stand."""
+
+    slots: np.ndarray  # int64 [t]
+    positions: np.ndarray  # int64 [t]
+    block_table: np.ndarray  # int32 [n, max_blocks]
+    cos_sin: np.ndarray  # float32 [max_len, D]
+
+
+@kernel
+def _run(sync, weights, acts, scratch, places, work, kv, eps, scale):  # type: ignore[no-untyped-def]
+    for thread in prange(sync.shape[1]):
+        own = borrowed((weights, acts, scratch, places, work))
+        _run_thread(np.int64(thread), borrowed(sync), *own, borrowed(kv), eps, scale)
+
+
+@device_function
+def _run_thread(thread, sync, weights, acts, scratch, places, work, kv, eps, scale):  # type: ignore[no-untyped-def]
+    t, hidden = len(places.slots), acts.residual.shape[1]
+    head_dim = acts.queries.shape[2]
+    sums = scratch.scores[thread].reshape(-1)
+    for layer in range(weights.attention_norm.shape[0]):
+        phase = layer * PHASES
+        normalize(sync, phase, thread, acts.residual, t, weights.attention_norm[layer], eps, acts.normed)
+        finish(sync, phase, thread)
+        at = layer * weights.qkv.shape[1]
+        project(sync, phase + 1, thread, acts.normed, t, weights.qkv, at, hidden, weights.qkv_bias[layer], False, acts.qkv)
+        finish(sync, phase + 1, thread)
+        norms = weights.q_norm[layer], weights.k_norm[layer]
+        write(sync, phase + 2, thread, scratch, acts.qkv, layer, kv, places, norms, eps, scale, acts.queries)
+        finish(sync, phase + 2, thread)
+        attend(sync, phase + 3, thread, scratch, acts.queries, layer, kv, places.block_table, work, weights.windows[layer], acts.attended)
+        finish(sync, phase + 3, thread)
+        if len(work.merges):
+            merge(sync, phase + 4, thread, scratch, work, head_dim, acts.attended)
+            finish(sync, phase + 4, thread)
+        at = layer * weights.out.shape[1]
+        project(sync, phase + 5, thread, acts.attended, t, weights.out, at, acts.attended.shape[1], weights.out_bias[layer], True, acts.residual)
+        finish(sync, phase + 5, thread)
+        normalize(sync, phase + 6, thread, acts.residual, t, weights.mlp_norm[layer], eps, acts.normed)
+        finish(sync, phase + 6, thread)
+        at = layer * weights.gate_up.shape[1]
+        project_gated(sync, phase + 7, thread, sums, acts.normed, t, weights.gate_up, at, hidden, weights.gate_up_bias[layer], acts.gated)
+        finish(sync, phase + 7, thread)
+        at = layer * weights.down.shape[1]
+        project(sync, phase + 8, thread, acts.gated, t, weights.down, at, acts.gated.shape[1], weights.down_bias[layer], True, acts.residual)
+        finish(sync, phase + 8, thread)
+
+
+class CompiledLayers:
+    """ops.layers.Layers on a CPU."""
+
+    def __init__(self, shape: LayerShape, layers: Iterable[LayerWeights]):
+        self._shape = shape
+        self._weights = stack(shape, layers)
+        self._cos_sin = shape.cos_sin.numpy()
+        self._num_threads = num_concurrent_threads()
+        self._activations: Activations | None = None
+        self._scratch = make_scratch(self._num_threads, shape.heads.head_dim, activation_type(self._weights.qkv))
+
+    def __call__(self, residual: torch.Tensor, batch: Batch, pool: torch.Tensor) -> None:
+        shape = self._shape
+        t = len(residual)
+        work = plan_tasks(batch, shape.heads, self._num_threads)
+        places = Places(batch.slot_mapping.numpy(), batch.positions.numpy(), batch.block_table.numpy(), self._cos_sin)
+        sync = make_sync(PHASES * shape.num_layers, self._num_threads)
+        acts = self._make_room(t)
+        acts.residual[:t] = residual.numpy()
+        scale = np.float32(shape.heads.head_dim**-0.5)
+        _run(sync, self._weights, acts, self._scratch, places, work, as_numpy(pool), np.float32(shape.eps), scale)
+        residual.copy_(torch.from_numpy(acts.residual[:t]))
+
+    def _make_room(self, t: int) -> Activations:
+        """Those of the largest step so far serve all smaller ones."""
+        if self._activations is None or len(self._activations.residual) < t + TILE_ROWS:
+            self._activations = _allocate(t + TILE_ROWS, self._shape, self._weights)
+        return self._activations
+
+
+def can_run(shape: LayerShape) -> bool:
+    """Whether all sizes are whole numbers of the kernels' tiles and pages, as those of common models are."""
+    heads = shape.heads
+    sizes = (heads.head_dim, shape.intermediate_size, shape.block_size)
+    return shape.hidden_size % GROUP == 0 and all(size % LANES == 0 for size in sizes) and heads.group <= MAX_ROWS
+
+
+def activation_type(weight: np.ndarray) -> type[np.generic]:
+    """What matrix products with this weight take: bfloat16 (uint16) where the processor multiplies it, float32 otherwise."""
+    return np.uint16 if HAS_BF16_DOT and weight.dtype == np.uint16 else np.float32
+
+
+def stack(shape: LayerShape, layers: Iterable[LayerWeights]) -> Weights:
+    """Packs layer after layer into arrays that hold all of them."""
+    arrays: dict[str, Any] = {}
+    for index, layer in enumerate(layers):
+        for name, tensor in _packed(layer):
+            if index == 0:
+                arrays[name] = torch.empty((shape.num_layers, *tensor.shape), dtype=tensor.dtype)
+            arrays[name][index] = tensor
+    return Weights(**{name: as_numpy(tensor) for name, tensor in arrays.items()})
+
+
+def _packed(layer: LayerWeights) -> Iterator[tuple[str, torch.Tensor]]:
+    """One layer's entries of Weights."""
+    for name in ("attention_norm", "mlp_norm", "q_norm", "k_norm"):
+        yield name, _floats(getattr(layer, name))
+    yield "windows", torch.tensor(layer.window)
+    for name in ("qkv", "out", "down"):
+        affine = getattr(layer, name)
+        yield name, pack(affine.weight)
+        yield f"{name}_bias", _floats(affine.bias)
+    yield "gate_up", pack(_interleaved(layer.gate_up.weight))
+    bias = layer.gate_up.bias
+    yield "gate_up_bias", _floats(None if bias is None else _interleaved(bias))
+
+
+def _floats(values: torch.Tensor | None) -> torch.Tensor:
+    return torch.empty(0) if values is None else values.float()
+
+
+def _interleaved(gate_up: torch.Tensor) -> torch.Tensor:
+    """[2 * size, ...], gate first, to 16 outputs of gate and 16 of up, in turn."""
+    return gate_up.unflatten(0, (2, -1, LANES)).transpose(0, 1).flatten(0, 2)
+
+
+def _allocate(rows: int, shape: LayerShape, weights: Weights) -> Activations:
+    heads, dtype = shape.heads, activation_type(weights.qkv)
+    return Activations(
+        residual=np.zeros((rows, shape.hidden_size), np.float32),
+        normed=np.zeros((rows, shape.hidden_size), dtype),
+        qkv=np.zeros((rows, -(-(heads.num_heads + 2 * heads.num_kv_heads) * heads.head_dim // GROUP) * GROUP), np.float32),
+        queries=np.zeros((rows, heads.num_heads, heads.head_dim), dtype),
+        attended=np.zeros((rows, heads.num_heads * heads.head_dim), dtype),
+        gated=np.zeros((rows, shape.intermediate_size), dtype),
+    )

@@ -1,0 +1,116 @@
+"""A decoder's layers as one operation: what every device's version takes, and the version that composes it of small ones."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+
+from pagetide.ops.attention import AttentionBackend, HeadShape, LayerAttention
+from pagetide.ops.batch import Batch
+
+Tensor = torch.Tensor
+
+
+@dataclass(frozen=True)
+class LayerShape:
+    """Sizes that all layers share. cos_sin: as LayerAttention's."""
+
+    num_layers: int
+    hidden_size: int
+    intermediate_size: int
+    heads: HeadShape
+    block_size: int
+    eps: float
+    cos_sin: Tensor
+
+
+@dataclass(frozen=True)
+class Affine:
+    """weight [out, in], bias [out] or None."""
+
+    weight: Tensor
+    bias: Tensor | None
+
+
+@dataclass(frozen=True)
+class LayerWeights:
+    """One layer of a pre-norm decoder. qkv: queries, keys, values; gate_up: gate, then up; window as LayerAttention's."""
+
+    attention_norm: Tensor
+    qkv: Affine
+    q_norm: Tensor | None
+    k_norm: Tensor | None
+    window: int
+    out: Affine
+    mlp_norm: Tensor
+    gate_up: Affine
+    down: Affine
+
+
+class Layers(Protocol):
+    """All layers of a decoder."""
+
+    def __call__(self, residual: Tensor, batch: Batch, pool: Tensor) -> None:
+        """Runs the step's tokens through all layers, in place; residual [t, hidden]. Keys and values go into the pool (KVLayout)."""
+
+
+@dataclass(frozen=True)
+class LayerOps:
+    """What ComposedLayers is made of; shapes are those of ops/reference.py. make_matmul: Affine -> (x [t, in] -> [t, out])."""
+
+    add_rms_norm: Callable[[Tensor, Tensor, Tensor, float], Tensor]
+    silu_mul: Callable[[Tensor], Tensor]
+    make_matmul: Callable[[Affine], Callable[[Tensor], Tensor]]
+    make_attention: Callable[[HeadShape], AttentionBackend]
+
+
+class ComposedLayers:
+    """Layers of a decoder with rotary attention and SwiGLU MLP (Llama, arXiv:2302.13971), one operation after the other."""
+
+    def __init__(self, ops: LayerOps, shape: LayerShape, layers: Iterable[LayerWeights]):
+        self._ops = ops
+        self._eps = shape.eps
+        self._attention = ops.make_attention(shape.heads)
+        self._layers = [_Layer(ops, shape, weights) for weights in layers]
+
+    def __call__(self, residual: Tensor, batch: Batch, pool: Tensor) -> None:
+        add_rms_norm, attention = self._ops.add_rms_norm, self._attention
+        plan = attention.plan(batch)
+        update = torch.zeros_like(residual)
+        for layer, kv in zip(self._layers, pool, strict=True):
+            q = attention.write(layer.qkv(add_rms_norm(update, residual, layer.attention_norm, self._eps)), kv, layer.attention, batch)
+            update = layer.out(attention.attend(q, kv, layer.attention, batch, plan))
+            x = layer.gate_up(add_rms_norm(update, residual, layer.mlp_norm, self._eps))
+            update = layer.down(self._ops.silu_mul(x))
+        residual += update
+
+
+class _Layer:
+    def __init__(self, ops: LayerOps, shape: LayerShape, weights: LayerWeights):
+        self.attention_norm, self.mlp_norm = weights.attention_norm, weights.mlp_norm
+        self.attention = LayerAttention(shape.cos_sin, weights.window, weights.q_norm, weights.k_norm, shape.eps)
+        affines = (weights.qkv, weights.out, weights.gate_up, weights.down)
+        self.qkv, self.out, self.gate_up, self.down = (ops.make_matmul(affine) for affine in affines)
+
+
+class Embedding(Protocol):
+    """The first and the last matrix of a decoder, often one and the same, and the norm before the last."""
+
+    def embed(self, ids: Tensor) -> Tensor:
+        """int64 [t] -> [t, hidden], in the type that the layers take."""
+
+    def logits(self, residual: Tensor) -> Tensor:
+        """[s, hidden], not normalized -> float32 [s, vocabulary], in memory that the next call may use again."""
+
+
+@dataclass(frozen=True)
+class EmbeddingWeights:
+    """embedding, head [vocabulary, hidden]; head is None where the embedding serves as both. norm [hidden]."""
+
+    embedding: Tensor
+    head: Tensor | None
+    norm: Tensor
+    eps: float
