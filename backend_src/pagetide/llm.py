@@ -12,7 +12,7 @@ from pagetide.config import make_settings
 from pagetide.engine.assemble import assemble
 from pagetide.serving.contract import check_request
 from pagetide.text.tokens import Vocabulary, decode
-from pagetide.types import Output, Request, RequestError, SamplingParams, TokenScore
+from pagetide.types import Output, Request, SamplingParams, TokenScore
 
 Prompt = str | Seq[int]
 
@@ -107,7 +107,7 @@ class LLM:
                     progress.update(bool(output.finish_reason))
                 if refusals := loop.scheduler.take_refusals():
                     loop.scheduler.cancel(request.number for request in requests)
-                    raise RequestError(refusals[0].reason)
+                    raise refusals[0].error
 
     def close(self) -> None:
         """Waits for the device; the engine cannot be used afterwards."""

@@ -16,6 +16,13 @@ class QueueFullError(RuntimeError):
     """The engine holds as many requests as it may; the client should try again later."""
 
 
+MIN_TEMPERATURE = 1e-3  # below it sampling is greedy: logits divided by less leave the range of float32
+
+
+class EngineError(RuntimeError):
+    """The fault is ours; the message is one that clients may read."""
+
+
 class Guide(msgspec.Struct, frozen=True):
     """What a guided answer must look like. kind: one of GUIDE_KINDS; text: the schema, expression or grammar (empty for `json`)."""
 
@@ -30,7 +37,7 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=Tr
     """How the tokens of one prompt are chosen, and when to stop. Names and defaults are vLLM's.
 
     n: number of answers. best_of: samples of which the n with the highest log-probability are returned; None: n.
-    temperature: 0 is greedy; 1 samples from the model's own distribution.
+    temperature: 0 (and all below MIN_TEMPERATURE) is greedy; 1 samples from the model's own distribution.
     top_k: keep the k most likely tokens; 0 and -1 keep all.
     top_p: keep the smallest set of tokens whose probabilities add up to top_p.
     min_p: keep tokens at least min_p times as likely as the most likely one.

@@ -10,7 +10,7 @@ from typing import Any
 
 import jsonschema
 import pytest
-from pagetide.engine.guides import XGrammarCompiler
+from pagetide.engine.guides import GrammarCompiler
 from pagetide.llm import LLM
 from pagetide.types import Guide, RequestError, SamplingParams
 
@@ -62,7 +62,7 @@ WRITTEN_SCHEMAS: list[dict[str, Any]] = [
     {"anyOf": [whole(5, 8), {"type": "null"}]},
     {"type": ["boolean", "null"]},
     {"$defs": {"point": an_object(x=whole(0, 99), y=whole(-99, 0))}, **an_object(start=POINT, end=POINT)},
-    an_object(kind={"const": "circle"}, radius={"type": "number", "minimum": 0, "maximum": 10}),
+    an_object(kind={"const": "circle"}, radius={"type": "number", "minimum": 0, "maximum": 10, "multipleOf": 0.25}),
     an_object(tags=listed(words(8), 3), is_open=True),
     an_object(address=an_object(city=words(12, 1), zip={"type": "string", "pattern": "^[0-9]{5}$"})),
     {"oneOf": [an_object(a=whole(0, 9)), an_object(b=FLAG)]},
@@ -83,7 +83,7 @@ def random_schema(rng: random.Random, depth: int) -> dict[str, Any]:
             low = rng.randint(-50, 50)
             return whole(low, low + rng.randint(0, 500))
         case "number":
-            return {"type": "number", "minimum": 0, "maximum": rng.choice([1, 10, 2.5])}
+            return {"type": "number", "minimum": 0, "maximum": rng.choice([1, 10, 2.5]), "multipleOf": 0.25}
         case "enum":
             return {"enum": rng.sample(["yes", "no", "maybe", 1, 2.5, None, "naïve", "a b", '"quoted"'], rng.randint(1, 4))}
         case "array":
@@ -187,6 +187,6 @@ def test_an_ungrammatical_grammar_is_a_clear_error(llm, kind, text):
 
 def test_the_same_grammar_is_compiled_once(llm):
     guides = llm._engine.loop.scheduler._guides
-    assert isinstance(guides, XGrammarCompiler)
+    assert isinstance(guides, GrammarCompiler)
     schema = json.dumps({"type": "object", "properties": {f"p{i}": {"type": "string"} for i in range(60)}})
     assert guides.compile(Guide("json_schema", schema)) is guides.compile(Guide("json_schema", schema))

@@ -26,7 +26,7 @@ from pagetide.ops.cpu.sampling import argmax, sample, score
 from pagetide.ops.cpu.sync import finish, make_sync, num_concurrent_threads, take
 from pagetide.ops.layers import Affine, ComposedLayers, EmbeddingWeights, Layers, LayerShape, LayerWeights
 from pagetide.ops.table import TORCH_LAYERS, TorchEmbedding
-from pagetide.runner.plan import Admission, LogitEdit, RowParams, bits_of
+from pagetide.runner.plan import Admission, LogitEdit, RowEdits, RowParams, bits_of
 from pagetide.runner.rows import Rows
 
 dtypes = st.sampled_from([torch.float32, torch.bfloat16])
@@ -302,7 +302,7 @@ def test_edits_apply_where_position_and_prefix_say_so(num_rows, vocabulary, seed
                 prefix = tuple(history[row, max(0, int(own[0]) - length) : int(own[0])].tolist())
             edits[row].append(LogitEdit(int(rng.integers(0, vocabulary)), float(rng.choice([-np.inf, 1.5, -2])), int(rng.integers(0, 60)), prefix))
     state = Rows(len(history), 40, 16, vocabulary, torch.device("cpu"))
-    admissions = tuple(Admission(row, np.zeros(1, np.int32), RowParams(edits=tuple(own))) for row, own in enumerate(edits))
+    admissions = tuple(Admission(row, np.zeros(1, np.int32), RowParams(edits=RowEdits.of(own))) for row, own in enumerate(edits))
     state._write_edits(admissions)
     logits = torch.zeros(num_rows, vocabulary)
     expected, found = logits.clone(), logits.clone()

@@ -103,7 +103,7 @@ def test_a_killed_engine_gives_each_stream_one_error_and_comes_back(tmp_path):
     streams = [Streams(server) for _ in range(16)]
     sent = [s.send("ensemble", f"k{i}", **LONG) for i, s in enumerate(streams)]
     wait_for(lambda: all(s.responses for s in sent), 60, "first responses")
-    engine = next(p for p in server.processes() if "pagetide.engine.process" in p.cmdline())
+    engine = next(p for p in server.processes() if "pagetide.engine" in p.cmdline())
     engine.send_signal(signal.SIGKILL)
     killed = time.monotonic()
     for stream in sent:

@@ -11,7 +11,7 @@ from pagetide.config import make_settings
 from pagetide.engine.blocks import BlockManager
 from pagetide.engine.guides import GuideState
 from pagetide.engine.loop import EngineLoop
-from pagetide.engine.scheduler import Scheduler
+from pagetide.engine.scheduler import Refusal, Scheduler
 from pagetide.engine.strategies import ModelLimits
 from pagetide.runner.plan import bits_of
 from pagetide.text.tokens import Vocabulary
@@ -61,6 +61,7 @@ class SmallEngine:
         self.runner = ContextRunner(self.settings.max_num_seqs, max_model_len, num_blocks, block_size, self.settings.max_num_batched_tokens)
         self.loop = EngineLoop(self.scheduler, self.runner, check_integrity=True)
         self.outputs: list[Output] = []
+        self.refusals: list[Refusal] = []
 
     def add(self, number: int, prompt: list[int], **params: Any) -> None:
         values = {"ignore_eos": True, "seed": 0, **params}
@@ -69,6 +70,7 @@ class SmallEngine:
 
     def step(self) -> None:
         self.outputs += self.loop.step()
+        self.refusals += self.scheduler.take_refusals()
 
     def run(self, max_steps: int = 5000) -> None:
         for _ in range(max_steps):

@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 
 import numpy as np
-from pagetide.runner.plan import StepPlan, StepTokens, TokenScores
+from pagetide.runner.plan import NO_TOKEN, BeamCandidates, StepPlan, StepTokens, TokenScores
 
 VOCABULARY = 50
 
@@ -55,6 +55,8 @@ class ContextRunner:
         assert len({(r, i) for r, i in zip(plan.block_rows, plan.block_indices, strict=True)}) == len(plan.block_rows), "a place is written twice"
         for row, index, block in zip(plan.block_rows, plan.block_indices, plan.block_ids, strict=True):
             self.block_table[row, index] = block
+        sources, targets = plan.copies[:, 0].tolist(), plan.copies[:, 1].tolist()
+        assert len(set(targets)) == len(targets) and not set(targets) & set(sources), "a device may run all copies at once"
         for source, target in plan.copies:
             self.slots[target] = self.slots[source]
         # All writes of a step come before its reads, as in every layer of a decoder.
@@ -71,19 +73,28 @@ class ContextRunner:
         for row, words in zip(plan.guided, masks if masks is not None else (), strict=True):
             allowed = np.unpackbits(words.view(np.uint8), bitorder="little")[:VOCABULARY]
             masked[plan.sample_rows[: plan.num_sampled].tolist().index(row)][allowed == 0] = -np.inf
-        tokens = [int(values.argmax()) for values in masked]
+        tokens = [int(values.argmax()) if np.isfinite(values.max()) else NO_TOKEN for values in masked]
         for row, position, token in zip(plan.sample_rows, plan.sample_positions, tokens, strict=False):
-            self.history[row, position] = token
+            self.history[row, position] = max(token, 0)
         targets = self.history[plan.sample_rows, plan.sample_positions]
         self.results[plan.step] = StepTokens(
             ids=np.array(tokens, np.int64),
             scores=scores_of([logits[i] for i in plan.scored], targets[plan.scored], plan.num_top) if len(plan.scored) else None,
-            candidates=scores_of([masked[i] for i in plan.beams], targets[plan.beams], plan.num_candidates) if len(plan.beams) else None,
+            candidates=candidates_of([masked[i] for i in plan.beams], [logits[i] for i in plan.beams], plan) if len(plan.beams) else None,
             logits=np.array([logits[i] for i in plan.kept], np.float32) if len(plan.kept) else None,
         )
 
     def wait(self, plan: StepPlan) -> StepTokens:
         return self.results.pop(plan.step)
+
+
+def candidates_of(masked: list[np.ndarray], logits: list[np.ndarray], plan: StepPlan) -> BeamCandidates:
+    rows, raw = np.array(masked), np.array(logits)
+    ids = np.argsort(-rows, axis=1)[:, : plan.num_candidates]
+    logprobs = np.take_along_axis(raw, ids, 1)
+    ranks = (raw[:, None, :] > logprobs[:, :, None]).sum(2) + 1
+    top = np.argsort(-raw, axis=1)[:, : plan.num_top]
+    return BeamCandidates(ids, np.take_along_axis(rows, ids, 1), logprobs, ranks, top, np.take_along_axis(raw, top, 1))
 
 
 def scores_of(logits: list[np.ndarray], tokens: np.ndarray, num_top: int) -> TokenScores:

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
-from conftest import END_ID, SmallEngine
+from conftest import END_ID, FixedAnswer, SmallEngine
 from context_runner import VOCABULARY, expected_tokens, logits_after
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from pagetide.engine.strategies import _seed_of_sample
-from pagetide.types import Guide, QueueFullError, RequestError
+from pagetide.types import EngineError, Guide, QueueFullError, RequestError
 
 
 def test_one_request_gives_the_tokens_that_its_context_implies(engine):
@@ -279,15 +279,16 @@ def test_a_guided_answer_waits_for_its_grammar_and_nobody_else_does(engine):
     assert small.tokens(1) == [9, 8, 9, END_ID] and small.reason(1) == ["stop"]
 
 
-@pytest.mark.parametrize("error, reason", [(RequestError("no regex"), "no regex"), (OverflowError("bug"), "could not be compiled")])
+@pytest.mark.parametrize("error, reason", [(RequestError("no regex"), "no regex"), (OverflowError("bug"), "the engine failed at this request")])
 def test_a_guide_that_is_none_is_refused_and_nobody_else_is(engine, error, reason):
     small = engine()
     small.add(1, [1], max_tokens=10, guide=Guide("regex", "x"))
     small.add(2, [2], max_tokens=3)
     small.guides.futures["x"].set_exception(error)
     small.run_until(lambda: bool(small.reason(2)))
-    (refusal,) = small.scheduler.take_refusals()
-    assert refusal.number == 1 and reason in refusal.reason
+    (refusal,) = small.refusals
+    assert refusal.number == 1 and reason in str(refusal.error)
+    assert isinstance(refusal.error, RequestError) == isinstance(error, RequestError)
     assert not small.loop.has_work
 
 
@@ -363,6 +364,72 @@ def test_a_cancelled_beam_search_gives_what_it_has_and_frees_its_blocks(engine):
     assert small.blocks.num_used == 0
 
 
+@pytest.mark.parametrize("steps", [0, 1, 2, 3])
+@pytest.mark.parametrize("rule", [{"beam_width": 3, "n": 3}, {"n": 3}, {"n": 2, "best_of": 3}])
+def test_a_request_that_ends_early_has_as_many_ended_answers_as_were_asked_for(engine, rule, steps):
+    """While it waits, while its prompt runs in chunks, and while its samples or beams run."""
+    for end, reason in (("cancel", "cancelled"), ("deadline", "timeout")):
+        small = engine(max_num_batched_tokens=8)
+        small.add(1, list(range(20)), max_tokens=30, deadline_ns=100 if end == "deadline" else 0, **rule)
+        for _ in range(steps):
+            small.step()
+        small.clock_ns = 100
+        if end == "cancel":
+            small.scheduler.cancel([1])
+        small.run()
+        assert [small.reason(1, index) for index in range(rule["n"])] == [[reason]] * rule["n"]
+        assert all(np.isfinite(o.cumulative_logprob) for o in small.outputs) and small.blocks.num_used == 0
+
+
+class Broken(FixedAnswer):
+    """A grammar that fails with its second token."""
+
+    def fill(self, mask: np.ndarray) -> None:
+        if len(self.left) < 3:
+            raise RequestError("too large")
+        FixedAnswer.fill(self, mask)
+
+    def advance(self, token: int) -> None:
+        if len(self.left) < 3:
+            raise ZeroDivisionError("bug")
+        FixedAnswer.advance(self, token)
+
+
+@pytest.mark.parametrize("method, error", [("fill", RequestError), ("advance", EngineError)])
+def test_a_request_that_fails_in_a_step_fails_alone(engine, method, error):
+    small = engine()
+    small.add(1, [1], max_tokens=10, n=2, stream=True, guide=Guide("regex", "x"))
+    small.add(2, [2], max_tokens=9)
+    own = type("Own", (FixedAnswer,), {method: getattr(Broken, method)})
+    small.guides.compile(Guide("regex", "x")).set_result(lambda: own([9, 8, 6, 5]))
+    small.run()
+    (refusal,) = small.refusals
+    assert refusal.number == 1 and type(refusal.error) is error and small.reason(1) == []
+    assert small.tokens(2) == expected_tokens([2], 9, 0) and small.blocks.num_used == 0
+
+
+def test_a_row_without_any_token_ends_its_request_with_an_error(engine):
+    small = engine()
+    small.add(1, [1], max_tokens=10, guide=Guide("regex", "x"))
+    small.add(2, [2], max_tokens=9)
+    nothing = type("Nothing", (FixedAnswer,), {"fill": lambda self, mask: mask.fill(0)})
+    small.guides.compile(Guide("regex", "x")).set_result(lambda: nothing([1]))
+    small.run()
+    (refusal,) = small.refusals
+    assert refusal.number == 1 and "no token is left to choose after 0 tokens" in str(refusal.error)
+    assert small.tokens(2) == expected_tokens([2], 9, 0)
+
+
+def test_what_cannot_become_a_sequence_is_refused_and_nothing_is_left_of_it(engine):
+    small = engine()
+    with pytest.raises(EngineError, match="the engine failed at this request"):
+        small.add(1, [1], temperature=None)
+    assert not small.loop.has_work
+    small.add(1, [1], max_tokens=2**31 - 1, min_tokens=2**31 - 1, ignore_eos=False)
+    small.run()
+    assert small.reason(1) == ["length"]
+
+
 requests = st.lists(
     st.tuples(
         st.integers(0, 3),  # which common prefix
@@ -422,8 +489,8 @@ def test_random_workloads_see_their_own_context_and_leave_every_block_free(reque
             tokens, reasons = small.tokens(number, index), small.reason(number, index)
             if cancelled is None:
                 assert (tokens, reasons) == (expected[index], ["length"]), number
-            elif reasons:
-                assert reasons in (["length"], ["cancelled"])
+            else:
+                assert reasons in (["length"], ["cancelled"]), "as many ended answers as were asked for"
                 assert number in beams or tokens == expected[index][: len(tokens)], number
 
 

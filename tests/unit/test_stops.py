@@ -7,26 +7,32 @@ import random
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from pagetide.engine.stops import StopChecker, StopRules, num_incomplete_bytes
+from pagetide.engine.stops import StopChecker, StopRules, StopText, num_incomplete_bytes
 from pagetide.text.tokens import decode
 
 
 def run(
-    tokens: list[bytes], stops: tuple[str, ...] = (), end: int | None = None, min_tokens: int = 0, includes_stop: bool = False
+    tokens: list[bytes],
+    stops: tuple[str, ...] = (),
+    end: int | None = None,
+    min_tokens: int = 0,
+    includes_stop: bool = False,
+    shown: list[bytes] | None = None,
 ) -> tuple[list[str], str, list[int]]:
     """The texts of the chunks, the reason, and all shown ids."""
     end_ids = frozenset() if end is None else frozenset([end])
-    checker = StopChecker(StopRules(tokens, end_ids, tuple(s.encode() for s in stops), includes_stop, min_tokens, min_tokens))
-    texts, ids = [], []
+    found = tuple(StopText(s.encode()) for s in stops)
+    checker = StopChecker(StopRules(shown or tokens, tokens, end_ids, found, includes_stop, min_tokens, min_tokens))
+    texts, ids, table = [], [], shown or tokens
     for token in range(len(tokens)):
         reason = checker.push(token)
-        shown = checker.take(is_last=bool(reason))
-        ids += shown
-        texts.append(decode(tokens, shown, checker.num_cut if reason else 0))
+        ids_now = checker.take(is_last=bool(reason))
+        ids += ids_now
+        texts.append(decode(table, ids_now, checker.num_cut if reason else 0))
         if reason:
             return texts, reason, ids
-    shown = checker.take(is_last=True)
-    return [*texts, decode(tokens, shown)], "", ids + shown
+    ids_now = checker.take(is_last=True)
+    return [*texts, decode(table, ids_now)], "", ids + ids_now
 
 
 def test_a_character_spread_over_tokens_is_held_back_until_it_is_whole():
@@ -66,6 +72,24 @@ def test_stops_do_not_count_before_min_tokens():
     texts, reason, ids = run([b"a", b"b", b"c", b"a"], ("a",), min_tokens=2)
     assert ("".join(texts), reason, ids) == ("abc", "stop", [0, 1, 2, 3])
     assert run([b"a", b"b", b"c"], end=0, min_tokens=2)[1] == ""
+
+
+def test_a_stop_text_before_min_tokens_is_not_found_afterwards_either():
+    """Whether chunks have been shown meanwhile or not."""
+    tokens = [b"a.", b"b", b"c", b"d."]
+    rules = StopRules(tokens, tokens, stops=(StopText(b"."),), min_tokens=3)
+    for streams in (True, False):
+        checker, ids = StopChecker(rules), []
+        for token in range(4):
+            reason = checker.push(token)
+            ids += checker.take(bool(reason)) if streams or reason else []
+        assert (reason, decode(tokens, ids, checker.num_cut)) == ("stop", "a.bcd")
+
+
+@pytest.mark.parametrize("stop, expected", [("<sep>", "ab"), ("b<sep>c", "a"), ("<sep>c", "ab"), ("sep", "ab")])
+def test_a_stop_text_may_be_or_hold_a_special_token_that_does_not_show(stop, expected):
+    texts, reason, _ = run([b"a", b"b", b"<sep>", b"cd"], (stop,), shown=[b"a", b"b", b"", b"cd"])
+    assert ("".join(texts), reason) == (expected, "stop")
 
 
 def test_the_text_of_an_end_token_is_not_shown():

@@ -11,7 +11,7 @@ import torch
 
 from pagetide.config import Settings, SettingsError
 from pagetide.engine.blocks import BlockManager
-from pagetide.engine.guides import XGrammarCompiler
+from pagetide.engine.guides import GrammarCompiler
 from pagetide.engine.loop import EngineLoop
 from pagetide.engine.scheduler import Scheduler
 from pagetide.engine.strategies import ModelLimits
@@ -66,7 +66,7 @@ def assemble(settings: Settings) -> Engine:
     runner.warm_up(min(settings.max_num_batched_tokens, max_len - 1))
     vocabulary = Vocabulary.read(model)
     limits = ModelLimits(vocabulary, config.vocab_size, config.end_ids, max_len, settings.max_output_tokens)
-    guides = XGrammarCompiler(vocabulary, config.vocab_size, config.end_ids)
+    guides = GrammarCompiler(vocabulary, config.vocab_size, config.end_ids)
     scheduler = Scheduler(settings, limits, BlockManager(num_blocks, settings.block_size, settings.enable_prefix_caching), guides)
     info = EngineInfo(
         model=str(model),

@@ -37,6 +37,8 @@ class BlockManager:
         self._block_of: dict[bytes, int] = {}
         self._blank = list(range(num_blocks - 1, -1, -1))  # free, without findable content
         self._cached: OrderedDict[int, None] = OrderedDict()  # free, findable, least recently freed first
+        self._copying: set[int] = set()  # sources and targets of the copies of the step that is being planned
+        self._freed_too_early: list[int] = []  # those of them that nobody holds any more
 
     @property
     def num_free(self) -> int:
@@ -44,7 +46,7 @@ class BlockManager:
 
     @property
     def num_used(self) -> int:
-        return self.num_blocks - self.num_free
+        return self.num_blocks - self.num_free - len(self._freed_too_early)
 
     @property
     def num_cached(self) -> int:
@@ -73,6 +75,7 @@ class BlockManager:
     def _replace_shared(self, sequence: Sequence, index: int) -> int:
         """Copy-on-write: gives the sequence a block of its own in place of a shared one."""
         own = self._take_free()
+        self._copying |= {own, sequence.blocks[index]}
         self._references[sequence.blocks[index]] -= 1
         sequence.blocks[index] = own
         return own
@@ -104,7 +107,21 @@ class BlockManager:
         self._references[block] = 1
         return block
 
+    def end_planning(self) -> None:
+        """The step's copies are known: their blocks may be used again, in the next step.
+
+        Until then none of them is used for anything else, so that no block is the target of one copy and the source or target of another:
+        a device may run all copies of a step at once.
+        """
+        self._copying.clear()
+        freed, self._freed_too_early = self._freed_too_early, []
+        for block in freed:
+            self._put_free(block)
+
     def _put_free(self, block: int) -> None:
+        if block in self._copying:
+            self._freed_too_early.append(block)
+            return
         if self._name_of[block] is None:
             self._blank.append(block)
         else:
@@ -125,7 +142,7 @@ class BlockManager:
         found = []
         for name in self._names(sequence, (len(sequence.token_ids) - 1) // self.block_size):
             block = self._block_of.get(name)
-            if block is None:
+            if block is None or block in self._freed_too_early:
                 break
             found.append(block)
         return found
@@ -176,6 +193,7 @@ class BlockManager:
 
     def check_integrity(self, holders: Iterable[Sequence]) -> None:
         """Raises AssertionError unless every block is held, blank or cached exactly as the holders say."""
+        assert not self._copying and not self._freed_too_early, (self._copying, self._freed_too_early)
         held = Counter(block for sequence in holders for block in sequence.blocks)
         blank, cached = set(self._blank), set(self._cached)
         assert len(blank) == len(self._blank), "a block is twice in the blank list"

@@ -105,7 +105,7 @@ class Draft:
             scored=np.array(scored, np.int32),
             num_top=max((num_top(s) for _, s in (*special, *looking)), default=0),
             beams=np.array([i for i, _ in beams], np.int32),
-            num_candidates=max((search.num_candidates for _, search in beams), default=0),
+            num_candidates=max((search.num_for_each for _, search in beams), default=0),
             kept=np.array(kept, np.int32),
         )
 

@@ -1,9 +1,11 @@
-"""Guided decoding: which tokens keep an answer within a grammar. xgrammar (arXiv:2411.15100) does the work, compiled in the background."""
+"""Guided decoding: which tokens keep an answer within a grammar. llguidance does the work; grammars are compiled in the background.
+
+Its parser computes masks lazily and within limits (https://github.com/guidance-ai/llguidance), so that neither a grammar nor a step of it
+can keep others waiting, and what it cannot keep of a JSON schema it refuses by name.
+"""
 
 from __future__ import annotations
 
-import json
-import re
 from collections.abc import Callable, Iterable
 from concurrent.futures import Future, ThreadPoolExecutor
 from functools import cached_property, lru_cache
@@ -11,18 +13,27 @@ from typing import Any, Protocol
 
 import numpy as np
 
+from pagetide.engine.grammars import first_line, grammar_of
 from pagetide.text.tokens import Vocabulary
 from pagetide.types import Guide, RequestError
+
+_WORKERS = 2  # a large grammar does not keep small ones waiting
+_KEPT = 64  # compiled grammars
+# About 10 ms for a mask, and 20 MB for a grammar: units and speeds are in llguidance.LLParserLimits.
+_STEP_LEXER_FUEL, _MAX_LEXER_STATES = 100_000, 10_000
 
 
 class GuideState(Protocol):
     """Where one sequence stands in its grammar."""
 
     def fill(self, mask: np.ndarray) -> None:
-        """Writes which tokens may come next: bit i of word w of int32 [vocabulary / 32] is token 32 * w + i."""
+        """Writes which tokens may come next: bit i of word w of int32 [vocabulary / 32] is token 32 * w + i.
+
+        Raises RequestError if nothing may, or the grammar has become too large.
+        """
 
     def advance(self, token: int) -> None:
-        """Takes a token that was allowed."""
+        """Takes a token that was allowed. Raises RequestError if the grammar has become too large."""
 
 
 class GuideCompiler(Protocol):
@@ -32,66 +43,76 @@ class GuideCompiler(Protocol):
         """Returns at once; the future's result makes a new state, or it raises RequestError."""
 
 
-class XGrammarCompiler:
+class GrammarCompiler:
     """Compiled grammars are kept, so that a guide that comes again costs nothing. end_ids: what may follow a complete answer."""
 
     def __init__(self, vocabulary: Vocabulary, vocab_size: int, end_ids: Iterable[int]):
         self._vocabulary = vocabulary
         self._vocab_size = vocab_size
         self._end_ids = sorted(end_ids)
-        self._worker = ThreadPoolExecutor(1, "pagetide-grammar")
-        self.compile = lru_cache(maxsize=256)(self._submit)
+        self._workers = ThreadPoolExecutor(_WORKERS, "pagetide-grammar")
+        self.compile = lru_cache(maxsize=_KEPT)(self._submit)
 
     def _submit(self, guide: Guide) -> Future[Callable[[], GuideState]]:
-        return self._worker.submit(self._compile, guide)
+        return self._workers.submit(self._compile, guide)
 
     @cached_property
-    def _compiler(self) -> Any:
-        import xgrammar  # slow to import, and only guided requests need it
+    def _tokenizer(self) -> Any:
+        from llguidance import LLTokenizer  # only guided requests need it
 
-        texts = self._vocabulary.shown + [b""] * (self._vocab_size - len(self._vocabulary.shown))
-        tokens = xgrammar.TokenizerInfo(texts[: self._vocab_size], xgrammar.VocabType.RAW, vocab_size=self._vocab_size, stop_token_ids=self._end_ids)
-        return xgrammar.GrammarCompiler(tokens, max_threads=1, cache_limit_bytes=256 * 2**20)
+        tokens: Any = _Tokens(self._vocabulary, self._vocab_size, self._end_ids[0])
+        return LLTokenizer(tokens, n_vocab=self._vocab_size, eos_token=self._end_ids)
 
     def _compile(self, guide: Guide) -> Callable[[], GuideState]:
-        import xgrammar
+        from llguidance import LLMatcher, LLParserLimits
 
         if not self._end_ids:
             raise RequestError("guided decoding needs a model with an end-of-sequence token, and this one has none")
-        try:
-            compiled = _COMPILE[guide.kind](self._compiler, guide.text)
-        # xgrammar's own errors are RuntimeErrors of many kinds, and its parsers raise ValueError and TypeError too.
-        except (RuntimeError, ValueError, TypeError, KeyError) as error:
-            reason = re.sub(r"\s+", " ", re.sub(r"^\[.*?\] \S+: ", "", str(error)))[:300]
-            raise RequestError(f"guided_decoding_guide is no valid {guide.kind}: {reason}") from None
-        return lambda: XGrammarState(xgrammar.GrammarMatcher(compiled))
+        limits = LLParserLimits(step_lexer_fuel=_STEP_LEXER_FUEL, max_lexer_states=_MAX_LEXER_STATES)
+        matcher = LLMatcher(self._tokenizer, grammar_of(guide), log_level=0, limits=limits)
+        if matcher.is_error():
+            raise RequestError(f"guided_decoding_guide is no valid {guide.kind}: {first_line(matcher.get_error())}")
+        # Whether it accepts anything shows at its first token.
+        LlGuidanceState(matcher.deep_copy(), guide.kind).fill(np.empty(-(-self._vocab_size // 32), np.int32))
+        return lambda: LlGuidanceState(matcher.deep_copy(), guide.kind)
 
 
-class XGrammarState:
+class _Tokens:
+    """A vocabulary as llguidance takes it."""
+
+    is_tokenizer_wrapper = True
+    bos_token_id = None
+
+    def __init__(self, vocabulary: Vocabulary, size: int, end_id: int):
+        self._vocabulary = vocabulary
+        self.eos_token_id = end_id
+        # Special tokens have no bytes here: no text needs them.
+        self.tokens = (vocabulary.shown + [b""] * size)[:size]
+        self.special_token_ids: list[int] = []
+
+    def __call__(self, text: bytes | str) -> list[int]:
+        return list(self._vocabulary.encode(text if isinstance(text, str) else text.decode("utf-8", "replace")))
+
+
+class LlGuidanceState:
     """A matcher and its place."""
 
-    def __init__(self, matcher: Any):
+    def __init__(self, matcher: Any, kind: str):
         self._matcher = matcher
+        self._kind = kind
 
     def fill(self, mask: np.ndarray) -> None:
-        self._matcher.fill_next_token_bitmask(mask.reshape(1, -1))
+        self._matcher.unsafe_compute_mask_ptr(mask.ctypes.data, mask.nbytes)
+        self._check()
 
     def advance(self, token: int) -> None:
-        accepted = self._matcher.accept_token(token)
-        assert accepted, token
+        self._matcher.consume_token(token)
+        self._check()
 
-
-def choice_grammar(text: str) -> str:
-    """EBNF for one of the texts of a JSON list."""
-    return "root ::= " + " | ".join(json.dumps(option, ensure_ascii=False) for option in json.loads(text))
-
-
-# Any number of blanks between JSON's parts lets small models write nothing else.
-_COMPILE: dict[str, Callable[[Any, str], Any]] = {
-    "json": lambda compiler, text: compiler.compile_json_schema('{"type": "object"}', any_whitespace=False, strict_mode=False),
-    "json_schema": lambda compiler, text: compiler.compile_json_schema(text, any_whitespace=False),
-    "regex": lambda compiler, text: compiler.compile_regex(text),
-    "ebnf_grammar": lambda compiler, text: compiler.compile_grammar(text),
-    "choice": lambda compiler, text: compiler.compile_grammar(choice_grammar(text)),
-    "structural_tag": lambda compiler, text: compiler.compile_structural_tag(json.loads(text)),
-}
+    def _check(self) -> None:
+        if not self._matcher.is_error():
+            return
+        reason = first_line(self._matcher.get_error())
+        if reason.startswith("NoExtension"):
+            raise RequestError(f"guided_decoding_guide ({self._kind}): this grammar accepts nothing, or nothing that can follow the answer so far")
+        raise RequestError(f"guided_decoding_guide ({self._kind}) is too large for guided decoding: {reason}")

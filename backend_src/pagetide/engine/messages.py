@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+from typing import Literal
+
 import msgspec
 
-from pagetide.types import EngineInfo, Output, Request
+from pagetide.types import EngineError, EngineInfo, Output, QueueFullError, Request, RequestError
 
 ERROR_PREFIX = "pagetide-error: "  # how a parent finds the reason of a failed start in the engine's standard output
+
+
+Fault = Literal["client", "queue", "engine"]
 
 
 class Hello(msgspec.Struct, tag=True, frozen=True):
@@ -47,11 +52,21 @@ class Statistics(msgspec.Struct, tag=True, frozen=True):
 
 
 class Refused(msgspec.Struct, tag=True, frozen=True):
-    """A request that the engine does not take now, or, if is_invalid, never."""
+    """A request that ends with an error. fault: the client's, a full queue's, or the engine's own."""
 
     number: int
     reason: str
-    is_invalid: bool = False
+    fault: Fault
+
+    @classmethod
+    def because_of(cls, number: int, error: Exception) -> Refused:
+        fault: Fault = "client" if isinstance(error, RequestError) else "queue" if isinstance(error, QueueFullError) else "engine"
+        return cls(number, str(error), fault)
+
+    @property
+    def error(self) -> Exception:
+        """What the client of the engine raises."""
+        return {"client": RequestError, "queue": QueueFullError, "engine": EngineError}[self.fault](self.reason)
 
 
 ToEngine = Hello | Submit | Cancel

@@ -1,15 +1,10 @@
-"""The engine as a process: serves requests from a local socket, one message per batch in, one per step and client out.
-
-python -m pagetide.engine.process SETTINGS_JSON ADDRESS; ends when its parent does.
-"""
+"""The engine in its process: serves requests from a local socket, one message per batch in, one per step and client out."""
 
 from __future__ import annotations
 
 import logging
-import os
 import signal
 import sys
-import threading
 import time
 from dataclasses import asdict
 
@@ -19,7 +14,7 @@ import zmq
 from pagetide.config import Settings
 from pagetide.engine.assemble import Engine, assemble
 from pagetide.engine.messages import ERROR_PREFIX, Cancel, FromEngine, Hello, Outputs, Ready, Refused, Statistics, Submit, ToEngine
-from pagetide.types import Output, QueueFullError
+from pagetide.types import EngineError, Output, QueueFullError, RequestError
 
 log = logging.getLogger("pagetide.engine")
 
@@ -69,8 +64,8 @@ class EngineServer:
                     self._unfinished[request.number] = request.params.n
                     try:
                         self._scheduler.add(request)
-                    except QueueFullError as error:
-                        self._send(client, Refused(request.number, str(error)))
+                    except (QueueFullError, RequestError, EngineError) as error:
+                        self._send(client, Refused.because_of(request.number, error))
                         self._forget(request.number)
             case Cancel(numbers, request_id):
                 self._scheduler.cancel([*numbers, *(self._scheduler.numbers_of(request_id) if request_id else ())])
@@ -88,7 +83,7 @@ class EngineServer:
 
     def _send_refusals(self) -> None:
         for refusal in self._scheduler.take_refusals():
-            self._send(self._client_of[refusal.number], Refused(refusal.number, refusal.reason, is_invalid=True))
+            self._send(self._client_of[refusal.number], Refused.because_of(refusal.number, refusal.error))
             self._forget(refusal.number)
 
     def _send_statistics(self) -> None:
@@ -122,26 +117,14 @@ class EngineServer:
         self._socket.send_multipart([client, msgspec.msgpack.encode(message)])
 
 
-def end_with_parent(parent: int) -> None:
-    """Ends this process when its parent is gone, whatever it is doing then."""
-
-    def watch() -> None:
-        while os.getppid() == parent:
-            time.sleep(0.5)
-        os._exit(1)
-
-    threading.Thread(target=watch, name="pagetide-parent", daemon=True).start()
-
-
-def main() -> int:
+def serve(settings_json: str, address: str) -> int:
+    """Loads the model and serves for ever. Says on standard output why it could not, behind ERROR_PREFIX."""
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(name)s: %(message)s", stream=sys.stderr)
     # Ctrl-C in a terminal reaches the whole group: the server decides when the engine ends.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    end_with_parent(os.getppid())
-    settings, address = msgspec.json.decode(sys.argv[1], type=Settings), sys.argv[2]
     try:
         begin = time.monotonic()
-        engine = assemble(settings)
+        engine = assemble(msgspec.json.decode(settings_json, type=Settings))
     except Exception as error:
         print(f"{ERROR_PREFIX}{type(error).__name__}: {error}".replace("\n", " "), flush=True)
         raise
@@ -152,7 +135,3 @@ def main() -> int:
     socket.bind(address)
     EngineServer(engine, socket).run()
     return 0
-
-
-if __name__ == "__main__":
-    sys.exit(main())

@@ -10,8 +10,9 @@ import heapq
 import logging
 import time
 from bisect import insort
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, wait
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import numpy as np
@@ -23,8 +24,8 @@ from pagetide.engine.guides import GuideCompiler, GuideState
 from pagetide.engine.sequence import Sequence, SequenceGroup, Status
 from pagetide.engine.statistics import Counters, Observations
 from pagetide.engine.strategies import Answer, BeamSearch, ModelLimits, give_guides, group_of
-from pagetide.runner.plan import StepPlan, StepTokens, TokenScores, bits_of
-from pagetide.types import Output, QueueFullError, Request, RequestError, TokenScore
+from pagetide.runner.plan import NO_TOKEN, BeamCandidates, StepPlan, StepTokens, TokenScores, bits_of
+from pagetide.types import EngineError, Output, QueueFullError, Request, RequestError, TokenScore
 
 log = logging.getLogger("pagetide.scheduler")
 
@@ -33,10 +34,10 @@ _GUIDE_WAIT_S = 0.005
 
 @dataclass(frozen=True)
 class Refusal:
-    """A request that cannot be answered, found out after it had been taken."""
+    """A request that cannot be answered, found out after it had been taken. error: RequestError if it is the client's fault."""
 
     number: int
-    reason: str
+    error: Exception
 
 
 class Scheduler:
@@ -71,7 +72,7 @@ class Scheduler:
         self._refusals: list[Refusal] = []
         self._arrivals = 0
         self._batch_is_open = True
-        self._end_bits = bits_of(limits.end_ids, limits.vocab_size)
+        self._end_bits = bits_of((i for i in limits.end_ids if i < limits.vocab_size), limits.vocab_size)
 
     # -- requests come and go ----------------------------------------------------------------------------------------
 
@@ -85,11 +86,16 @@ class Scheduler:
         return len(self.waiting) + len(self._compiling)
 
     def add(self, request: Request) -> None:
-        """Queues a request that has been checked. Raises QueueFullError."""
+        """Queues a request that has been checked. Raises QueueFullError, RequestError, EngineError."""
         if len(self._groups) >= self._settings.max_queued_requests:
             limit = self._settings.max_queued_requests
             raise QueueFullError(f"Exceeds maximum queue size: Maximum queue size of {limit} requests reached")
-        group = group_of(request, self._limits, self._arrivals, self._now())
+        try:
+            group = group_of(request, self._limits, self._arrivals, self._now())
+        except RequestError:
+            raise
+        except Exception as error:
+            raise self._internal_error(error) from error
         self._arrivals += len(group.unfinished)
         self._groups[request.number] = group
         if request.deadline_ns:
@@ -129,6 +135,33 @@ class Scheduler:
             self.counters.timed_out += number in self._groups
             self._end_group(number, "timeout")
 
+    # -- what goes wrong because of one request ------------------------------------------------------------------------
+
+    @contextmanager
+    def _on_behalf_of(self, group: SequenceGroup) -> Iterator[None]:
+        """Whatever is raised inside belongs to this request: it fails, and nobody else notices."""
+        try:
+            yield
+        except RequestError as error:
+            self._fail(group, error)
+        except Exception as error:
+            self._fail(group, self._internal_error(error))
+
+    def _internal_error(self, error: Exception) -> EngineError:
+        log.error("a request has failed", exc_info=error)
+        return EngineError(f"the engine failed at this request ({type(error).__name__})")
+
+    def _fail(self, group: SequenceGroup, error: Exception) -> None:
+        """Ends a request with an error in place of its further answers."""
+        if self._groups.pop(group.request.number, None) is None:
+            return  # it has ended in another way already
+        self.counters.failed += 1
+        self._compiling.pop(group.request.number, None)
+        for sequence in group.unfinished:
+            self._leave(sequence)
+        group.unfinished = []
+        self._refusals.append(Refusal(group.request.number, error))
+
     # -- grammars ----------------------------------------------------------------------------------------------------
 
     def wait_for_guides(self) -> None:
@@ -139,21 +172,9 @@ class Scheduler:
         """Lets the requests whose grammars are ready join the queue; refuses those whose are none."""
         for number in [number for number, guide in self._compiling.items() if guide.done()]:
             guide, group = self._compiling.pop(number), self._groups[number]
-            try:
+            with self._on_behalf_of(group):
                 give_guides(group, guide.result())
-            except RequestError as error:
-                self._refuse(number, str(error))
-            except Exception as error:
-                # Whatever a grammar library can raise belongs to the request that brought the grammar, not to the engine.
-                log.exception("a grammar could not be compiled")
-                self._refuse(number, f"the grammar could not be compiled: {error!r}")
-            else:
                 self._enqueue(group.unfinished[0])
-
-    def _refuse(self, number: int, reason: str) -> None:
-        self.counters.failed += 1
-        del self._groups[number]
-        self._refusals.append(Refusal(number, reason))
 
     def masks(self, plan: StepPlan) -> np.ndarray:
         """Which tokens the plan's guided rows may sample, now that all tokens before are known: int32 [g, vocabulary / 32]."""
@@ -161,18 +182,18 @@ class Scheduler:
         masks = np.full((len(sequences), -(-self._limits.vocab_size // 32)), -1, np.int32)
         for mask, sequence in zip(masks, sequences, strict=True):
             if sequence.guide is not None and not sequence.is_finished:
-                sequence.guide.fill(mask)
-                self._restrict(sequence, mask)
+                with self._on_behalf_of(sequence.group):
+                    sequence.guide.fill(mask)
+                    self._restrict(sequence, mask)
         return masks
 
     def _restrict(self, sequence: Sequence, mask: np.ndarray) -> None:
         """Further rules of the request hold as far as the grammar leaves a choice."""
-        params = sequence.group.params
         rules = []
-        if len(sequence.token_ids) - sequence.num_prompt < params.min_tokens:
+        if len(sequence.token_ids) - sequence.num_prompt < sequence.group.params.min_tokens:
             rules.append(~self._end_bits)
-        if params.allowed_token_ids:
-            rules.append(bits_of(params.allowed_token_ids, self._limits.vocab_size))
+        if sequence.group.allowed_bits is not None:
+            rules.append(sequence.group.allowed_bits)
         for rule in rules:
             if (mask & rule).any():
                 mask &= rule
@@ -190,6 +211,7 @@ class Scheduler:
         if not draft.preempted and self._may_admit():
             self._admit_waiting(draft)
             self._batch_is_open = draft.budget == 0
+        self.blocks.end_planning()
         if not draft.chunks:
             self._resolve_deadlock()
             return None
@@ -319,7 +341,7 @@ class Scheduler:
         flight = self._in_flight.pop(plan.step)
         scores = dict(zip(plan.scored.tolist(), _scores(tokens.scores), strict=True))
         logits = dict(zip(plan.kept.tolist(), () if tokens.logits is None else tokens.logits, strict=True))
-        candidates = dict(zip(plan.beams.tolist(), _candidates(tokens.candidates), strict=True))
+        candidates = dict(zip(plan.beams.tolist(), _of_each_beam(tokens.candidates), strict=True))
         for at, sequence in enumerate(flight.looks, len(flight.samples)):
             if at in scores:
                 sequence.group.prompt_scores.append(_trimmed(scores[at], sequence.group.params.prompt_logprobs or 0))
@@ -337,10 +359,12 @@ class Scheduler:
             if at in candidates:
                 sequence.candidates = candidates[at]
                 searches[sequence.group] = None
-            else:
+                continue
+            with self._on_behalf_of(sequence.group):
                 self._append(sequence, token, scores.get(at), logits.get(at))
         for group in searches:
-            self._go_on_with_beams(group)
+            with self._on_behalf_of(group):
+                self._go_on_with_beams(group)
 
     def _note_token(self, group: SequenceGroup) -> None:
         group.last_token_ns = self._now()
@@ -349,6 +373,8 @@ class Scheduler:
             self.observed.ttft_s.append((group.first_token_ns - group.arrival_ns) / 1e9)
 
     def _append(self, sequence: Sequence, token: int, score: TokenScore | None, logits: np.ndarray | None) -> None:
+        if token == NO_TOKEN:
+            raise RequestError(no_token_left(sequence))
         sequence.token_ids.append(token)
         self.counters.generated_tokens += 1
         if score is not None:
@@ -376,7 +402,7 @@ class Scheduler:
         answers = group.strategy.end(sequence, reason)
         if not group.unfinished:
             self._forget(group)
-        self._emit_answers(answers)
+        self._emit_answers(group, answers)
 
     def _leave(self, sequence: Sequence) -> None:
         """Takes a sequence that has ended out of its queue; what it has computed stays findable."""
@@ -402,7 +428,9 @@ class Scheduler:
         following = search.go_on(beams)
         self.counters.generated_tokens += len(following)
         if not following:
-            self._answer_beams(group, search, "length")
+            if not search.finished:
+                raise RequestError(no_token_left(beams[0]))
+            self._answer_beams(group, search)
             return
         group.unfinished = [child for _, child in following]
         self._replace_beams(beams, following)
@@ -422,17 +450,21 @@ class Scheduler:
                 child.num_computed = 0
                 self._enqueue(child)
 
-    def _answer_beams(self, group: SequenceGroup, search: BeamSearch, reason: str) -> None:
+    def _answer_beams(self, group: SequenceGroup, search: BeamSearch, reason: str = "") -> None:
+        """reason: why the search is ended from outside, where its beams are answers as they are."""
         beams, group.unfinished = group.unfinished, []
         for beam in beams:
             self._leave(beam)
         self._forget(group)
-        self._emit_answers(search.answers(beams, reason))
+        self._emit_answers(group, search.answers(beams if reason else [], reason or "stop"))
 
     # -- outputs -----------------------------------------------------------------------------------------------------
 
-    def _emit_answers(self, answers: Iterable[Answer]) -> None:
+    def _emit_answers(self, group: SequenceGroup, answers: Iterable[Answer]) -> None:
         for answer in answers:
+            if answer.sequence is None:
+                self._outputs.append(empty_output(group, answer))
+                continue
             self._observe_pace(answer.sequence)
             self._emit(answer.sequence, answer.index, answer.reason)
 
@@ -503,12 +535,35 @@ def _scores(scores: TokenScores | None) -> list[TokenScore]:
     return [TokenScore(*row) for row in zip(*columns, strict=True)]
 
 
-def _candidates(scores: TokenScores | None) -> list[list[tuple[int, TokenScore]]]:
-    """For each beam its likeliest tokens, best first."""
-    if scores is None:
+def _of_each_beam(found: BeamCandidates | None) -> list[BeamCandidates]:
+    """The candidates of each beam by itself: [k] each, and its top_ids and top_logprobs [w]."""
+    if found is None:
         return []
-    rows = zip(scores.top_ids.tolist(), scores.top_logprobs.tolist(), strict=True)
-    return [[(token, TokenScore(p, rank, ids, ps)) for rank, (token, p) in enumerate(zip(ids, ps, strict=True), 1)] for ids, ps in rows]
+    return [BeamCandidates(*(column[i] for column in vars(found).values())) for i in range(len(found.ids))]
+
+
+def no_token_left(sequence: Sequence) -> str:
+    count = len(sequence.token_ids) - sequence.num_prompt
+    return (
+        f"no token is left to choose after {count} tokens of the answer: the request's rules (a grammar, allowed_token_ids, bad_words, "
+        "min_tokens, biases) exclude all together, or the model's logits are no finite numbers"
+    )
+
+
+def empty_output(group: SequenceGroup, answer: Answer) -> Output:
+    """An answer without tokens, very unlikely, but with a finite log-probability."""
+    prompt_scores, context_logits = (group.prompt_scores, group.context_logits) if answer.index == 0 else ([], [])
+    return Output(
+        number=group.request.number,
+        index=answer.index,
+        ids=[],
+        finish_reason=answer.reason,
+        num_cached_tokens=group.num_cached,
+        cumulative_logprob=-9999.0,
+        prompt_scores=prompt_scores,
+        context_logits=b"".join(row.tobytes() for row in context_logits),
+        timings=group.timings,
+    )
 
 
 def _trimmed(score: TokenScore, num_top: int) -> TokenScore:

@@ -16,7 +16,7 @@ import numpy as np
 
 from pagetide.engine.guides import GuideState
 from pagetide.engine.stops import StopChecker
-from pagetide.runner.plan import RowParams
+from pagetide.runner.plan import BeamCandidates, RowParams
 from pagetide.types import Request, SamplingParams, Timings, TokenScore
 
 if TYPE_CHECKING:
@@ -34,6 +34,7 @@ class SequenceGroup:
     """A request and its sequences. Times in ns on the monotonic clock, 0: not yet.
 
     unfinished: its sequences that have not ended. num_cached: tokens of the prompt that the cache held at the first admission.
+    allowed_bits: the request's allowed_token_ids as a mask int32 [vocabulary / 32], if it has a guide too.
     num_looked: prompt tokens whose successor's log-probability has been asked for (see StepPlan); prompt_scores, context_logits: what came.
     """
 
@@ -48,6 +49,7 @@ class SequenceGroup:
     num_new_blocks: int = 0
     num_reused_blocks: int = 0
     num_looked: int = 0
+    allowed_bits: np.ndarray | None = None
     prompt_scores: list[TokenScore] = field(default_factory=list)
     context_logits: list[np.ndarray] = field(default_factory=list)
 
@@ -76,7 +78,8 @@ class Sequence:
     order: (priority, arrival in the engine), unique; a preempted sequence keeps its place.
     followers: samples of the same prompt that fork from this one when its prompt has been computed.
     is_plain: asks for nothing but tokens, and changes no logits. is_placed: its row on the device holds its tokens and blocks.
-    candidates: what a beam may go on with, until all beams of the group know: (token, score), best first.
+    candidates: what a beam may go on with ([k] each), until all beams of the group know. beam_score: what beams are compared by: the sum of
+        the log-probabilities after all changes of logits; cumulative_logprob: of the model's own.
     hashes: the hash chain of the full blocks, as far as it has been needed; num_published: how many of them can be found.
     scores, logits: of tokens that have not been emitted.
     """
@@ -96,11 +99,12 @@ class Sequence:
     is_placed: bool = False
     num_computed: int = 0
     num_pending: int = 0
-    candidates: list[tuple[int, TokenScore]] | None = None
+    candidates: BeamCandidates | None = None
     blocks: list[int] = field(default_factory=list)
     hashes: list[bytes] = field(default_factory=list)
     num_published: int = 0
     cumulative_logprob: float = 0.0
+    beam_score: float = 0.0
     scores: list[TokenScore] = field(default_factory=list)
     logits: list[np.ndarray] = field(default_factory=list)
 
@@ -128,13 +132,18 @@ class Sequence:
     def is_finished(self) -> bool:
         return self.status is Status.FINISHED
 
-    def child(self, token: int, score: TokenScore) -> Sequence:
-        """A beam that goes on with this token; it has no row and no blocks yet."""
+    def child(self, place: int) -> Sequence:
+        """A beam that goes on with one of the candidates; it has no row and no blocks yet."""
+        found, num_top = self.candidates, self.group.params.logprobs or 0
+        assert found is not None
+        logprob = float(found.logprobs[place])
+        score = TokenScore(logprob, int(found.ranks[place]), found.top_ids[:num_top].tolist(), found.top_logprobs[:num_top].tolist())
         following = copy.copy(self)
-        following.token_ids = [*self.token_ids, token]
+        following.token_ids = [*self.token_ids, int(found.ids[place])]
         following.stops = self.stops.copy()
         following.scores = [*self.scores, score]
-        following.cumulative_logprob = self.cumulative_logprob + score.logprob
+        following.cumulative_logprob = self.cumulative_logprob + logprob
+        following.beam_score = self.beam_score + float(found.scores[place])
         following.status, following.row, following.is_placed = Status.WAITING, -1, False
         following.candidates, following.num_computed = None, 0
         following.blocks, following.hashes, following.num_published = [], list(self.hashes), 0

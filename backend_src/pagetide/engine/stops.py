@@ -6,40 +6,88 @@ Works on bytes through the table token id -> bytes, so no tokenizer runs per ste
 
 from __future__ import annotations
 
-import codecs
 import copy
 from collections.abc import Sequence as Seq
 from dataclasses import dataclass
+from functools import lru_cache
 
-_utf8 = codecs.getincrementaldecoder("utf-8")
 
-
-def num_incomplete_bytes(text: bytes) -> int:
+def num_incomplete_bytes(text: bytes | bytearray) -> int:
     """How many bytes at the end of text are the beginning of a UTF-8 character that is not whole yet (0 to 3)."""
-    decoder = _utf8("replace")
-    decoder.decode(text[-8:] if len(text) > 8 else text)
-    return len(decoder.getstate()[0])
-
-
-def num_matching_at_end(text: bytes, stop: bytes) -> int:
-    """Length of the longest end of text that is a proper beginning of stop."""
-    for length in range(min(len(text), len(stop) - 1), 0, -1):
-        if text.endswith(stop[:length]):
-            return length
+    for length in range(1, min(len(text), 3) + 1):
+        byte = text[-length]
+        if byte >= 0xC0:  # begins a character; whether what follows fits, nobody can tell before it is there
+            return length if length < _size_of_character(byte) and _may_go_on(text[-length:]) else 0
+        if byte < 0x80:
+            return 0
     return 0
+
+
+def _size_of_character(first: int) -> int:
+    return 2 if 0xC2 <= first <= 0xDF else 3 if 0xE0 <= first <= 0xEF else 4 if 0xF0 <= first <= 0xF4 else 1
+
+
+def _may_go_on(text: bytes | bytearray) -> bool:
+    """True if these bytes can be the beginning of a character (The Unicode Standard, table 3-7)."""
+    if len(text) == 1:
+        return True
+    low, high = {0xE0: (0xA0, 0xBF), 0xED: (0x80, 0x9F), 0xF0: (0x90, 0xBF), 0xF4: (0x80, 0x8F)}.get(text[0], (0x80, 0xBF))
+    return low <= text[1] <= high
+
+
+class StopText:
+    """A text that ends a sequence, searched for byte by byte (Knuth, Morris and Pratt 1977): each byte is looked at once."""
+
+    def __init__(self, text: bytes):
+        self.text = text
+        self._fallback = _fallbacks(text)
+
+    def advance(self, matched: int, following: bytes) -> tuple[int, int]:
+        """Goes on from `matched` bytes that have been found so far.
+
+        Returns how many are found at the end of `following`, and where in it the first whole text ends (-1: there is none).
+        """
+        text, fallback, end = self.text, self._fallback, -1
+        if not matched and text[0] not in following:
+            return 0, -1
+        for at, byte in enumerate(following, 1):
+            while matched and text[matched] != byte:
+                matched = fallback[matched]
+            matched += text[matched] == byte
+            if matched == len(text):
+                matched, end = fallback[matched], at if end < 0 else end
+        return matched, end
+
+
+def _fallbacks(text: bytes) -> list[int]:
+    """For each length of a beginning of text: how long the longest proper beginning is that it ends with."""
+    fallback, matched = [0, 0], 0
+    for byte in text[1:]:
+        while matched and text[matched] != byte:
+            matched = fallback[matched]
+        matched += text[matched] == byte
+        fallback.append(matched)
+    return fallback
+
+
+@lru_cache(maxsize=1024)
+def stop_text(text: bytes) -> StopText:
+    return StopText(text)
 
 
 @dataclass(frozen=True)
 class StopRules:
-    """When a sequence ends. token_bytes: id -> bytes of the text that counts.
+    """When a sequence ends.
 
+    shown: token id -> bytes that its text shows; full: with the texts of special tokens too, in which stop texts are found as well.
     end_ids, stops: tokens and texts that end it; includes_stop: they stay in the text.
     min_tokens_to_end, min_tokens: not before so many new tokens, for end_ids and for stops.
     """
 
-    token_bytes: Seq[bytes]
+    shown: Seq[bytes]
+    full: Seq[bytes]
     end_ids: frozenset[int] = frozenset()
-    stops: tuple[bytes, ...] = ()
+    stops: tuple[StopText, ...] = ()
     includes_stop: bool = False
     min_tokens_to_end: int = 0
     min_tokens: int = 0
@@ -50,15 +98,15 @@ class StopChecker:
 
     def __init__(self, rules: StopRules):
         self._rules = rules
-        self._token_bytes = rules.token_bytes
         self._num_tokens = 0
         self._held_ids: list[int] = []
-        self._held = b""
+        self._held = bytearray()  # what the held tokens show
+        self._matched = [0] * len(rules.stops)  # bytes of each stop text that the full text ends with
         self.num_cut = 0
 
     def copy(self) -> StopChecker:
         following = copy.copy(self)
-        following._held_ids = list(self._held_ids)
+        following._held_ids, following._held, following._matched = list(self._held_ids), self._held[:], list(self._matched)
         return following
 
     def push(self, token: int) -> str:
@@ -66,47 +114,74 @@ class StopChecker:
         rules = self._rules
         self._num_tokens += 1
         self._held_ids.append(token)
-        text = self._bytes_of(token)
+        text = _bytes_of(rules.shown, token)
         self._held += text
         if token in rules.end_ids and self._num_tokens >= rules.min_tokens_to_end:
             self.num_cut = 0 if rules.includes_stop else len(text)
             return "stop"
-        return "stop" if rules.stops and self._num_tokens >= rules.min_tokens and self._find_stop_text() else ""
+        return "stop" if rules.stops and self._find_stop_text(_bytes_of(rules.full, token)) else ""
 
-    def _find_stop_text(self) -> bool:
-        found = [(at, len(stop)) for stop in self._rules.stops if (at := self._held.find(stop)) >= 0]
-        if found:
-            at, length = min(found)
-            self.num_cut = len(self._held) - at - (length if self._rules.includes_stop else 0)
-        return bool(found)
+    def _find_stop_text(self, text: bytes) -> bool:
+        """Follows all stop texts through the full text of the last token; of those that end in it the one that begins first counts."""
+        found = []
+        for i, stop in enumerate(self._rules.stops):
+            self._matched[i], end = stop.advance(self._matched[i], text)
+            if end >= 0:
+                found.append((len(text) - end + len(stop.text), len(text) - end))
+        if not found or self._num_tokens < self._rules.min_tokens:
+            return False
+        with_stop, behind_stop = max(found)
+        self.num_cut = self._num_shown_in_last(behind_stop if self._rules.includes_stop else with_stop)
+        return True
+
+    def _num_shown_in_last(self, num_bytes: int) -> int:
+        """How many bytes the tokens show within the last num_bytes of their full text."""
+        shown = 0
+        for token in reversed(self._held_ids):
+            if num_bytes <= 0:
+                break
+            full = _bytes_of(self._rules.full, token)
+            if _bytes_of(self._rules.shown, token):
+                shown += min(len(full), num_bytes)
+            num_bytes -= len(full)
+        return shown
 
     def take(self, is_last: bool) -> list[int]:
         """The tokens that may be shown now; all that are left if the sequence has ended.
 
         After the last call `num_cut` tells how many bytes at the end of their text do not count.
         """
-        if is_last or not self._num_held_bytes():
-            ids, self._held_ids, self._held = self._held_ids, [], b""
+        num_held = 0 if is_last else self._num_held_bytes()
+        if not num_held and (is_last or not any(self._matched)):
+            ids, self._held_ids, self._held = self._held_ids, [], bytearray()
             return ids
-        return self._take_before(len(self._held) - self._num_held_bytes())
+        return self._take_before(len(self._held) - num_held)
 
     def _take_before(self, num_free: int) -> list[int]:
-        """Releases the longest run of whole tokens within num_free bytes that ends at a character's border."""
+        """Releases the longest run of whole tokens within num_free bytes that ends at a character's border, and before any stop text may begin."""
         best, end, position = 0, 0, 0
-        for count, token in enumerate(self._held_ids, 1):
-            position += len(self._bytes_of(token))
+        for count, token in enumerate(self._held_ids[: self._num_free_tokens()], 1):
+            position += len(_bytes_of(self._rules.shown, token))
             if position > num_free:
                 break
-            if not num_incomplete_bytes(self._held[:position]):
+            if not num_incomplete_bytes(self._held[max(0, position - 4) : position]):
                 best, end = count, position
         ids, self._held_ids, self._held = self._held_ids[:best], self._held_ids[best:], self._held[end:]
         return ids
 
-    def _bytes_of(self, token: int) -> bytes:
-        # A model's vocabulary may be padded beyond its tokenizer's.
-        return self._token_bytes[token] if token < len(self._token_bytes) else b""
+    def _num_free_tokens(self) -> int:
+        """How many of the held tokens lie before what may become a stop text."""
+        matched, count = max(self._matched, default=0), len(self._held_ids)
+        while matched > 0 and count:
+            count -= 1
+            matched -= len(_bytes_of(self._rules.full, self._held_ids[count]))
+        return count
 
     def _num_held_bytes(self) -> int:
         """How many bytes at the end must not be shown yet."""
-        matching = max((num_matching_at_end(self._held, stop) for stop in self._rules.stops), default=0)
-        return max(matching, num_incomplete_bytes(self._held))
+        return max(self._num_shown_in_last(max(self._matched, default=0)), num_incomplete_bytes(self._held[-4:]))
+
+
+def _bytes_of(table: Seq[bytes], token: int) -> bytes:
+    # A model's vocabulary may be padded beyond its tokenizer's.
+    return table[token] if token < len(table) else b""

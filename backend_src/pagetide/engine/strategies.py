@@ -4,16 +4,19 @@ from __future__ import annotations
 
 import hashlib
 import secrets
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Protocol
 
+import numpy as np
+
 from pagetide.engine.guides import GuideState
 from pagetide.engine.sequence import Sequence, SequenceGroup
-from pagetide.engine.stops import StopChecker, StopRules
-from pagetide.runner.plan import LogitEdit, RowParams
+from pagetide.engine.stops import StopChecker, StopRules, stop_text
+from pagetide.runner.plan import NO_EDITS, BeamCandidates, LogitEdit, RowEdits, RowParams, bits_of
 from pagetide.text.tokens import Vocabulary
-from pagetide.types import Request, SamplingParams
+from pagetide.types import MIN_TEMPERATURE, Request, SamplingParams
 
 
 @dataclass(frozen=True)
@@ -33,9 +36,9 @@ class ModelLimits:
 
 @dataclass(frozen=True)
 class Answer:
-    """A sequence as its client sees it."""
+    """A sequence as its client sees it; None where there is none: an answer without tokens."""
 
-    sequence: Sequence
+    sequence: Sequence | None
     index: int
     reason: str
 
@@ -77,10 +80,12 @@ class BeamSearch:
 
     Each step looks at num_candidates continuations of all beams together. Those that end and are among the first `width` become finished
     beams, if they score better than the worst of at most `width` finished ones; the others are the beams of the next step.
+    num_for_each: so many continuations of each beam are enough to find them.
     """
 
     width: int
     num_candidates: int
+    num_for_each: int
     num_answers: int
     length_penalty: float
     early_stopping: bool
@@ -89,20 +94,27 @@ class BeamSearch:
 
     def go_on(self, beams: list[Sequence]) -> list[tuple[Sequence, Sequence]]:
         """(beam, its continuation) for the next step, none when the search is over. All beams have candidates."""
-        continuations = [(beam, token, score) for beam in beams for token, score in beam.candidates or ()]
-        continuations.sort(key=lambda one: -(one[0].cumulative_logprob + one[2].logprob))
         following: list[tuple[Sequence, Sequence]] = []
         was_full = len(self.finished) == self.width
-        for place, (beam, token, score) in enumerate(continuations[: self.num_candidates]):
-            child = beam.child(token, score)
-            reason = child.stops.push(token) or ("length" if len(child.token_ids) >= child.max_len else "")
+        for place, (beam, rank) in enumerate(self._best(beams)):
+            child = beam.child(rank)
+            reason = child.stops.push(child.token_ids[-1]) or ("length" if len(child.token_ids) >= child.max_len else "")
             if not reason:
                 following.append((beam, child))
             elif place < self.width and self.can_improve and not (was_full and self.early_stopping):
                 self._finish(child, reason)
-        following = following[: self.width]
+            if len(following) == self.width and place + 1 >= self.width:
+                break
         self._look_ahead([child for _, child in following])
         return [] if self._is_over else following
+
+    def _best(self, beams: list[Sequence]) -> list[tuple[Sequence, int]]:
+        """(beam, place among its candidates) of the best continuations that are allowed, best first."""
+        scores = np.concatenate([beam.beam_score + known(beam).scores for beam in beams])
+        owners = np.repeat(np.arange(len(beams)), [len(known(beam).scores) for beam in beams])
+        ranks = np.concatenate([np.arange(len(known(beam).scores)) for beam in beams])
+        order = np.argsort(-scores, kind="stable")[: self.num_candidates]
+        return [(beams[owners[i]], int(ranks[i])) for i in order.tolist() if np.isfinite(scores[i])]
 
     def _finish(self, child: Sequence, reason: str) -> None:
         self.finished.append((self._score(child), child, reason))
@@ -110,7 +122,7 @@ class BeamSearch:
         del self.finished[self.width :]
 
     def _score(self, beam: Sequence) -> float:
-        return beam.cumulative_logprob / (len(beam.token_ids) - beam.num_prompt) ** self.length_penalty
+        return beam.beam_score / (len(beam.token_ids) - beam.num_prompt) ** self.length_penalty
 
     def _look_ahead(self, beams: list[Sequence]) -> None:
         if beams and len(self.finished) == self.width:
@@ -121,13 +133,24 @@ class BeamSearch:
         return not self.can_improve or (self.early_stopping and len(self.finished) == self.width)
 
     def answers(self, beams: list[Sequence], reason: str) -> list[Answer]:
-        """The best num_answers beams. beams, reason: those that still ran when the request was ended from outside, and why."""
-        unfinished = sorted(beams, key=lambda beam: -beam.cumulative_logprob)
-        best = [(sequence, why) for _, sequence, why in self.finished] + [(sequence, reason) for sequence in unfinished]
+        """The best num_answers beams. beams, reason: those that still ran when the search ended, and why it did.
+
+        Where there are fewer (the search had not begun, or the rules of the request leave fewer), the last answers have no tokens.
+        """
+        unfinished = sorted(beams, key=lambda beam: -beam.beam_score)
+        best: list[tuple[Sequence | None, str]] = [(sequence, why) for _, sequence, why in self.finished]
+        best += [(sequence, reason) for sequence in unfinished]
+        best += [(None, reason)] * (self.num_answers - len(best))
         return [Answer(sequence, index, why) for index, (sequence, why) in enumerate(best[: self.num_answers])]
 
     def end(self, sequence: Sequence, reason: str) -> list[Answer]:
         raise AssertionError("beams end together, by answers()")
+
+
+def known(beam: Sequence) -> BeamCandidates:
+    """The candidates of a beam that has them."""
+    assert beam.candidates is not None
+    return beam.candidates
 
 
 # -- from a request to its sequences -----------------------------------------------------------------------------------
@@ -137,9 +160,11 @@ def group_of(request: Request, limits: ModelLimits, arrival: int, now_ns: int) -
     """A request's group. Its sequences beside the first are followers of that, or, with beam search, come later."""
     params = request.params
     group = SequenceGroup(request, strategy_of(params, limits), request.arrival_ns or now_ns)
+    if params.guide is not None and params.allowed_token_ids:
+        group.allowed_bits = bits_of(params.allowed_token_ids, limits.vocab_size)
     seed = secrets.randbits(63) if params.seed is None else params.seed
     rules = stop_rules(params, limits)
-    edits = edits_of(params, rules, len(request.prompt_ids), limits.vocabulary)
+    edits = edits_of(params, rules, len(request.prompt_ids), limits)
     num_samples = 1 if group.is_beam_search else params.num_sequences
     for index in range(num_samples):
         sampling = row_params(request, _seed_of_sample(seed, index), edits)
@@ -153,15 +178,18 @@ def group_of(request: Request, limits: ModelLimits, arrival: int, now_ns: int) -
 def is_plain(request: Request, sampling: RowParams) -> bool:
     """True if nothing but tokens is asked for, and no logits have to be changed for them."""
     params = request.params
-    changes = sampling.edits or sampling.has_penalties or sampling.allowed or params.guide is not None
+    changes = len(sampling.edits) or sampling.has_penalties or sampling.allowed or params.guide is not None
     reports = params.logprobs is not None or params.prompt_logprobs is not None or request.context_logits or request.generation_logits
     return not (changes or reports or params.picks_best)
 
 
 def strategy_of(params: SamplingParams, limits: ModelLimits) -> Strategy:
     if params.beam_width > 1:
-        num_candidates = max(2, 1 + len(end_ids_of(params, limits))) * params.beam_width
-        return BeamSearch(params.beam_width, num_candidates, params.n, params.length_penalty, params.early_stopping)
+        width, num_ends = params.beam_width, len(end_ids_of(params, limits))
+        num_candidates = max(2, 1 + num_ends) * width
+        # Of one beam, the first `width` count, and the first `width` that do not end: at most num_ends lie between.
+        num_for_each = min(max(2 * width, width + num_ends), limits.vocab_size)
+        return BeamSearch(width, num_candidates, num_for_each, params.n, params.length_penalty, params.early_stopping)
     return BestOf(params.n, params.num_sequences) if params.picks_best else Samples()
 
 
@@ -182,9 +210,10 @@ def end_ids_of(params: SamplingParams, limits: ModelLimits) -> frozenset[int]:
 
 def stop_rules(params: SamplingParams, limits: ModelLimits) -> StopRules:
     return StopRules(
-        token_bytes=limits.vocabulary.table(params.skip_special_tokens),
+        shown=limits.vocabulary.table(params.skip_special_tokens),
+        full=limits.vocabulary.full,
         end_ids=end_ids_of(params, limits),
-        stops=tuple(text.encode() for text in params.stop_texts),
+        stops=tuple(stop_text(text.encode()) for text in params.stop_texts),
         includes_stop=params.include_stop_str_in_output,
         # A guide decides by itself when the answer may end.
         min_tokens_to_end=0 if params.guide is not None else params.min_tokens,
@@ -200,21 +229,24 @@ def max_len_of(request: Request, limits: ModelLimits) -> int:
     return num_prompt + (min(limits.max_output_tokens, room) if asked is None else min(asked, room))
 
 
-def edits_of(params: SamplingParams, rules: StopRules, num_prompt: int, vocabulary: Vocabulary) -> tuple[LogitEdit, ...]:
-    """All changes of single logits that the request asks for."""
-    never = float("-inf")
-    edits = [LogitEdit(token, bias) for token, bias in params.logit_bias.items()]
-    edits += [LogitEdit(token, bias) for word, bias in params.word_bias.items() for token in vocabulary.encode(word)]
-    edits += [LogitEdit(ids[-1], never, prefix=ids[:-1]) for word in params.bad_words for ids in vocabulary.spellings(word)]
+def edits_of(params: SamplingParams, rules: StopRules, num_prompt: int, limits: ModelLimits) -> RowEdits:
+    """All changes of single logits that the request asks for; one for each token, as far as they do not depend on what came before."""
+    never, vocabulary = float("-inf"), limits.vocabulary
+    biases = Counter(params.logit_bias)
+    for word, bias in params.word_bias.items():
+        biases.update({token: bias * count for token, count in Counter(vocabulary.encode(word)).items()})
+    edits = [LogitEdit(token, bias) for token, bias in biases.items()]
+    edits += [LogitEdit(ids[-1], never, prefix=ids[:-1]) for word in filter(None, params.bad_words) for ids in vocabulary.spellings(word)]
     if rules.min_tokens_to_end:
-        edits += [LogitEdit(token, never, below=num_prompt + rules.min_tokens_to_end) for token in sorted(rules.end_ids)]
-    return tuple(edits)
+        below = num_prompt + rules.min_tokens_to_end
+        edits += [LogitEdit(token, never, below) for token in sorted(rules.end_ids) if token < limits.vocab_size]
+    return RowEdits.of(edits) if edits else NO_EDITS
 
 
-def row_params(request: Request, seed: int, edits: tuple[LogitEdit, ...]) -> RowParams:
+def row_params(request: Request, seed: int, edits: RowEdits) -> RowParams:
     params = request.params
     return RowParams(
-        temperature=0.0 if params.beam_width > 1 else params.temperature,
+        temperature=0.0 if params.beam_width > 1 or params.temperature < MIN_TEMPERATURE else params.temperature,
         top_k=max(params.top_k, 0),
         top_p=params.top_p,
         min_p=params.min_p,

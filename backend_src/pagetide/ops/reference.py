@@ -59,8 +59,9 @@ def apply_rotary(x: torch.Tensor, cos_sin: torch.Tensor) -> torch.Tensor:
 
 
 def argmax(logits: torch.Tensor) -> torch.Tensor:
-    """The most likely token of each row: [s, vocabulary] -> int64 [s]."""
-    return logits.argmax(-1)
+    """The most likely token of each row: [s, vocabulary] -> int64 [s]; -1 where the largest logit is no finite number."""
+    best = logits.nan_to_num(nan=-torch.inf, posinf=torch.inf, neginf=-torch.inf).max(-1)
+    return torch.where(best.values.isfinite(), best.indices, -1)
 
 
 def sample(
@@ -76,8 +77,10 @@ def sample(
 
     Temperature 0 is the argmax. Otherwise: scale, keep the top_k likeliest, of those the smallest set with probability top_p, of those
     the ones with at least min_p of the likeliest's probability (ties at a border are all kept), and draw by the Gumbel-max rule with noise
-    that is a function of (seed, position, token): the same row gives the same token in any batch.
+    that is a function of (seed, position, token): the same row gives the same token in any batch. -1 where no logit is finite, as in argmax.
     """
+    likeliest = argmax(logits)
+    logits = torch.where((likeliest < 0).unsqueeze(1), 0.0, logits.nan_to_num(nan=-torch.inf, neginf=-torch.inf))
     is_greedy = temperature == 0
     scaled = logits / torch.where(is_greedy, 1.0, temperature).unsqueeze(1)
     ordered = scaled.sort(-1, descending=True).values
@@ -93,7 +96,7 @@ def sample(
     threshold = torch.maximum(threshold, kth)
     threshold = torch.maximum(threshold, ordered[:, :1] + min_p.unsqueeze(1).log())
     noisy = (scaled + gumbel_noise(seed, position, vocabulary)).masked_fill(scaled < threshold, -torch.inf)
-    return torch.where(is_greedy, logits.argmax(-1), noisy.argmax(-1))
+    return torch.where(is_greedy | (likeliest < 0), likeliest, noisy.argmax(-1))
 
 
 def penalize(
@@ -152,13 +155,23 @@ def score(logits: torch.Tensor, ids: torch.Tensor, num_top: int) -> list[torch.T
     return [(own - total).squeeze(1), ranks, top.indices, top.values - total]
 
 
+def score_many(logits: torch.Tensor, ids: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Log-probabilities float32 [b, k] and ranks int64 [b, k] (1: the likeliest) of k tokens for each row of logits float32 [b, vocabulary]."""
+    own = logits.gather(1, ids)
+    ordered = logits.sort(-1, descending=True).values
+    # Searching upwards in negated values: how many are larger.
+    ranks = torch.searchsorted(-ordered, -own) + 1
+    return own - logits.logsumexp(-1, keepdim=True), ranks
+
+
 def gumbel_noise(seed: torch.Tensor, position: torch.Tensor, vocabulary: int) -> torch.Tensor:
     """Gumbel noise float32 [s, vocabulary], a pure function of (seed, position, token); seed, position int64 [s]."""
     token = torch.arange(vocabulary, device=seed.device).unsqueeze(0)
     state = _mix((seed & _MASK_32) ^ _mix((seed >> 32) & _MASK_32))
     state = _mix(state ^ _mix(position & _MASK_32)).unsqueeze(1)
     bits = _mix(state ^ _mix(token + 0x9E3779B9 & _MASK_32))
-    uniform = ((bits >> 8).float() + 0.5) * 2.0**-24
+    # 23 bits and a half are exact in float32: with one more the largest would round to 1, and its noise would be infinite.
+    uniform = ((bits >> 9).float() + 0.5) * 2.0**-23
     return -(-uniform.log()).log()
 
 

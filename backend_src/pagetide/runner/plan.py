@@ -7,12 +7,13 @@ sequence i is at sum(counts[:i]) + k.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
 
 ALWAYS = 2**31 - 1
+NO_TOKEN = -1  # what a row samples that has no token left to choose from
 
 
 def _no_rows() -> np.ndarray:
@@ -36,6 +37,35 @@ class LogitEdit:
     prefix: tuple[int, ...] = ()
 
 
+@dataclass(frozen=True, eq=False)
+class RowEdits:
+    """The LogitEdits of one row as arrays, int32 [e] each but biases (float32); prefixes: of all edits, one after the other."""
+
+    tokens: np.ndarray
+    biases: np.ndarray
+    below: np.ndarray
+    prefix_lengths: np.ndarray
+    prefixes: np.ndarray
+    last: int = 0  # no edit applies from this position on
+
+    @classmethod
+    def of(cls, edits: Sequence[LogitEdit]) -> RowEdits:
+        return cls(
+            tokens=np.array([edit.token for edit in edits], np.int32),
+            biases=np.array([edit.bias for edit in edits], np.float32),
+            below=np.array([min(edit.below, ALWAYS) for edit in edits], np.int32),
+            prefix_lengths=np.array([len(edit.prefix) for edit in edits], np.int32),
+            prefixes=np.array([token for edit in edits for token in edit.prefix], np.int32),
+            last=max((edit.below for edit in edits), default=0),
+        )
+
+    def __len__(self) -> int:
+        return len(self.tokens)
+
+
+NO_EDITS = RowEdits.of(())
+
+
 @dataclass(frozen=True)
 class RowParams:
     """What the sampler needs to know of a sequence, constant while it holds its row. Fields are those of SamplingParams.
@@ -52,7 +82,7 @@ class RowParams:
     repetition_penalty: float = 1.0
     presence_penalty: float = 0.0
     frequency_penalty: float = 0.0
-    edits: tuple[LogitEdit, ...] = ()
+    edits: RowEdits = NO_EDITS
     allowed: tuple[int, ...] = ()
 
     @property
@@ -61,7 +91,7 @@ class RowParams:
 
     def edits_at(self, position: int) -> bool:
         """True if some edit may change the logits for this position."""
-        return any(position < edit.below for edit in self.edits)
+        return position < self.edits.last
 
 
 @dataclass(frozen=True)
@@ -132,10 +162,29 @@ class TokenScores:
 
 
 @dataclass(frozen=True)
+class BeamCandidates:
+    """For [b] beams the [k] likeliest tokens after all changes of logits, best first.
+
+    scores: log-probabilities by which beams are compared. logprobs, ranks: of the same tokens under the model's own distribution, with its
+    likeliest tokens [b, w].
+    """
+
+    ids: np.ndarray
+    scores: np.ndarray
+    logprobs: np.ndarray
+    ranks: np.ndarray
+    top_ids: np.ndarray
+    top_logprobs: np.ndarray
+
+
+@dataclass(frozen=True)
 class StepTokens:
-    """What a step brought. ids int64 [s], in the order of sample_rows; scores, candidates, logits float32 [k, vocabulary] as the plan asked."""
+    """What a step brought. ids int64 [s], in the order of sample_rows; NO_TOKEN where all are ruled out, or the logits are no numbers.
+
+    scores, candidates, logits float32 [k, vocabulary]: as the plan asked.
+    """
 
     ids: np.ndarray
     scores: TokenScores | None = None
-    candidates: TokenScores | None = None
+    candidates: BeamCandidates | None = None
     logits: np.ndarray | None = None

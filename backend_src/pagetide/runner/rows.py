@@ -6,7 +6,7 @@ import numpy as np
 import torch
 
 from pagetide.ops.batch import LogitEdits
-from pagetide.runner.plan import Admission, LogitEdit, StepPlan, bits_of
+from pagetide.runner.plan import NO_EDITS, Admission, StepPlan, bits_of
 
 _FLOATS = ("temperature", "top_p", "min_p", "repetition_penalty", "presence_penalty", "frequency_penalty")
 _INTEGERS = ("top_k", "seed", "num_prompt")
@@ -31,7 +31,7 @@ class Rows:
         self.params = dict(columns)
         self.masks = torch.zeros((max_rows, -(-vocab_size // 32)), dtype=torch.int32, device=device)
         self.is_masked = torch.zeros(max_rows, dtype=torch.bool, device=device)
-        self._edits_of: list[tuple[LogitEdit, ...]] = [()] * max_rows
+        self._edits_of = [NO_EDITS] * max_rows
         self.edits = self._gather_edits()
 
     def apply(self, plan: StepPlan) -> None:
@@ -64,23 +64,25 @@ class Rows:
         before = [self._edits_of[a.row] for a in admissions]
         for admission in admissions:
             self._edits_of[admission.row] = admission.params.edits
-        if any(before) or any(a.params.edits for a in admissions):
+        if any(map(len, before)) or any(len(a.params.edits) for a in admissions):
             self.edits = self._gather_edits()
 
     def _gather_edits(self) -> LogitEdits:
-        edits = [edit for row in self._edits_of for edit in row]
-        counts = [len(row) for row in self._edits_of]
+        edits = self._edits_of
 
-        def starts(lengths: list[int]) -> torch.Tensor:
-            return self.to_device(np.concatenate([[0], np.cumsum(np.array(lengths, np.int64))]).astype(np.int32))
+        def joined(name: str) -> np.ndarray:
+            return np.concatenate([getattr(row, name) for row in edits])
+
+        def starts(lengths: np.ndarray) -> torch.Tensor:
+            return self.to_device(np.concatenate([[0], np.cumsum(lengths)]).astype(np.int32))
 
         return LogitEdits(
-            starts=starts(counts),
-            tokens=self.to_device(np.array([edit.token for edit in edits], np.int32)),
-            biases=self.to_device(np.array([edit.bias for edit in edits], np.float32)),
-            below=self.to_device(np.array([edit.below for edit in edits], np.int32)),
-            prefix_starts=starts([len(edit.prefix) for edit in edits]),
-            prefixes=self.to_device(np.array([token for edit in edits for token in edit.prefix], np.int32)),
+            starts=starts(np.array([len(row) for row in edits])),
+            tokens=self.to_device(joined("tokens")),
+            biases=self.to_device(joined("biases")),
+            below=self.to_device(joined("below")),
+            prefix_starts=starts(joined("prefix_lengths")),
+            prefixes=self.to_device(joined("prefixes")),
         )
 
     def to_device(self, array: np.ndarray) -> torch.Tensor:

@@ -7,8 +7,9 @@ from itertools import islice
 import numpy as np
 import torch
 
+from pagetide.ops import reference
 from pagetide.ops.table import Ops
-from pagetide.runner.plan import StepPlan, StepTokens, TokenScores
+from pagetide.runner.plan import BeamCandidates, StepPlan, StepTokens, TokenScores
 from pagetide.runner.rows import Rows
 
 
@@ -25,6 +26,7 @@ class Sampler:
         rows = state.indices(plan.sample_rows)
         positions = state.indices(plan.sample_positions)
         raw = self._take(logits, plan.scored, plan.adjusts_logits)
+        raw_of_beams = self._take(logits, plan.beams, will_change=True) if plan.adjusts_logits else None
         kept = self._take(logits, plan.kept, will_change=True)  # the next step's logits take their place
         sampled, own = logits[: plan.num_sampled], rows[: plan.num_sampled]
         places = positions[: plan.num_sampled]
@@ -32,15 +34,27 @@ class Sampler:
             state.set_masks(plan.guided, masks)
         self._adjust(plan, sampled, own, places)
         ids = self._ops.argmax(sampled) if plan.is_greedy else self._sample(sampled, own, places)
-        state.history[own, places] = ids
+        # A row without a token has ended, but its next step may be on its way: that reads token 0.
+        known = ids.clamp(min=0)
+        state.history[own, places] = known
         results = [ids]
         if raw is not None:
             chosen = state.indices(plan.scored)
             results += self._ops.score(raw, state.history[rows[chosen], positions[chosen]], plan.num_top)
         if len(plan.beams):
             chosen = state.indices(plan.beams)
-            results += self._ops.score(sampled[chosen], ids[chosen], plan.num_candidates)
+            results += self._candidates(plan, sampled[chosen], known[chosen], raw_of_beams)
         return results if kept is None else [*results, kept]
+
+    def _candidates(self, plan: StepPlan, logits: torch.Tensor, ids: torch.Tensor, raw: torch.Tensor | None) -> list[torch.Tensor]:
+        """BeamCandidates' fields. logits: of the plan's beams, after all changes; raw: before them, None if there were none."""
+        _, _, tokens, scores = self._ops.score(logits, ids, max(plan.num_candidates, plan.num_top))
+        if raw is None:
+            ranks = torch.arange(1, tokens.shape[1] + 1, device=tokens.device).expand_as(tokens)
+            return [tokens, scores, scores, ranks, tokens[:, : plan.num_top], scores[:, : plan.num_top]]
+        top = self._ops.score(raw, ids, plan.num_top)[2:]
+        logprobs, ranks = reference.score_many(raw, tokens)
+        return [tokens, scores, logprobs, ranks, *top]
 
     def _take(self, logits: torch.Tensor, index: np.ndarray, will_change: bool) -> torch.Tensor | None:
         """Some rows as the model gave them."""
@@ -72,5 +86,5 @@ def read_results(plan: StepPlan, results: list[np.ndarray]) -> StepTokens:
         return TokenScores(*islice(left, 4))
 
     scores = take_scores() if len(plan.scored) else None
-    candidates = take_scores() if len(plan.beams) else None
+    candidates = BeamCandidates(*islice(left, 6)) if len(plan.beams) else None
     return StepTokens(ids, scores, candidates, logits=next(left, None))

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import fcntl
 import logging
 import os
 import queue
+import stat
 import subprocess
 import sys
 import tempfile
@@ -12,6 +14,7 @@ import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import TextIO
 
 import msgspec
 import zmq
@@ -20,10 +23,11 @@ import zmq.utils.monitor
 import pagetide
 from pagetide.config import Settings
 from pagetide.engine.messages import ERROR_PREFIX, Cancel, FromEngine, Hello, Outputs, Ready, Refused, Statistics, Submit, ToEngine
-from pagetide.types import EngineInfo, Output, QueueFullError, Request, RequestError
+from pagetide.types import EngineInfo, Output, Request
 
 log = logging.getLogger("pagetide.client")
 
+_MAX_SOCKET_PATH = 107  # sockaddr_un's 108 bytes with a zero at the end
 NOT_RUNNING = "the engine is not running; it is being started again"
 
 
@@ -32,10 +36,17 @@ class EngineStartError(RuntimeError):
 
 
 def socket_path(server_pid: int) -> Path:
-    """Where the engine of the Triton server with this process id listens."""
+    """Where the engine of the Triton server with this process id listens. Raises EngineStartError if no such place is safe."""
     folder = Path(tempfile.gettempdir()) / f"pagetide-{os.getuid()}"
     folder.mkdir(mode=0o700, exist_ok=True)
-    return folder / f"engine-{server_pid}.sock"
+    facts = folder.lstat()
+    if not stat.S_ISDIR(facts.st_mode) or facts.st_uid != os.getuid() or facts.st_mode & 0o022:
+        # Whoever can write there could put a socket of his own in the engine's place.
+        raise EngineStartError(f"{folder} must be a folder that only user {os.getuid()} can write to; remove it, or set TMPDIR to another place")
+    path = folder / f"engine-{server_pid}.sock"
+    if len(os.fsencode(path)) > _MAX_SOCKET_PATH:
+        raise EngineStartError(f"{path} is too long for a socket (more than {_MAX_SOCKET_PATH} bytes); set TMPDIR to a shorter path")
+    return path
 
 
 def failure_file(path: Path) -> Path:
@@ -63,7 +74,7 @@ class EngineClient:
         self._on_refused = on_refused
         self._on_lost = on_lost
         self._decoder = msgspec.msgpack.Decoder(FromEngine)
-        self._to_send: queue.SimpleQueue[ToEngine | None] = queue.SimpleQueue()
+        self._to_send: queue.SimpleQueue[tuple[bytes, list[int]] | None] = queue.SimpleQueue()  # (message, numbers of the requests in it)
         self._wake_read, self._wake_write = os.pipe()
         self._connected = threading.Event()
         self.engine: EngineInfo | None = None
@@ -86,8 +97,8 @@ class EngineClient:
         return self._connected.wait(timeout_s)
 
     def submit(self, requests: list[Request]) -> None:
-        """Sends requests; those that cannot be delivered are refused through on_refused."""
-        self._post(Submit(requests))
+        """Sends requests; those that cannot be delivered are refused through on_refused. Raises what cannot be written as a message."""
+        self._post(Submit(requests), [request.number for request in requests])
 
     def cancel(self, numbers: list[int], request_id: str = "") -> None:
         """Ends requests; those that have ended already are left alone."""
@@ -98,8 +109,8 @@ class EngineClient:
         os.write(self._wake_write, b"x")
         self._thread.join()
 
-    def _post(self, message: ToEngine) -> None:
-        self._to_send.put(message)
+    def _post(self, message: ToEngine, numbers: list[int] | None = None) -> None:
+        self._to_send.put((msgspec.msgpack.encode(message), numbers or []))
         os.write(self._wake_write, b"x")
 
     def _run(self) -> None:
@@ -132,8 +143,8 @@ class EngineClient:
             match self._decoder.decode(self._socket.recv()):
                 case Outputs(outputs):
                     self._on_outputs(outputs)
-                case Refused(number, reason, is_invalid):
-                    self._on_refused(number, RequestError(reason) if is_invalid else QueueFullError(reason))
+                case Refused() as refused:
+                    self._on_refused(refused.number, refused.error)
                 case Statistics() as statistics:
                     if self._on_statistics is not None:
                         self._on_statistics(statistics)
@@ -144,7 +155,7 @@ class EngineClient:
     def _follow_connection(self) -> None:
         event = zmq.utils.monitor.recv_monitor_message(self._monitor)["event"]
         if event == zmq.EVENT_HANDSHAKE_SUCCEEDED:
-            self._socket.send(msgspec.msgpack.encode(Hello(wants_statistics=self._on_statistics is not None)))
+            self._send(msgspec.msgpack.encode(Hello(wants_statistics=self._on_statistics is not None)))
         elif event == zmq.EVENT_DISCONNECTED:
             self._connected.clear()
             self._on_lost()
@@ -152,19 +163,29 @@ class EngineClient:
     def _send_all(self) -> bool:
         """Sends what has been posted; False when the client is to be closed."""
         while not self._to_send.empty():
-            message = self._to_send.get()
-            if message is None:
+            posted = self._to_send.get()
+            if posted is None:
                 return False
-            if self._connected.is_set():
-                self._socket.send(msgspec.msgpack.encode(message))
-            elif isinstance(message, Submit):
-                for request in message.requests:
-                    self._on_refused(request.number, ConnectionError(NOT_RUNNING))
+            message, numbers = posted
+            if not self._connected.is_set() or not self._send(message):
+                for number in numbers:
+                    self._on_refused(number, ConnectionError(NOT_RUNNING))
+        return True
+
+    def _send(self, message: bytes) -> bool:
+        """False if the engine has gone meanwhile: waiting for the next one would stop this thread, and with it every answer."""
+        try:
+            self._socket.send(message, zmq.NOBLOCK)
+        except zmq.Again:
+            return False
         return True
 
 
 class EngineSupervisor:
-    """Owns the engine process: starts it, and starts it again whenever it ends by itself."""
+    """Owns the engine process: starts it, and starts it again whenever it ends by itself.
+
+    Raises EngineStartError if another one of the same server does so already: two engines cannot listen on one socket.
+    """
 
     def __init__(self, settings: Settings, path: Path, log: Callable[[str], None]):
         self._settings = settings
@@ -173,6 +194,7 @@ class EngineSupervisor:
         self._stopping = threading.Event()
         self._has_started = threading.Event()
         self.num_restarts = 0
+        self._lock = _exclusive_lock(path.with_suffix(".lock"))
         failure_file(path).unlink(missing_ok=True)
         self._process = self._spawn()
         self._watcher = threading.Thread(target=self._watch, name="pagetide-supervisor", daemon=True)
@@ -188,12 +210,14 @@ class EngineSupervisor:
         self._process.kill()
         self._watcher.join()
         self._path.unlink(missing_ok=True)
+        self._path.with_suffix(".lock").unlink(missing_ok=True)
+        self._lock.close()
 
     def _spawn(self) -> subprocess.Popen[str]:
         source = str(Path(pagetide.__file__).parents[1])
         environment = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, (source, os.environ.get("PYTHONPATH"))))}
         settings = msgspec.json.encode(self._settings).decode()
-        command = [sys.executable, "-m", "pagetide.engine.process", settings, f"ipc://{self._path}"]
+        command = [sys.executable, "-m", "pagetide.engine", str(os.getpid()), settings, f"ipc://{self._path}"]
         return subprocess.Popen(command, stdout=subprocess.PIPE, stdin=subprocess.DEVNULL, text=True, env=environment)
 
     def _watch(self) -> None:
@@ -225,6 +249,19 @@ class EngineSupervisor:
                 said = line.removeprefix(ERROR_PREFIX).strip()
         code = self._process.wait()
         return said or (f"signal {-code}" if code < 0 else f"exit code {code}")
+
+
+def _exclusive_lock(file: Path) -> TextIO:
+    """Holds the file until it is closed, or this process ends."""
+    opened = file.open("w")
+    try:
+        fcntl.flock(opened, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        opened.close()
+        raise EngineStartError(
+            "another model of this server runs its engine already: `llm` must have one instance, and no copy; unload it before it is loaded again"
+        ) from None
+    return opened
 
 
 def wait_for_engine(client: EngineClient, path: Path, timeout_s: float) -> None:

@@ -13,7 +13,7 @@ from typing import Any
 import msgspec
 import numpy as np
 
-from pagetide.serving.values import CONVERTERS, json_object, json_value, shown, text
+from pagetide.serving.values import CONVERTERS, boolean, int32, json_object, json_value, shown, text
 from pagetide.types import GUIDE_KINDS, EngineInfo, Guide, Request, RequestError, SamplingParams
 
 Value = Any
@@ -72,6 +72,7 @@ class Field:
 
 
 _INT32 = 2**31 - 1
+_NEVER_NS = 10 * 365 * 86_400 * 10**9  # ten years: whoever asks for more asks for no limit
 MAX_WORDS, MAX_WORD_LENGTH = 64, 1024  # each new token is compared with all stop texts, and may be with all bad words
 MAX_TOKEN_RULES = 1024  # logit_bias and token lists
 MAX_LOGPROBS = 20
@@ -98,7 +99,7 @@ FIELDS = (
     sampling("max_tokens", "INT32", "at most so many new tokens", "rest of the context", low=1, high=_INT32),
     sampling("min_tokens", "INT32", "no end before so many new tokens", "0", ("min_length",), low=0, high=_INT32),
     Field("stream", "BOOL", "responses as tokens come; otherwise one for each sequence, at its end", "false"),
-    sampling("temperature", "FP32", "0 is greedy", "the model's, 1.0", low=0, high=10**6),
+    sampling("temperature", "FP32", "0 is greedy, as is all below 0.001", "the model's, 1.0", low=0, high=10**6),
     sampling("top_k", "INT32", "keep the k likeliest tokens; 0 and -1: all", "the model's, 0", ("runtime_top_k",), low=-1, high=_INT32),
     sampling(
         "top_p",
@@ -116,9 +117,8 @@ FIELDS = (
         "FP32",
         "above 1: tokens of prompt and answer become less likely",
         "the model's, 1.0",
-        low=0,
-        high=1000,
-        is_above_low=True,
+        low=0.01,
+        high=100,
     ),
     sampling("presence_penalty", "FP32", "taken from the logits of tokens that the answer has", "0.0", low=-2, high=2),
     sampling("frequency_penalty", "FP32", "the same, for each occurrence", "0.0", low=-2, high=2),
@@ -209,11 +209,13 @@ class Defaults(msgspec.Struct, frozen=True):
     """What holds where a request says nothing: the model's own sampling, and the settings' rules.
 
     is_greedy: without top_k, top_p, min_p and seed a request is greedy (TensorRT-LLM's rule).
+    flag_asks_for_logprobs: return_logprobs alone asks for the sampled tokens' (Triton's vLLM backend answers null then).
     """
 
     params: SamplingParams = SamplingParams()
     is_greedy: bool = False
     excludes_input: bool = True
+    flag_asks_for_logprobs: bool = True
 
 
 NO_DEFAULTS = Defaults()
@@ -250,6 +252,8 @@ class ParsedRequest(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=Tru
 def parse(tensors: Mapping[str, np.ndarray], parameters: Mapping[str, Any], defaults: Defaults = NO_DEFAULTS) -> list[ParsedRequest]:
     """The prompts of one client request. tensors: [B, ...] each, by name; parameters: the request's own, by name. Raises RequestError."""
     given = {name: field for name, field in tensor_fields() if name in tensors}
+    if _is_cancel(tensors, parameters):
+        return [ParsedRequest(cancel=True)]
     _refuse_twice(given.values())
     sizes = {len(tensors[name]) for name in given}
     if len(sizes) > 1:
@@ -258,9 +262,16 @@ def parse(tensors: Mapping[str, np.ndarray], parameters: Mapping[str, Any], defa
     return [_parse_row(tensors, given, row, shared, defaults) for row in range(sizes.pop() if sizes else 1)]
 
 
+def _is_cancel(tensors: Mapping[str, np.ndarray], parameters: Mapping[str, Any]) -> bool:
+    """A cancel looks at no other field: TensorRT-LLM's clients send values with it that no request may have."""
+    if "cancel" in tensors:
+        return bool(tensors["cancel"].any())
+    return "cancel" in parameters and boolean("cancel", parameters["cancel"])
+
+
 def timed(parsed: ParsedRequest, arrival_ns: int, timeout_us: int) -> ParsedRequest:
     """The request with its arrival and deadline on the monotonic clock. timeout_us: the request's own, beside timeout_ms; 0: none."""
-    limits = [limit for limit in (parsed.timeout_ms * 10**6, timeout_us * 10**3) if limit]
+    limits = [limit for limit in (parsed.timeout_ms * 10**6, timeout_us * 10**3) if 0 < limit < _NEVER_NS]
     return msgspec.structs.replace(parsed, arrival_ns=arrival_ns, deadline_ns=arrival_ns + min(limits) if limits else 0)
 
 
@@ -288,8 +299,9 @@ def _parse_row(
 
 def _assemble(values: dict[str, Value], defaults: Defaults) -> ParsedRequest:
     prompts = [name for name in _PROMPTS if name in values]
-    cancel = values.get("cancel", False)
-    if len(prompts) != 1 and not cancel:
+    if values.get("cancel", False):
+        return ParsedRequest(cancel=True)
+    if len(prompts) != 1:
         said = " and ".join(prompts) or "none of them"
         raise RequestError(f"a request needs exactly one of {', '.join(_PROMPTS)}; it has {said}")
     for name in ("lora_name", "lora_task_id"):
@@ -311,13 +323,14 @@ def _assemble(values: dict[str, Value], defaults: Defaults) -> ParsedRequest:
         chat_template_kwargs=values.get("chat_template_kwargs", {}),
         stream=stream,
         includes_input=not stream and not values.get("exclude_input_in_output", defaults.excludes_input),
-        cancel=cancel,
         pad_id=values.get("pad_id"),
         priority=values.get("priority", 0),
         salt=salt,
         timeout_ms=values.get("timeout_ms", 0),
         returns=tuple(name.removeprefix("return_") for name, value in values.items() if name.startswith("return_") and value),
-        shows_logprobs="logprobs" in values or "prompt_logprobs" in values or values.get("return_logprobs", False),
+        shows_logprobs="logprobs" in values
+        or "prompt_logprobs" in values
+        or (defaults.flag_asks_for_logprobs and values.get("return_logprobs", False)),
     )
 
 
@@ -327,8 +340,11 @@ def _params_of(values: dict[str, Value], defaults: Defaults) -> SamplingParams:
         given["temperature"] = 0.0
     given["word_bias"] = _word_bias(values)
     given["guide"] = values.get("guide") or _guide(values)
-    if values.get("return_log_probs") or values.get("return_logprobs"):
+    if values.get("return_log_probs") or (values.get("return_logprobs") and defaults.flag_asks_for_logprobs):
         given.setdefault("logprobs", 0)
+    default_max, min_tokens = defaults.params.max_tokens, given.get("min_tokens", 0)
+    if default_max is not None and min_tokens > default_max:
+        given.setdefault("max_tokens", min_tokens)
     return msgspec.structs.replace(defaults.params, **given)
 
 
@@ -339,6 +355,8 @@ def _word_bias(values: dict[str, Value]) -> dict[str, float]:
     _check_words("embedding_bias_words", words)
     biases: dict[str, float] = {}
     for word, weight in zip(words, weights, strict=True):
+        if not word:
+            continue
         biases[word] = biases.get(word, 0.0) + weight
     return biases
 
@@ -446,7 +464,9 @@ def _convert(field: Field, name: str, raw: Any) -> Value:
     """The value as Python's type, within the field's range; None if it counts as not given."""
     if field.is_list:
         items = raw if isinstance(raw, list | tuple) else [raw]
-        return tuple(_convert_one(field, name, item) for item in items)
+        values = tuple(_convert_one(field, name, item) for item in items)
+        # An empty text is no stop text and no bad word: TensorRT-LLM's clients always send one.
+        return tuple(filter(None, values)) if field.name in ("stop_words", "bad_words") else values
     value = _convert_one(field, name, raw)
     return None if not isinstance(value, bool) and value in field.off else value
 
@@ -455,7 +475,7 @@ def _convert_one(field: Field, name: str, raw: Any) -> Value:
     value = CONVERTERS[field.kind or field.dtype](name, raw)
     if not field.is_allowed(value):
         raise RequestError(f"{name} is {shown(value)}, must be {field.allowed}")
-    return value
+    return int32(name, value) if field.dtype == "INT32" else value
 
 
 # -- checks that every way in shares ---------------------------------------------------------------------------------
@@ -526,6 +546,8 @@ def check_request(request: Request, engine: EngineInfo) -> None:
         raise RequestError(f"end_id is {params.end_id}, must be from -1 to {size - 1}")
     if (request.context_logits or request.generation_logits) and not engine.allows_logits:
         raise RequestError("return_context_logits and return_generation_logits are refused here (the setting allow_logits is false)")
+    if request.generation_logits and params.beam_width > 1:
+        raise RequestError(f"return_generation_logits does not go with beam search (beam_width is {params.beam_width}); leave one of them out")
     _check_beams(request, engine)
 
 

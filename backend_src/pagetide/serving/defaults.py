@@ -29,7 +29,10 @@ def read_defaults(model: Path, settings: Settings) -> Defaults:
 def _model_params(model: Path) -> SamplingParams:
     file = model / "generation_config.json"
     raw = json.loads(file.read_bytes()) if file.exists() else {}
-    params = SamplingParams(**{ours: raw[theirs] for theirs, ours in _NAMES.items() if raw.get(theirs) is not None})
+    values = {ours: raw[theirs] for theirs, ours in _NAMES.items() if raw.get(theirs) is not None}
+    if raw.get("do_sample") is False:
+        values["temperature"] = 0.0  # what transformers' generate does with such a file
+    params = SamplingParams(**values)
     try:
         check_params(params)
     except RequestError as error:

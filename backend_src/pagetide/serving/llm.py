@@ -26,7 +26,7 @@ from pagetide.serving.defaults import read_defaults
 from pagetide.serving.metrics import EngineMetrics
 from pagetide.serving.pacer import ResponsePacer
 from pagetide.serving.responses import ClientRequest, Prompt, TokenTexts, is_vllm_face, send
-from pagetide.types import Output, Request, RequestError
+from pagetide.types import EngineError, Output, Request, RequestError
 
 log = logging.getLogger("pagetide.llm")
 
@@ -44,9 +44,12 @@ class LlmModel:
         self._open: dict[int, ClientRequest] = {}  # request number of each prompt -> its client request
         self._lock = threading.Lock()
         self._numbers = itertools.count(os.getpid() << 32)
-        path = socket_path(triton.server_pid())
-        # Only one of the engine's clients starts it.
-        self._supervisor = EngineSupervisor(self._settings, path, log.warning) if self._is_decoupled else None
+        try:
+            path = socket_path(triton.server_pid())
+            # Only one of the engine's clients starts it.
+            self._supervisor = EngineSupervisor(self._settings, path, log.warning) if self._is_decoupled else None
+        except EngineStartError as error:
+            raise pb_utils.TritonModelException(str(error)) from error
         self._pacer = ResponsePacer(self._send)
         self._metrics = EngineMetrics(args["model_name"], self._settings.metric_names, self._supervisor) if self._supervisor is not None else None
         on_statistics = self._metrics.update if self._metrics is not None else None
@@ -75,10 +78,17 @@ class LlmModel:
             sender = request.get_response_sender()
             try:
                 submitted += self._accept(request, sender)
-            except (RequestError, ConnectionError) as error:
+            except Exception as error:  # whatever it is, it belongs to this request
                 send(sender, triton.error_response(error), is_last=True)
-        if submitted:
-            self._client.submit(submitted)
+        self._submit(submitted)
+
+    def _submit(self, requests: list[Request]) -> None:
+        if not requests:
+            return
+        try:
+            self._client.submit(requests)
+        except Exception as error:
+            self._fail([request.number for request in requests], error)
 
     def _accept(self, request: Any, sender: Any) -> list[Request]:
         """Checks a client request and registers it; returns its engine requests, none for a cancel."""
@@ -138,7 +148,16 @@ class LlmModel:
         """Called by the pacer, in order for each sequence."""
         with self._lock:
             opened = self._open.get(output.number)
-        if opened is not None and opened.take(output):
+        if opened is None:
+            return
+        try:
+            is_done = opened.take(output)
+        except Exception as error:
+            # The pacer's thread serves all requests: what one of them does to it is that one's own.
+            self._client.cancel(opened.numbers)
+            opened.fail(error)
+            is_done = True
+        if is_done:
             self._forget(opened)
 
     def _on_refused(self, number: int, error: Exception) -> None:
@@ -149,7 +168,7 @@ class LlmModel:
             numbers = list(self._open)
         if self._metrics is not None:
             self._metrics.count_failed(len(numbers))
-        self._fail(numbers, RuntimeError("the engine failed while it was working on this request; send it again"))
+        self._fail(numbers, EngineError("the engine failed while it was working on this request; send it again"))
 
     def _fail(self, numbers: list[int], error: Exception) -> None:
         with self._lock:

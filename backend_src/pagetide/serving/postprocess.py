@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Container
 from typing import Any
 
 import numpy as np
@@ -15,6 +16,9 @@ from pagetide.serving.client import EngineClient, socket_path
 from pagetide.text.tokens import Vocabulary, decode
 
 log = logging.getLogger("pagetide.postprocess")
+
+
+_PASSED = {"IDS": "TOKENS_BATCH", "LENGTH": "SEQUENCE_LENGTH"}
 
 
 class PostprocessModel:
@@ -35,11 +39,18 @@ class PostprocessModel:
         try:
             arrays = triton.input_arrays(request)
             self._report_cancel(request, arrays)
-            texts = self._texts(arrays)
+            tensors = self._tensors(arrays, request.requested_output_names())
         except Exception:
             log.exception("a chunk could not be turned into text")
-            texts = ["\ufffd"]
-        return pb_utils.InferenceResponse([triton.tensor("OUTPUT", triton.text_array([text.encode() for text in texts]))])
+            tensors = [triton.tensor("OUTPUT", triton.text_array(["\ufffd".encode()]))]
+        return pb_utils.InferenceResponse(tensors)
+
+    def _tensors(self, arrays: dict[str, np.ndarray], wanted: Container[str]) -> list[Any]:
+        # The face tensorrt_llm has no text: its ids and lengths only pass, so that cancelled requests are seen here.
+        found = [triton.tensor(output, arrays[name]) for output, name in _PASSED.items() if output in wanted and name in arrays]
+        if "OUTPUT" in wanted:
+            found.append(triton.tensor("OUTPUT", triton.text_array([text.encode() for text in self._texts(arrays)])))
+        return found
 
     def _report_cancel(self, request: Any, arrays: dict[str, np.ndarray]) -> None:
         if "REQUEST_NUMBER" in arrays and request.is_cancelled():

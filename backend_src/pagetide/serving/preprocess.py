@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import time
-from typing import Any
+from collections.abc import Callable
+from typing import Any, TypeVar
 
 import msgspec
 import numpy as np
@@ -15,7 +16,7 @@ from pagetide.models.source import find_model
 from pagetide.serving import triton
 from pagetide.serving.contract import Defaults, ParsedRequest, parse, timed
 from pagetide.serving.defaults import read_defaults
-from pagetide.text.chat import ChatTemplateError, read_template, render_chat
+from pagetide.text.chat import ChatRenderer, ChatTemplateError, read_template
 from pagetide.text.tokens import Vocabulary
 from pagetide.types import RequestError
 
@@ -27,6 +28,10 @@ VLLM_PROMPT = "VLLM_QUERY"
 _VLLM_MAX_TOKENS = 16
 
 
+Argument = TypeVar("Argument")
+Result = TypeVar("Result")
+
+
 class PreprocessModel:
     """Triton's Python model class."""
 
@@ -35,7 +40,7 @@ class PreprocessModel:
         self._model = find_model(self._settings.model, self._settings.cache_path)
         self._defaults = read_defaults(self._model, self._settings)
         params = msgspec.structs.replace(self._defaults.params, max_tokens=_VLLM_MAX_TOKENS)
-        self._vllm_defaults = Defaults(params, is_greedy=False, excludes_input=False)
+        self._vllm_defaults = Defaults(params, is_greedy=False, excludes_input=False, flag_asks_for_logprobs=False)
         _, config = read_model(self._model)
         self._max_len = self._settings.max_model_len or config.max_position
         self._max_bytes = self._max_len * max(map(len, Vocabulary.read(self._model).full), default=1)
@@ -45,29 +50,30 @@ class PreprocessModel:
         self._tokenizer: Any = AutoTokenizer.from_pretrained(str(self._model))
         if template is not None:
             self._tokenizer.chat_template = template
+        self._render_chat = ChatRenderer(self._tokenizer, self._max_bytes)
 
     def execute(self, requests: list[Any]) -> list[Any]:
-        parsed = [self._parse(request) for request in requests]
-        self._tokenize([prompt for prompts in parsed if isinstance(prompts, list) for prompt in prompts])
-        return [self._respond(prompts) for prompts in parsed]
+        parsed = [_or_error(self._parse, request) for request in requests]
+        prompts = [prompt for its in parsed if isinstance(its, list) for prompt in its]
+        if isinstance(_or_error(self._tokenize, prompts), Exception):
+            # Of all texts together one could not be tokenized: each by itself tells which.
+            parsed = [its if isinstance(its, Exception) else _or_error(self._tokenize, its) for its in parsed]
+        return [triton.error_response(its) if isinstance(its, Exception) else self._respond(its) for its in parsed]
 
-    def _parse(self, request: Any) -> list[_Prompt] | RequestError:
+    def _parse(self, request: Any) -> list[_Prompt]:
         now = time.monotonic_ns()
         arrays = {_FIELD_OF_TENSOR.get(name, name): array for name, array in triton.input_arrays(request).items()}
         defaults = self._defaults
         if VLLM_PROMPT in arrays:
             defaults = self._vllm_defaults
             arrays["text_input"] = arrays.pop(VLLM_PROMPT)
-        try:
-            parsed = parse(arrays, triton.parameters(request), defaults)
-            return [self._check_size(self._render(timed(prompt, now, request.timeout()))) for prompt in parsed]
-        except RequestError as error:
-            return error
+        parsed = parse(arrays, triton.parameters(request), defaults)
+        return [self._check_size(self._render(timed(prompt, now, request.timeout()))) for prompt in parsed]
 
     def _render(self, parsed: ParsedRequest) -> _Prompt:
         if parsed.messages is not None:
             try:
-                text = render_chat(self._tokenizer, parsed.messages, parsed.tools, parsed.add_generation_prompt, parsed.chat_template_kwargs)
+                text = self._render_chat(parsed.messages, parsed.tools, parsed.add_generation_prompt, parsed.chat_template_kwargs)
                 return _Prompt(parsed, text, adds_special_tokens=False)
             except ChatTemplateError as error:
                 raise RequestError(str(error)) from error
@@ -80,18 +86,17 @@ class PreprocessModel:
             raise RequestError(f"the prompt has {size} characters, which are more tokens than the model's context has ({self._max_len})")
         return prompt
 
-    def _tokenize(self, prompts: list[_Prompt]) -> None:
-        """Token ids of all prompts, in one call for texts and one for chats (whose templates write special tokens themselves)."""
+    def _tokenize(self, prompts: list[_Prompt]) -> list[_Prompt]:
+        """Gives all prompts their token ids, in one call for texts and one for chats (whose templates write special tokens themselves)."""
         for adds_special_tokens in (True, False):
             texts = [p for p in prompts if p.text is not None and p.adds_special_tokens == adds_special_tokens]
             if texts:
                 encoded = self._tokenizer([p.text for p in texts], add_special_tokens=adds_special_tokens).input_ids
                 for prompt, ids in zip(texts, encoded, strict=True):
                     prompt.ids = ids
+        return prompts
 
-    def _respond(self, prompts: list[_Prompt] | RequestError) -> Any:
-        if isinstance(prompts, RequestError):
-            return triton.error_response(prompts)
+    def _respond(self, prompts: list[_Prompt]) -> Any:
         longest = max(1, *(len(prompt.ids) for prompt in prompts))
         ids = np.zeros((len(prompts), longest), np.int32)
         for row, prompt in zip(ids, prompts, strict=True):
@@ -103,6 +108,14 @@ class PreprocessModel:
                 triton.tensor("PARAMS", triton.text_array([prompt.packed() for prompt in prompts]).reshape(-1, 1)),
             ]
         )
+
+
+def _or_error(function: Callable[[Argument], Result], argument: Argument) -> Result | Exception:
+    """An error belongs to one request; the others of its batch do not notice."""
+    try:
+        return function(argument)
+    except Exception as error:
+        return error
 
 
 class _Prompt:

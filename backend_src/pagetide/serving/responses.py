@@ -291,6 +291,10 @@ def finite(logprob: float) -> float:
     return max(logprob, -9999.0)
 
 
+def _vllm_logprobs(chunk: Chunk, texts: TokenTexts) -> list[Any] | None:
+    return _logprobs(chunk, texts).get("logprobs") if chunk.prompt.parsed.shows_logprobs else None
+
+
 def _vllm(rows: list[Chunk], returns: set[str], texts: TokenTexts) -> dict[str, np.ndarray]:
     """Triton's vLLM backend's outputs: one-dimensional, counts as UINT32, `None` for what is not there yet."""
     arrays: dict[str, np.ndarray] = {}
@@ -299,7 +303,7 @@ def _vllm(rows: list[Chunk], returns: set[str], texts: TokenTexts) -> dict[str, 
     if "log_probs" in returns:
         arrays["cumulative_logprob"] = np.array([chunk.output.cumulative_logprob for chunk in rows], np.float32)
     if "logprobs" in returns:
-        arrays["logprobs"] = triton.text_array([json.dumps(_logprobs(chunk, texts).get("logprobs")).encode() for chunk in rows])
+        arrays["logprobs"] = triton.text_array([json.dumps(_vllm_logprobs(chunk, texts)).encode() for chunk in rows])
     if "num_input_tokens" in returns:
         arrays["num_input_tokens"] = np.array([len(rows[0].prompt.ids)], np.uint32)
     if "num_output_tokens" in returns:

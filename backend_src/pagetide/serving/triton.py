@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import json
+import logging
 import os
 from typing import Any
 
 import numpy as np
 import triton_python_backend_utils as pb_utils
 
-from pagetide.types import QueueFullError, RequestError
+from pagetide.types import EngineError, QueueFullError, RequestError
+
+log = logging.getLogger("pagetide.triton")
 
 
 def input_arrays(request: Any) -> dict[str, np.ndarray]:
@@ -33,14 +36,17 @@ def text_array(texts: list[bytes]) -> np.ndarray:
 
 
 def error_of(error: Exception) -> Any:
-    """An exception as Triton reports it: the client's fault, a full queue, or ours."""
+    """An exception as Triton reports it: the client's fault, a full queue, or ours, of which clients learn the kind and the log the rest."""
     if isinstance(error, RequestError):
         code = pb_utils.TritonError.INVALID_ARG
     elif isinstance(error, QueueFullError | ConnectionError):
         code = pb_utils.TritonError.UNAVAILABLE
     else:
         code = pb_utils.TritonError.INTERNAL
-    return pb_utils.TritonError(str(error) if code != pb_utils.TritonError.INTERNAL else f"internal error: {error}", code)
+    if code == pb_utils.TritonError.INTERNAL and not isinstance(error, EngineError):
+        log.error("a request has failed", exc_info=error)
+        return pb_utils.TritonError(f"internal error ({type(error).__name__}); the server's log says more", code)
+    return pb_utils.TritonError(str(error), code)
 
 
 def error_response(error: Exception) -> Any:

@@ -52,6 +52,13 @@ def integer(name: str, raw: Any) -> int:
     raise RequestError(f"{name} is {shown(raw)}, must be an integer")
 
 
+def int32(name: str, raw: Any) -> int:
+    value = integer(name, raw)
+    if not -(2**31) <= value < 2**31:
+        raise RequestError(f"{name} is {shown(value)}, must be from {-(2**31)} to {2**31 - 1}")
+    return value
+
+
 def number(name: str, raw: Any) -> float:
     if isinstance(raw, int | float | str) and not isinstance(raw, bool):
         try:
@@ -77,10 +84,16 @@ def json_value(name: str, raw: Any, what: str) -> Any:
     """What a JSON text says; anything that is no text is taken as it is."""
     if not isinstance(raw, str | bytes):
         return raw
+    raw = text(name, raw)
     try:
-        return json.loads(text(name, raw), parse_constant=_refuse_constant)
+        value = json.loads(raw, parse_constant=_refuse_constant)
+        # Half of a pair of surrogates can be written in JSON, but is no text: nothing that follows could encode it.
+        is_text = "\\u" not in raw or _is_encodable(json.dumps(value, ensure_ascii=False))
     except (ValueError, RecursionError) as error:
         raise RequestError(f"{name} is not valid JSON ({error}); it must be {what}") from None
+    if not is_text:
+        raise RequestError(f"{name} has a lone surrogate (\\ud800 to \\udfff), must be JSON whose texts are Unicode")
+    return value
 
 
 def _refuse_constant(name: str) -> None:
@@ -103,7 +116,7 @@ def json_objects(name: str, raw: Any) -> list[dict[str, Any]]:
 
 def token_biases(name: str, raw: Any) -> dict[int, float]:
     """{token id: bias} from a JSON object, whose keys are texts."""
-    return {integer(f"{name}'s token", key): number(f"{name}'s bias of {shown(key)}", bias) for key, bias in json_object(name, raw).items()}
+    return {int32(f"{name}'s token", key): number(f"{name}'s bias of {shown(key)}", bias) for key, bias in json_object(name, raw).items()}
 
 
 CONVERTERS: dict[str, Callable[[str, Any], Any]] = {

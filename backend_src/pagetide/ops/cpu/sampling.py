@@ -8,6 +8,7 @@ from numba import prange
 
 from pagetide.ops.cpu.compiled import device_function, fast_exp, kernel
 
+NO_TOKEN = -1  # runner/plan.py's: no logit is finite
 _MASK_32 = np.uint64(0xFFFFFFFF)
 _MINUS_INFINITY = np.float32(-np.inf)
 _BUCKETS = 256  # of an eighth of a nat each; what is further from the peak shares the last one
@@ -46,7 +47,7 @@ def _sample(num_rows, logits, temperature, top_k, top_p, min_p, seed, position, 
     for row in prange(num_rows):
         values = logits[row]
         at = _argmax_row(values)
-        if temperature[row] > 0:
+        if at >= 0 and temperature[row] > 0:
             scaled = values / temperature[row]
             threshold = _threshold(scaled, scaled[at], top_k[row], top_p[row], min_p[row])
             at = _gumbel_argmax(scaled, at, threshold, np.uint64(seed[row]), np.uint64(position[row]))
@@ -55,14 +56,17 @@ def _sample(num_rows, logits, temperature, top_k, top_p, min_p, seed, position, 
 
 @device_function
 def _argmax_row(values):  # type: ignore[no-untyped-def]
+    """Where the largest value is; NO_TOKEN if that is no finite number."""
     # The largest value first, in a loop that the compiler can vectorize; its place second.
     peak = _MINUS_INFINITY
     for i in range(values.shape[0]):
         peak = max(peak, values[i])
+    if not np.isfinite(peak):
+        return NO_TOKEN
     for i in range(values.shape[0]):
         if values[i] == peak:
             return i
-    return 0
+    return NO_TOKEN
 
 
 @device_function
@@ -71,7 +75,8 @@ def _threshold(scaled, peak, top_k, top_p, min_p):  # type: ignore[no-untyped-de
     size = scaled.shape[0]
     threshold = _MINUS_INFINITY
     if 0 < top_k < size:
-        threshold = _likeliest(scaled, peak, top_k)[top_k - 1]
+        likeliest = _likeliest(scaled, peak, top_k)
+        threshold = likeliest[min(top_k, likeliest.shape[0]) - 1]
     if top_p < 1:
         threshold = max(threshold, _nucleus(scaled, peak, threshold, top_p))
     if min_p > 0:
@@ -140,7 +145,7 @@ def _gumbel_argmax(scaled, peak_at, threshold, seed, position):  # type: ignore[
     at, best = peak_at, scaled[peak_at] + _noise(_bits(state, peak_at))
     may_win = np.empty(scaled.shape[0], np.bool_)
     for i in range(scaled.shape[0]):
-        rest = (np.float32(2**24) - np.float32(np.int32(_bits(state, i)))) * np.float32(2.0**-24)
+        rest = (np.float32(2**23) - np.float32(np.int32(_bits(state, i)))) * np.float32(2.0**-23)
         may_win[i] = (rest <= fast_exp(scaled[i] - best) * np.float32(1.001)) & (scaled[i] >= threshold)
     for i in range(scaled.shape[0]):
         if may_win[i]:
@@ -152,13 +157,13 @@ def _gumbel_argmax(scaled, peak_at, threshold, seed, position):  # type: ignore[
 
 @device_function
 def _bits(state, token):  # type: ignore[no-untyped-def]
-    """24 random bits of a token."""
-    return _mix(state ^ _mix((np.uint64(token) + np.uint64(0x9E3779B9)) & _MASK_32)) >> np.uint64(8)
+    """23 random bits of a token."""
+    return _mix(state ^ _mix((np.uint64(token) + np.uint64(0x9E3779B9)) & _MASK_32)) >> np.uint64(9)
 
 
 @device_function
 def _noise(bits):  # type: ignore[no-untyped-def]
-    uniform = (np.float32(bits) + np.float32(0.5)) * np.float32(2.0**-24)
+    uniform = (np.float32(bits) + np.float32(0.5)) * np.float32(2.0**-23)
     return -np.log(-np.log(uniform))
 
 
@@ -174,7 +179,13 @@ def _score(num_rows, logits, ids, logprobs, ranks, top_ids, top_logprobs):  # ty
     count = top_ids.shape[1]
     for row in prange(num_rows):
         values = logits[row]
-        peak, own = values[_argmax_row(values)], values[ids[row]]
+        at = _argmax_row(values)
+        if at < 0:
+            # There is no distribution: everything is as unlikely as can be.
+            logprobs[row], ranks[row] = _MINUS_INFINITY, 1
+            top_ids[row], top_logprobs[row] = np.arange(count), _MINUS_INFINITY
+            continue
+        peak, own = values[at], values[ids[row]]
         total = np.float32(0)
         better = 0
         for i in range(values.shape[0]):
@@ -183,10 +194,13 @@ def _score(num_rows, logits, ids, logprobs, ranks, top_ids, top_logprobs):  # ty
         norm = peak + np.log(total)
         logprobs[row], ranks[row] = own - norm, better + 1
         if count > 0:
-            border = _likeliest(values, peak, count)[count - 1]
+            likeliest = _likeliest(values, peak, count)
+            border = likeliest[min(count, likeliest.shape[0]) - 1]
             places = np.flatnonzero(values >= border)
             order = np.argsort(-values[places], kind="mergesort")
-            for k in range(count):
+            for k in range(count, order.shape[0], -1):  # values that are no numbers are not among the places
+                top_ids[row, k - 1], top_logprobs[row, k - 1] = 0, _MINUS_INFINITY
+            for k in range(min(count, order.shape[0])):
                 top_ids[row, k] = places[order[k]]
                 top_logprobs[row, k] = values[places[order[k]]] - norm
 
