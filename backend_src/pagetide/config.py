@@ -5,6 +5,8 @@ A server reads them from `pagetide.json` in its model repository; `scripts/serve
 
 from __future__ import annotations
 
+import os
+import tempfile
 from pathlib import Path
 from typing import Annotated, Any, Literal, get_args, get_origin, get_type_hints
 
@@ -62,7 +64,10 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
 
     @property
     def cache_path(self) -> Path:
-        return Path(self.cache_dir).expanduser()
+        try:
+            return Path(self.cache_dir).expanduser()
+        except RuntimeError:  # a user without a home, as in many containers
+            return Path(tempfile.gettempdir()) / f"pagetide-{os.getuid()}"
 
 
 def make_settings(**values: Any) -> Settings:

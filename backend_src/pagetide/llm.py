@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Sequence as Seq
 from dataclasses import dataclass, field
 from typing import Any
@@ -96,18 +97,34 @@ class LLM:
         return request
 
     def _run(self, requests: list[Request], results: dict[int, RequestOutput], use_tqdm: bool) -> None:
-        loop = self._engine.loop
-        for request in requests:
-            loop.scheduler.add(request)
+        loop, waiting = self._engine.loop, deque(requests)
         tables = {request.number: self._vocabulary.table(request.params.skip_special_tokens) for request in requests}
         with tqdm(total=sum(request.params.n for request in requests), disable=not use_tqdm, unit="sequence") as progress:
-            while loop.has_work:
-                for output in loop.step():
-                    _take(output, results[output.number], tables[output.number])
-                    progress.update(bool(output.finish_reason))
-                if refusals := loop.scheduler.take_refusals():
-                    loop.scheduler.cancel(request.number for request in requests)
-                    raise refusals[0].error
+            try:
+                while waiting or loop.has_work:
+                    self._feed(waiting)
+                    for output in loop.step():
+                        _take(output, results[output.number], tables[output.number])
+                        progress.update(bool(output.finish_reason))
+                    if refusals := loop.scheduler.take_refusals():
+                        raise refusals[0].error
+            except BaseException:
+                self._drop(requests)
+                raise
+
+    def _feed(self, waiting: deque[Request]) -> None:
+        """Hands on as many prompts as the engine's queue takes."""
+        scheduler = self._engine.loop.scheduler
+        while waiting and scheduler.has_room:
+            scheduler.add(waiting.popleft())
+
+    def _drop(self, requests: list[Request]) -> None:
+        """Leaves nothing of these requests behind, so that the next call finds an empty engine."""
+        loop = self._engine.loop
+        loop.scheduler.cancel(request.number for request in requests)
+        while loop.has_work:
+            loop.step()
+            loop.scheduler.take_refusals()
 
     def close(self) -> None:
         """Waits for the device; the engine cannot be used afterwards."""

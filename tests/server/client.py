@@ -10,7 +10,7 @@ import urllib.error
 import urllib.request
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import tritonclient.grpc as grpc
@@ -91,11 +91,14 @@ def as_dict(result: Any) -> dict[str, Any]:
 class Streams:
     """A gRPC stream that many requests share. An error is told to its request only if that is alone on the stream."""
 
+    unclosed: ClassVar[set[Streams]] = set()  # what a failed test has left open would keep its server from stopping
+
     def __init__(self, server: TritonServer):
         self.client = grpc.InferenceServerClient(server.address.grpc)
         self._open: dict[str, Stream] = {}
         self.errors: list[str] = []
         self.client.start_stream(self._receive)
+        self.unclosed.add(self)
 
     def _receive(self, result: Any, error: Any) -> None:
         now = time.monotonic()
@@ -123,6 +126,7 @@ class Streams:
         return stream
 
     def close(self, cancel: bool = False) -> None:
+        self.unclosed.discard(self)
         self.client.stop_stream(cancel_requests=cancel)
         self.client.close()
 
@@ -162,7 +166,7 @@ def metric(server: TritonServer, name: str) -> float:
     return float(re.search(rf"^{name}{{.*}} (\S+)$", text, re.MULTILINE)[1])
 
 
-def wait_for(condition: Callable[[], bool], timeout: float = 15, what: str = "") -> None:
+def wait_for(condition: Callable[[], bool], timeout: float = 60, what: str = "") -> None:
     deadline = time.monotonic() + timeout
     while not condition():
         assert time.monotonic() < deadline, f"not within {timeout} s: {what}"

@@ -27,7 +27,10 @@ class ServerWithCopies(TritonServer):
 def narrow(tmp_path_factory) -> Iterator[TritonServer]:
     folder = tmp_path_factory.mktemp("narrow")
     write_parrot(folder, pieces_of(TEXT, 2), ends=False)
-    template = "{% for message in messages %}<start>{{ message.content }}{% endfor %}"
+    template = (
+        "{% if tools %}{{ tools[0].name }}{% endif %}{% for message in messages %}<start>{{ message.content }}{% endfor %}"
+        "{{ ending }}{% if add_generation_prompt %}<start>{% endif %}"
+    )
     settings = {"max_num_seqs": 1, "num_blocks": 4000, "chat_template": template, "default_sampling": "trtllm", "metric_names": "trtllm"}
     server = ServerWithCopies(free_address(), {"model": str(folder), "cache_dir": CACHE, "check_integrity": True, **settings})
     server.start()
@@ -41,6 +44,21 @@ def test_a_chat_template_of_the_settings_goes_before_the_models(narrow):
     messages = json.dumps([{"role": "user", "content": "波引"}])
     status, answer = generate(narrow, {"messages": messages, "max_tokens": 2, "exclude_input_in_output": False})
     assert status == 200 and answer["text_output"].startswith("<start>波引")
+
+
+@pytest.mark.parametrize(
+    "values, rendered",
+    [
+        ({}, "<start>波引<start>"),
+        ({"tools": '[{"name": "西"}]'}, "西<start>波引<start>"),
+        ({"add_generation_prompt": False}, "<start>波引"),
+        ({"chat_template_kwargs": '{"ending": "干"}'}, "<start>波引干<start>"),
+    ],
+)
+def test_a_template_sees_tools_variables_and_whether_an_answer_begins(narrow, values, rendered):
+    body = {"messages": json.dumps([{"role": "user", "content": "波引"}]), "max_tokens": 1, "exclude_input_in_output": False, **values}
+    status, answer = generate(narrow, body, model="ensemble_unary")
+    assert status == 200 and answer["text_output"].startswith(rendered) and len(answer["text_output"]) <= len(rendered) + 2
 
 
 def test_with_tensorrt_llms_sampling_requests_are_greedy_unless_they_ask_for_more(narrow):

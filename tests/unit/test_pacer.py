@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import threading
-import time
 
-from pagetide.serving.pacer import ResponsePacer
+import pytest
+from pagetide.serving.pacer import ChunkQueue, ResponsePacer
 from pagetide.types import Output
 
 
@@ -29,20 +29,24 @@ def test_chunks_of_a_sequence_are_joined_while_the_way_is_busy_and_stay_in_order
 
 
 def test_sending_is_held_to_its_share_but_first_and_last_chunks_go_at_once():
-    sent = []
+    queue = ChunkQueue(max_share=0.01)  # 10 ms of sending, then a second of rest
+    queue.put(Output(1, 0, [1]))
+    assert queue.take(now=5.0).ids == [1]
+    queue.sent(5.0, 5.01)
+    queue.put(Output(1, 0, [2]))
+    assert queue.take(now=5.5) is None and queue.free_at == pytest.approx(6.0)
+    queue.put(Output(2, 0, [9]))
+    queue.put(Output(1, 0, [3], 0, "length"))
+    assert [queue.take(now=5.5).ids for _ in range(2)] == [[9], [2, 3]]
+    assert queue.take(now=9.0) is None and not len(queue)
 
-    def send(output: Output) -> None:
-        time.sleep(0.01)
-        sent.append(output)
 
-    pacer = ResponsePacer(send, max_share=0.01)  # 10 ms of sending, then a second of rest
-    pacer.put([Output(1, 0, [1])])
-    time.sleep(0.05)
-    pacer.put([Output(1, 0, [2])])
-    time.sleep(0.05)
-    assert [o.ids for o in sent] == [[1]]
-    pacer.put([Output(2, 0, [9])])
-    pacer.put([Output(1, 0, [3], 0, "length")])
-    time.sleep(0.1)
-    assert [o.ids for o in sent] == [[1], [9], [2, 3]]
-    pacer.close()
+def test_a_chunk_goes_when_its_time_has_come_with_all_that_has_come_meanwhile():
+    queue = ChunkQueue(max_share=0.5)
+    queue.put(Output(1, 0, [1]))
+    queue.take(now=0.0)
+    queue.sent(0.0, 1.0)
+    queue.put(Output(1, 0, [2]))
+    assert queue.take(now=1.9) is None and queue.free_at == 2.0
+    queue.put(Output(1, 0, [3]))
+    assert queue.take(now=2.0).ids == [2, 3]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import gc
 import sys
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -46,6 +46,10 @@ def assemble(settings: Settings) -> Engine:
     sys.setswitchinterval(2e-4)
     model = find_model(settings.model, settings.cache_path)
     family, config = read_model(model)
+    vocabulary = Vocabulary.read(model)
+    if vocabulary.full:
+        # Rows beyond the tokenizer's are padding: whatever they say has no text.
+        config = replace(config, vocab_size=min(config.vocab_size, len(vocabulary.full)))
     device = select_device(settings)
     dtype = _dtype(settings, device)
     layout = KVLayout(config.num_layers, config.num_kv_heads, config.head_dim, settings.block_size, dtype)
@@ -64,7 +68,6 @@ def assemble(settings: Settings) -> Engine:
     rows = device.run(Rows, settings.max_num_seqs, max_len, settings.block_size, config.vocab_size, device.torch_device)
     runner = device.run(Runner, device, decoder, store, ops, rows, settings.block_size)
     runner.warm_up(min(settings.max_num_batched_tokens, max_len - 1))
-    vocabulary = Vocabulary.read(model)
     limits = ModelLimits(vocabulary, config.vocab_size, config.end_ids, max_len, settings.max_output_tokens)
     guides = GrammarCompiler(vocabulary, config.vocab_size, config.end_ids)
     scheduler = Scheduler(settings, limits, BlockManager(num_blocks, settings.block_size, settings.enable_prefix_caching), guides)

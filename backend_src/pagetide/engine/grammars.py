@@ -6,6 +6,7 @@ https://github.com/guidance-ai/llguidance/blob/main/docs/syntax.md
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Callable
 from typing import Any
 
@@ -30,8 +31,9 @@ def grammar_of(guide: Guide) -> str:
 
 
 def first_line(message: str) -> str:
-    """What a library says, as part of one sentence."""
-    return " ".join(message.split("\n<state>")[0].split())[:300]
+    """What the library says, as part of one sentence: without its state, and without the grammar that we have made."""
+    told = re.split(r"\n<state>|\n\s*\d+ \| ", message)[0]
+    return " ".join(re.sub(r"^at \d+\(\d+\): ", "", told).split())[:300]
 
 
 def _json_schema(text: str) -> str:

@@ -85,9 +85,14 @@ class Scheduler:
         """Sequences that wait for their turn, or for their grammar."""
         return len(self.waiting) + len(self._compiling)
 
+    @property
+    def has_room(self) -> bool:
+        """True if add() does not raise QueueFullError."""
+        return len(self._groups) < self._settings.max_queued_requests
+
     def add(self, request: Request) -> None:
         """Queues a request that has been checked. Raises QueueFullError, RequestError, EngineError."""
-        if len(self._groups) >= self._settings.max_queued_requests:
+        if not self.has_room:
             limit = self._settings.max_queued_requests
             raise QueueFullError(f"Exceeds maximum queue size: Maximum queue size of {limit} requests reached")
         try:

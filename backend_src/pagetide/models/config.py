@@ -45,7 +45,8 @@ def read_config(model: Path, has_qk_norm: bool) -> DecoderConfig:
     if raw.get("quantization_config"):
         raise UnsupportedModelError("the checkpoint is quantized (quantization_config); only unquantized weights and GGUF are supported")
     heads = raw["num_attention_heads"]
-    end_ids = _end_ids(read_json(model / "generation_config.json"), raw)
+    end_ids = _end_ids(model, raw)
+    rope = _rope(raw)
     pad_id = raw.get("pad_token_id")
     return DecoderConfig(
         vocab_size=raw["vocab_size"],
@@ -55,9 +56,9 @@ def read_config(model: Path, has_qk_norm: bool) -> DecoderConfig:
         num_heads=heads,
         num_kv_heads=raw.get("num_key_value_heads") or heads,
         head_dim=raw.get("head_dim") or raw["hidden_size"] // heads,
-        max_position=raw["max_position_embeddings"],
+        max_position=_max_position(raw, rope),
         norm_eps=raw["rms_norm_eps"],
-        rope=_rope(raw),
+        rope=rope,
         windows=_windows(raw),
         tie_embeddings=raw.get("tie_word_embeddings", False),
         qk_norm=has_qk_norm,
@@ -66,11 +67,33 @@ def read_config(model: Path, has_qk_norm: bool) -> DecoderConfig:
     )
 
 
-def _end_ids(generation: dict[str, Any], raw: dict[str, Any]) -> frozenset[int]:
-    ids = generation.get("eos_token_id", raw.get("eos_token_id"))
-    if ids is None:
-        return frozenset()
-    return frozenset(ids if isinstance(ids, list) else [ids])
+def _end_ids(model: Path, raw: dict[str, Any]) -> frozenset[int]:
+    """All tokens that some file of the model calls its end: models differ in which of them is right, and none is an answer's text."""
+    told = [raw.get("eos_token_id"), read_json(model / "generation_config.json").get("eos_token_id"), _end_of_tokenizer(model)]
+    ids = [token for one in told if one is not None for token in (one if isinstance(one, list) else [one])]
+    return frozenset(token for token in ids if isinstance(token, int) and 0 <= token < raw["vocab_size"])
+
+
+def _end_of_tokenizer(model: Path) -> int | None:
+    settings = read_json(model / "tokenizer_config.json")
+    token = settings.get("eos_token")
+    text = token.get("content") if isinstance(token, dict) else token
+    if not text:
+        return None
+    for number, added in (settings.get("added_tokens_decoder") or {}).items():
+        if added.get("content") == text:
+            return int(number)
+    added_tokens = read_json(model / "tokenizer.json").get("added_tokens") or ()
+    return next((added["id"] for added in added_tokens if added["content"] == text), None)
+
+
+def _max_position(raw: dict[str, Any], rope: dict[str, Any]) -> int:
+    """The context that the model was made for; files that scale an earlier one by YaRN, or evenly, often name only that."""
+    named = raw["max_position_embeddings"]
+    if rope["rope_type"] not in ("yarn", "linear"):
+        return named
+    original = rope.get("original_max_position_embeddings") or named
+    return max(named, int(original * rope.get("factor", 1.0)))
 
 
 def _rope(raw: dict[str, Any]) -> dict[str, Any]:
@@ -78,6 +101,8 @@ def _rope(raw: dict[str, Any]) -> dict[str, Any]:
     rope = dict(raw.get("rope_parameters") or raw.get("rope_scaling") or {})
     rope.setdefault("rope_theta", raw.get("rope_theta", 10000.0))
     rope["rope_type"] = rope.get("rope_type") or rope.get("type") or "default"
+    if raw.get("rope_factors"):
+        rope["factors"] = raw["rope_factors"]  # from a GGUF file: each frequency is divided by its own
     return rope
 
 

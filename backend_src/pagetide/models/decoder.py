@@ -33,9 +33,10 @@ class Decoder:
     def _read_embedding(self) -> EmbeddingWeights:
         family = self._family
         is_tied = self._config.tie_embeddings or f"{family.head}.weight" not in self._checkpoint
+        size = self._config.vocab_size  # the checkpoint's matrices may be padded beyond it
         return EmbeddingWeights(
-            embedding=self._checkpoint.read(f"{family.embedding}.weight"),
-            head=None if is_tied else self._checkpoint.read(f"{family.head}.weight"),
+            embedding=self._checkpoint.read(f"{family.embedding}.weight")[:size],
+            head=None if is_tied else self._checkpoint.read(f"{family.head}.weight")[:size],
             norm=self._checkpoint.read(f"{family.final_norm}.weight").to(self._activations),
             eps=self._config.norm_eps,
         )

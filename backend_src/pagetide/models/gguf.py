@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import json
 import re
-import shutil
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors.torch import save_file
 
 from pagetide.models.config import UnsupportedModelError
+from pagetide.models.pretokenizers import use_pretokenizer
 
 ARCHITECTURES = {"llama": "LlamaForCausalLM", "qwen2": "Qwen2ForCausalLM", "qwen3": "Qwen3ForCausalLM"}
 
@@ -34,24 +35,38 @@ _NAMES = {
 
 
 def convert_gguf(file: Path, target: Path) -> None:
-    """Writes config, tokenizer and bfloat16 weights of a GGUF file into the folder target, which appears only when it is whole.
+    """Writes config, tokenizer and bfloat16 weights of a GGUF file into the folder target. Raises UnsupportedModelError, OSError."""
+    from gguf import GGUFReader  # only needed for GGUF files
 
-    Raises UnsupportedModelError.
-    """
-    unfinished = target.with_name(target.name + ".unfinished")
-    shutil.rmtree(unfinished, ignore_errors=True)
-    unfinished.mkdir(parents=True)
-    architecture = _write_config_and_tokenizer(file, unfinished)
-    tensors = {name: tensor.to(torch.bfloat16).contiguous() for name, tensor in _read_tensors(file, architecture, unfinished)}
-    save_file(tensors, unfinished / "model.safetensors", metadata={"format": "pt"})
-    unfinished.rename(target)
+    reader = GGUFReader(file)
+    architecture = _write_config(file, reader, target)
+    _write_tokenizer(file, reader, target)
+    tensors = {name: tensor.to(torch.bfloat16).contiguous() for name, tensor in _read_tensors(reader, architecture, target)}
+    save_file(tensors, target / "model.safetensors", metadata={"format": "pt"})
 
 
-def _write_config_and_tokenizer(file: Path, target: Path) -> str:
-    """Leaves the reading of GGUF's metadata to transformers; returns the GGUF architecture."""
-    from transformers import AutoConfig, AutoTokenizer  # only needed here: the engine itself starts without it
+def _value(reader: Any, key: str) -> Any:
+    """What the file says under this key, None if it says nothing."""
+    field = reader.get_field(key)
+    return None if field is None else field.contents()
+
+
+def _write_tokenizer(file: Path, reader: Any, target: Path) -> None:
+    """Leaves the vocabulary to transformers, but not the rule by which texts are split, which it does not look at."""
+    from transformers import AutoTokenizer  # only needed here: the engine itself starts without it
 
     AutoTokenizer.from_pretrained(str(file.parent), gguf_file=file.name).save_pretrained(str(target))
+    if (name := _value(reader, "tokenizer.ggml.pre")) is not None and _value(reader, "tokenizer.ggml.model") == "gpt2":
+        written = target / "tokenizer.json"
+        tokenizer = json.loads(written.read_bytes())
+        use_pretokenizer(tokenizer, name)
+        written.write_text(json.dumps(tokenizer, ensure_ascii=False), encoding="utf-8")
+
+
+def _write_config(file: Path, reader: Any, target: Path) -> str:
+    """Leaves most of GGUF's metadata to transformers; returns the GGUF architecture."""
+    from transformers import AutoConfig
+
     config = AutoConfig.from_pretrained(str(file.parent), gguf_file=file.name).to_dict()
     architecture = config["model_type"]
     if architecture not in ARCHITECTURES:
@@ -59,20 +74,47 @@ def _write_config_and_tokenizer(file: Path, target: Path) -> str:
     config["architectures"] = [ARCHITECTURES[architecture]]
     config["dtype"] = "bfloat16"
     config.pop("quantization_config", None)
+    config["eos_token_id"] = _end_ids(reader)
+    _add_rope_scaling(config, reader, _value(reader, "general.architecture"))
     (target / "config.json").write_text(json.dumps(config, indent=2, default=str))
     return architecture
 
 
-def _read_tensors(file: Path, architecture: str, target: Path) -> Iterator[tuple[str, torch.Tensor]]:
+def _end_ids(reader: Any) -> list[int]:
+    """The end of a text, and the end of a turn, which is another token in many chat models."""
+    found = [_value(reader, f"tokenizer.ggml.{name}_token_id") for name in ("eos", "eot", "eom")]
+    return sorted({int(token) for token in found if token is not None})
+
+
+def _add_rope_scaling(config: dict[str, Any], reader: Any, architecture: str) -> None:
+    """Rope scaling by type, and by a factor for each frequency, which is how GGUF says what Llama 3.x does. Raises UnsupportedModelError."""
+    from gguf import dequantize
+
+    kind = _value(reader, f"{architecture}.rope.scaling.type") or "none"
+    if kind not in ("none", "linear", "yarn"):
+        raise UnsupportedModelError(f"{architecture}.rope.scaling.type is {kind!r}, which is not supported; none, linear and yarn are")
+    if kind != "none":
+        rope = {"rope_theta": _value(reader, f"{architecture}.rope.freq_base") or 10000.0, "rope_type": kind}
+        names = {"factor": "factor", "original_context_length": "original_max_position_embeddings", "attn_factor": "attention_factor"}
+        for theirs, ours in names.items():
+            if (value := _value(reader, f"{architecture}.rope.scaling.{theirs}")) is not None:
+                rope[ours] = value
+        config["rope_parameters"] = rope
+    for tensor in reader.tensors:
+        if tensor.name == "rope_freqs.weight":
+            config["rope_factors"] = dequantize(tensor.data, tensor.tensor_type).tolist()
+
+
+def _read_tensors(reader: Any, architecture: str, target: Path) -> Iterator[tuple[str, torch.Tensor]]:
     """The tensors under Hugging Face's names, float32."""
-    from gguf import GGUFReader, dequantize
+    from gguf import dequantize
 
     config = json.loads((target / "config.json").read_bytes())
     heads = {"attn_q": config["num_attention_heads"], "attn_k": config["num_key_value_heads"]}
-    for tensor in GGUFReader(file).tensors:
+    for tensor in reader.tensors:
         match = re.fullmatch(r"(?:blk\.(\d+)\.)?(\w+)\.(weight|bias)", tensor.name)
         if match is None or match[2] not in _NAMES:
-            continue  # tables that the decoder computes itself, such as rope_freqs
+            continue  # tables that the decoder computes itself
         layer, name, part = match.groups()
         values = torch.from_numpy(dequantize(tensor.data, tensor.tensor_type).copy())
         if architecture == "llama" and name in heads:

@@ -20,7 +20,7 @@ def _frequencies(config: DecoderConfig) -> tuple[torch.Tensor, float]:
     kind = config.rope["rope_type"]
     if kind == "default":
         exponents = torch.arange(0, config.head_dim, 2, dtype=torch.int64).float() / config.head_dim
-        return 1.0 / (config.rope["rope_theta"] ** exponents), 1.0
+        return 1.0 / (config.rope["rope_theta"] ** exponents * torch.tensor(config.rope.get("factors", 1.0))), 1.0
     from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS  # takes a second to import; most models do not scale
 
     if kind not in ROPE_INIT_FUNCTIONS or kind in ("dynamic", "longrope"):

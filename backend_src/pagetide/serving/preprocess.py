@@ -67,8 +67,9 @@ class PreprocessModel:
         if VLLM_PROMPT in arrays:
             defaults = self._vllm_defaults
             arrays["text_input"] = arrays.pop(VLLM_PROMPT)
-        parsed = parse(arrays, triton.parameters(request), defaults)
-        return [self._check_size(self._render(timed(prompt, now, request.timeout()))) for prompt in parsed]
+        parameters = triton.parameters(request)
+        timeout_us = triton.timeout_us(request, parameters)
+        return [self._check_size(self._render(timed(prompt, now, timeout_us))) for prompt in parse(arrays, parameters, defaults)]
 
     def _render(self, parsed: ParsedRequest) -> _Prompt:
         if parsed.messages is not None:

@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import triton_python_backend_utils as pb_utils
 
+from pagetide.serving.values import integer
 from pagetide.types import EngineError, QueueFullError, RequestError
 
 log = logging.getLogger("pagetide.triton")
@@ -24,6 +25,14 @@ def parameters(request: Any) -> dict[str, Any]:
     """The request's own parameters: texts, numbers and booleans by name."""
     text = request.parameters()
     return json.loads(text) if text else {}
+
+
+def timeout_us(request: Any, parameters: dict[str, Any]) -> int:
+    """The request's own time limit in microseconds, 0: none; HTTP's generate brings it as a parameter, which is taken out. Raises RequestError."""
+    given = integer("timeout", parameters.pop("timeout", 0))
+    if given < 0:
+        raise RequestError(f"timeout is {given}, must be a number of microseconds, 0 for no limit")
+    return given or request.timeout()
 
 
 def tensor(name: str, array: np.ndarray) -> Any:

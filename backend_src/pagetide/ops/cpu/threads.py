@@ -26,13 +26,39 @@ def _touch(counts):  # type: ignore[no-untyped-def]
 
 
 def open_pools(num_threads: int) -> None:
-    """Opens the calling thread's pools with num_threads threads (0: one for each core) and holds each thread on a core of its own."""
+    """Opens the calling thread's pools with num_threads threads (0: one for each core that this process may use).
+
+    Each thread is held on a core of its own, where the pool has a thread for every core of the machine: elsewhere another process
+    (another server, the neighbours of a container) may be on the cores that would be chosen here, while others are idle.
+    """
     cores = sorted(os.sched_getaffinity(0))
-    count = min(num_threads or len(cores), len(cores))
+    count = min(num_threads or num_usable_cores(), len(cores))
+    owns_all = count == len(cores) == os.cpu_count()
     for open_pool in (_open_numba_pool, _open_torch_pool):
-        for core, thread in zip(cores[1:], _threads_made_by(lambda: open_pool(count)), strict=False):  # noqa: B023 (called at once)
+        made = _threads_made_by(lambda: open_pool(count))  # noqa: B023 (called at once)
+        for core, thread in zip(cores[1:], made if owns_all else (), strict=False):
             os.sched_setaffinity(thread, {core})
-    os.sched_setaffinity(0, {cores[0]})
+    if owns_all:
+        os.sched_setaffinity(0, {cores[0]})
+
+
+def num_usable_cores(cgroups: Path = Path("/sys/fs/cgroup")) -> int:
+    """The cores that this process may use: those of its affinity, and no more than its control group's quota pays for (docker --cpus)."""
+    cores = len(os.sched_getaffinity(0))
+    quota = _quota(cgroups)
+    return cores if quota is None else max(1, min(cores, int(quota)))
+
+
+def _quota(cgroups: Path) -> float | None:
+    """Cores, None for no limit: of version 2 of control groups, and of version 1."""
+    try:
+        if (cgroups / "cpu.max").exists():
+            quota, period = (cgroups / "cpu.max").read_text().split()
+        else:
+            quota, period = ((cgroups / "cpu" / f"cpu.cfs_{name}_us").read_text() for name in ("quota", "period"))
+        return int(quota) / int(period) if quota != "max" and int(quota) > 0 else None
+    except (OSError, ValueError):
+        return None
 
 
 def _threads_made_by(action: Callable[[], object]) -> list[int]:
