@@ -35,7 +35,7 @@ from pagetide.serving.contract import FIELDS, Field, tensor_fields
 from triton_server import ROOT, Address, TritonServer, find_running, free_address
 
 ANSWER_TIMEOUT_S = 120
-WARM_UP_S = 5
+WARM_UP_S = 10
 MAX_GROWTH_MB = 200
 REASONS = {"stop", "length", "cancelled", "timeout"}
 TEXTS = [
@@ -76,6 +76,7 @@ BAD_GUIDES = [
 # Errors that a request may get although each of its values is allowed: rules that exclude each other, and a server that is full.
 TOGETHER = re.compile(
     r"no token is left|Exceeds maximum queue size|guided_decoding_guide|must be at most|give one of them|must be at least|leave one"
+    r"|must be 1 with guided decoding|the beams may need"
 )
 
 
@@ -86,11 +87,16 @@ class Report:
     seed: int
     outcomes: Counter[str] = field(default_factory=Counter)
     failures: list[dict[str, Any]] = field(default_factory=list)
+    slowest: list[tuple[float, str]] = field(default_factory=list)
     lock: threading.Lock = field(default_factory=threading.Lock)
 
     def count(self, outcome: str) -> None:
         with self.lock:
             self.outcomes[outcome] += 1
+
+    def note_time(self, seconds: float, way: str, wish: Wish) -> None:
+        with self.lock:
+            self.slowest = sorted([*self.slowest, (seconds, f"{way} {json.dumps(wish.values)[:300]}")], reverse=True)[:5]
 
     def fail(self, what: str, request: Any, answer: Any) -> None:
         with self.lock:
@@ -123,7 +129,7 @@ def make_wish(rng: random.Random) -> Wish:
         is_wrong = rng.random() < 0.06
         values = wrong_values(one, rng) if is_wrong else allowed_values(one, rng)
         wish.values.update(values)
-        wish.wrong += [one.name] if is_wrong and values else []
+        wish.wrong = [name for name in wish.wrong if name not in values] + ([one.name] if is_wrong and values else [])
     if rng.random() < 0.12:
         kind, text = rng.choice(BAD_GUIDES if (is_wrong := rng.random() < 0.2) else GUIDES)
         wish.values |= {"guided_decoding_guide_type": kind, "guided_decoding_guide": text, "max_tokens": 40}
@@ -263,8 +269,10 @@ class Client:
             self._count += 1
             wish = make_wish(self._rng)
             way = self._rng.choices([self._unary, self._stream, self._leave_http, self._cancel], [50, 35, 8, 7])[0]
+            begin = time.monotonic()
             try:
                 way(wish)
+                self._report.note_time(time.monotonic() - begin, way.__name__, wish)
             except Exception as error:
                 self._report.fail(f"{way.__name__}: {type(error).__name__}", wish.values, error)
 
@@ -285,6 +293,8 @@ class Client:
         done, errors, parts = threading.Event(), [], []
 
         def receive(result: Any, error: Any) -> None:
+            if done.is_set():  # what the end of the stream itself says
+                return
             if error is not None:
                 errors.append(error.message())
                 done.set()
@@ -311,7 +321,7 @@ class Client:
 
     def _leave_http(self, wish: Wish) -> None:
         """Leaves generate_stream after some bytes, or before any."""
-        data = json.dumps(as_body({**wish.values, "max_tokens": 3000, "stream": True})).encode()
+        data = json.dumps(as_body(long(wish.values))).encode()
         head = f"POST /v2/models/ensemble/generate_stream HTTP/1.1\r\nHost: x\r\nContent-Length: {len(data)}\r\n\r\n"
         with socket.create_connection((self._address.host, self._address.http_port), timeout=ANSWER_TIMEOUT_S) as connection:
             connection.sendall(head.encode() + data[: self._rng.choice([len(data), len(data) // 2])])
@@ -320,7 +330,7 @@ class Client:
 
     def _cancel(self, wish: Wish) -> None:
         """Cancels the stream, or by the request's id, at a random moment."""
-        inputs, parameters = as_tensors({**wish.values, "max_tokens": 3000, "stream": True})
+        inputs, parameters = as_tensors(long(wish.values))
         name = f"{self._number}-{self._count}"
         with grpc.InferenceServerClient(self._address.grpc) as client:
             client.start_stream(lambda result, error: None)
@@ -337,6 +347,12 @@ class Client:
             self._report.fail(wrong, wish.values, answer)
         else:
             self._report.count(outcome)
+
+
+def long(values: dict[str, Any]) -> dict[str, Any]:
+    """A stream that would go on for some time; several sequences are told of their client only when they say something, which may be at the end."""
+    is_single = not {"n", "num_return_sequences", "best_of", "beam_width"} & values.keys()
+    return {**values, "max_tokens": 2000 if is_single else 60, "stream": True}
 
 
 DTYPES = dict(tensor_fields())
@@ -420,10 +436,22 @@ def wait_until_idle(address: Address, report: Report) -> None:
         time.sleep(0.2)
 
 
+def fill_cache(address: Address) -> None:
+    """Writes to every block of a small KV cache: its memory comes with the first use."""
+    rng, prompt = random.Random(0), 2000
+    num_tokens = min(16 * int(metrics(address)["pagetide_kv_blocks_total"]), 20_000)
+    for _ in range(-(-num_tokens // prompt)):
+        body = json.dumps({"input_ids": rng.choices(range(100, 40_000), k=prompt), "max_tokens": 1}).encode()
+        url = f"http://{address.http}/v2/models/ensemble_unary/generate"
+        urllib.request.urlopen(urllib.request.Request(url, body), timeout=ANSWER_TIMEOUT_S).close()
+
+
 def run(server: TritonServer, seconds: float, clients: int, seed: int) -> Report:
     """Fuzzes a server that runs; returns what was found."""
     report = Report(seed)
-    send(server.address, report, clients, min(WARM_UP_S, seconds))  # memory that is taken once
+    # Memory that is taken once.
+    fill_cache(server.address)
+    send(server.address, report, clients, min(WARM_UP_S, seconds))
     wait_until_idle(server.address, report)
     engine, before = engine_and_memory(server)
     send(server.address, report, clients, seconds)
@@ -433,6 +461,8 @@ def run(server: TritonServer, seconds: float, clients: int, seed: int) -> Report
         report.fail("the engine is not the same process", None, (engine, same))
     if after - before > MAX_GROWTH_MB:
         report.fail("memory has grown", None, f"{before:.0f} to {after:.0f} MB")
+    for taken, request in report.slowest:
+        print(f"slow: {taken:.1f} s {request}", file=sys.stderr)
     print(f"memory {before:.0f} MB before, {after:.0f} MB after", file=sys.stderr)
     return report
 

@@ -2,23 +2,9 @@
 
 from __future__ import annotations
 
-import os
 import sys
-import threading
-import time
 
-_LOOK_S = 0.5
-
-
-def end_with_parent(parent: int) -> None:
-    """Ends this process when `parent` is not, or is no longer, the process above it."""
-
-    def watch() -> None:
-        while os.getppid() == parent:
-            time.sleep(_LOOK_S)
-        os._exit(1)
-
-    threading.Thread(target=watch, name="pagetide-parent", daemon=True).start()
+from pagetide.engine.parent import end_with_parent
 
 
 def main() -> int:

@@ -28,6 +28,7 @@ from pagetide.types import EngineInfo, Output, Request
 log = logging.getLogger("pagetide.client")
 
 _MAX_SOCKET_PATH = 107  # sockaddr_un's 108 bytes with a zero at the end
+_SEND_TIMEOUT_MS = 1000
 NOT_RUNNING = "the engine is not running; it is being started again"
 
 
@@ -81,6 +82,8 @@ class EngineClient:
         self._socket = zmq.Context.instance().socket(zmq.DEALER)
         self._socket.sndhwm = self._socket.rcvhwm = 0
         self._socket.linger = 0
+        # A connection that has just been made takes its first message a moment later; one that is gone takes none.
+        self._socket.sndtimeo = _SEND_TIMEOUT_MS
         self._socket.reconnect_ivl, self._socket.reconnect_ivl_max = 20, 200
         # Messages go to an engine that is there, or nowhere: never to one that is started later.
         self._socket.immediate = True
@@ -175,7 +178,7 @@ class EngineClient:
     def _send(self, message: bytes) -> bool:
         """False if the engine has gone meanwhile: waiting for the next one would stop this thread, and with it every answer."""
         try:
-            self._socket.send(message, zmq.NOBLOCK)
+            self._socket.send(message)
         except zmq.Again:
             return False
         return True

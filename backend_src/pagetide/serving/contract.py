@@ -68,7 +68,10 @@ class Field:
 
     def _is_in_range(self, value: float) -> bool:
         assert self.low is not None and self.high is not None
-        return (self.low < value if self.is_above_low else self.low <= value) and value <= self.high
+        low, high = self.low, self.high
+        if self.dtype == "FP32":  # a tensor holds the bound as float32 has it, which may lie beyond
+            low, high = min(low, float(np.float32(low))), max(high, float(np.float32(high)))
+        return (low < value if self.is_above_low else low <= value) and value <= high
 
 
 _INT32 = 2**31 - 1

@@ -19,6 +19,7 @@ import numpy as np
 import triton_python_backend_utils as pb_utils
 
 from pagetide.config import settings_beside
+from pagetide.engine.parent import end_with_parent
 from pagetide.serving import triton
 from pagetide.serving.client import NOT_RUNNING, EngineClient, EngineStartError, EngineSupervisor, socket_path, wait_for_engine
 from pagetide.serving.contract import ParsedRequest, check_request, parse, timed
@@ -39,6 +40,8 @@ class LlmModel:
 
     def initialize(self, args: dict[str, str]) -> None:
         config = json.loads(args["model_config"])
+        # Triton's stub ends by itself only if none of its threads waits for the server.
+        end_with_parent(triton.server_pid())
         self._is_decoupled = config.get("model_transaction_policy", {}).get("decoupled", False)
         self._settings = settings_beside(args["model_repository"])
         self._open: dict[int, ClientRequest] = {}  # request number of each prompt -> its client request
