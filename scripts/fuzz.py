@@ -213,7 +213,9 @@ def check_error(wish: Wish, message: str) -> str:
 def check_answers(wish: Wish, answers: list[dict[str, Any]]) -> str:
     """answers: for each sequence its ids, text, reason and log-probabilities, in their order."""
     values = wish.values
-    if wish.wrong:
+    # A grammar is compiled beside other work: the time may be up before it turns out to be none.
+    is_too_early = wish.wrong == ["guided_decoding_guide"] and all(answer["reason"] == "timeout" for answer in answers)
+    if wish.wrong and not is_too_early:
         return f"{', '.join(wish.wrong)} should have been refused"
     count = values.get("num_return_sequences", values.get("n", 1))
     if len(answers) != count:

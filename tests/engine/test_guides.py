@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import jsonschema
+import numpy as np
 import pytest
 from pagetide.engine.guides import GrammarCompiler
 from pagetide.llm import LLM
@@ -185,8 +186,55 @@ def test_an_ungrammatical_grammar_is_a_clear_error(llm, kind, text):
     assert llm.generate(PROMPT, guided("regex", "ok"))[0].outputs[0].text == "ok"
 
 
-def test_the_same_grammar_is_compiled_once(llm):
-    guides = llm._engine.loop.scheduler._guides
-    assert isinstance(guides, GrammarCompiler)
-    schema = json.dumps({"type": "object", "properties": {f"p{i}": {"type": "string"} for i in range(60)}})
-    assert guides.compile(Guide("json_schema", schema)) is guides.compile(Guide("json_schema", schema))
+def walk(compiler: GrammarCompiler, guide: Guide, vocab_size: int, num_tokens: int, seed: int) -> None:
+    """Takes allowed tokens at random; ends before an end token."""
+    state, rng = compiler.compile(guide).result(60)(), np.random.default_rng(seed)
+    mask = np.empty(-(-vocab_size // 32), np.int32)
+    for _ in range(num_tokens):
+        state.fill(mask)
+        allowed = np.flatnonzero(np.unpackbits(mask.view(np.uint8), bitorder="little"))
+        token = int(rng.choice(allowed))
+        if token == 2:
+            return
+        state.advance(token)
+
+
+def test_requests_with_the_same_grammar_have_limits_of_their_own(llm):
+    """Each makes the automaton larger: shared, it would be too large for all after a hundred of them."""
+    compiler = llm._engine.loop.scheduler._guides
+    for seed in range(200):
+        walk(compiler, Guide("regex", "(a|b)*a(a|b){14}"), llm._engine.info.vocab_size, 20, seed)
+
+
+@pytest.mark.parametrize(
+    "kind, text",
+    [
+        ("json_schema", json.dumps({"$ref": "#/$defs/0", "$defs": {**{str(i): {"$ref": f"#/$defs/{i + 1}"} for i in range(1900)}, "1900": {}}})),
+        (
+            "json_schema",
+            json.dumps({"$ref": "#/$defs/0", "$defs": {**{str(i): {"items": {"$ref": f"#/$defs/{i + 1}"}} for i in range(1300)}, "1300": {}}}),
+        ),
+        ("ebnf_grammar", "start: r0\n" + "".join(f"r{i}: r{i + 1}\n" for i in range(1200)) + 'r1200: "a"\n'),
+        ("ebnf_grammar", "start: A0\n" + "".join(f'A{i}: A{i + 1} "b"\n' for i in range(900)) + 'A900: "a"\n'),
+        ("ebnf_grammar", 'root ::= "a"' + "\n" * 16_000),
+        ("structural_tag", json.dumps({"format": {"type": "sequence", "elements": [{"type": "const_string", "value": "x"}] * 1500}})),
+        ("regex", "(a{1000}){1000}"),
+    ],
+    ids=["references", "items", "rules", "terminals", "lines", "parts", "repetitions"],
+)
+def test_a_grammar_at_its_limits_works_or_is_refused(llm, kind, text):
+    compiler = llm._engine.loop.scheduler._guides
+    try:
+        walk(compiler, Guide(kind, text), llm._engine.info.vocab_size, 12, 0)
+    except RequestError as error:
+        assert "guided_decoding_guide" in str(error)
+
+
+@pytest.mark.parametrize("text, expected", [("<f>1</f>", True), ("no tag", True), ("<f>1</f> and more", False)])
+def test_a_structural_tag_that_stops_after_the_first_accepts_nothing_behind_it(llm, text, expected):
+    tag = {"type": "tag", "begin": "<f>", "content": {"type": "regex", "pattern": r"[0-9]\/?"}, "end": "</f>"}
+    form = {"type": "triggered_tags", "triggers": ["<f"], "tags": [tag], "stop_after_first": True}
+    guide = Guide("structural_tag", json.dumps({"format": form}))
+    state = llm._engine.loop.scheduler._guides.compile(guide).result(60)()
+    ids = llm.get_tokenizer()(text).input_ids
+    assert state._matcher.validate_tokens(ids) == len(ids) if expected else state._matcher.validate_tokens(ids) < len(ids)

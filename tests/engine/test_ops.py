@@ -22,7 +22,7 @@ from pagetide.ops.cpu.gather import gather
 from pagetide.ops.cpu.layers import CompiledLayers
 from pagetide.ops.cpu.logits import edit, mask, penalize
 from pagetide.ops.cpu.packing import pack, read_rows
-from pagetide.ops.cpu.sampling import argmax, sample, score
+from pagetide.ops.cpu.sampling import _noise, argmax, sample, score
 from pagetide.ops.cpu.sync import finish, make_sync, num_concurrent_threads, take
 from pagetide.ops.layers import Affine, ComposedLayers, EmbeddingWeights, Layers, LayerShape, LayerWeights
 from pagetide.ops.table import TORCH_LAYERS, TorchEmbedding
@@ -377,3 +377,36 @@ def test_noise_depends_on_seed_and_position_only():
     a = draw([1, 2, 3], [5, 5, 5])
     assert draw([3, 1, 2], [5, 5, 5]) == [a[2], a[0], a[1]]
     assert draw([1, 1, 1], [5, 6, 7]) != [a[0]] * 3
+
+
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+@pytest.mark.parametrize("rule", [{}, {"top_k": 5}, {"top_p": 0.5}, {"min_p": 0.1}])
+def test_a_row_without_a_finite_logit_has_no_token_and_its_neighbours_have_theirs(temperature, rule):
+    logits = torch.randn(6, 100)
+    logits[1], logits[3], logits[4, 7] = -torch.inf, torch.nan, torch.inf
+    logits[5], logits[5, 42] = -torch.inf, 0.5
+    logits[2, 9] = torch.nan  # one that is no number is never drawn
+    values = {"temperature": temperature, "top_k": 0, "top_p": 1.0, "min_p": 0.0, **rule}
+    columns = [torch.full((6,), values[name]) for name in ("temperature", "top_k", "top_p", "min_p")]
+    columns = [column.to(torch.int64 if i == 1 else torch.float32) for i, column in enumerate(columns)]
+    seeds, positions = torch.arange(6), torch.arange(6) + 3
+    for function in (reference.sample, sample):
+        ids = function(logits.clone(), *columns, seeds, positions)
+        assert ids[[1, 3, 4]].tolist() == [-1, -1, -1] and ids[5] == 42 and 0 <= ids[0] < 100 and 0 <= ids[2] != 9
+    for function in (reference.argmax, argmax):
+        ids = function(logits.clone())
+        assert ids[[1, 3, 4]].tolist() == [-1, -1, -1] and ids[5] == 42 and 0 <= ids[2] != 9
+
+
+def test_scores_of_rows_without_a_finite_logit_stay_within_the_vocabulary():
+    logits = torch.randn(4, 100)
+    logits[1], logits[2], logits[3, :98] = -torch.inf, torch.nan, torch.nan
+    logprobs, ranks, top_ids, top_logprobs = score(logits, torch.tensor([3, 0, 0, 99]), 5)
+    assert ((top_ids >= 0) & (top_ids < 100)).all() and not torch.isnan(logprobs[[0, 1]]).any() and ranks[1] == 1
+    assert top_logprobs[3, :2].isfinite().all() and (top_logprobs[1] == -torch.inf).all()
+
+
+def test_noise_is_finite_for_all_random_bits():
+    extremes = reference.uniform(torch.tensor([0, 2**32 - 1]))
+    assert extremes[0] > 0 and extremes[1] < 1
+    assert np.isfinite([_noise(np.uint64(0)), _noise(np.uint64(2**23 - 1))]).all()

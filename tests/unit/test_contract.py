@@ -234,4 +234,38 @@ def test_junk_is_either_taken_or_refused_with_a_sentence(values):
         except RequestError as error:
             assert str(error)
         else:
-            assert parsed[0].text == "hello"
+            assert parsed[0].text == "hello" or parsed[0].cancel
+
+
+def test_a_cancel_is_the_whole_requests_and_looks_at_no_other_field():
+    wrong = {"max_tokens": np.array([[0], [0]], np.int32), "cancel": np.array([[True], [False]])}
+    assert [row.cancel for row in parse(wrong, {})] == [True, True]
+    tensors = {"text_input": text("a", "b"), "sampling_parameters": text('{"cancel": true}', '{"n": 2}')}
+    assert [(row.cancel, row.params.n) for row in parse(tensors, {})] == [(True, 1), (True, 1)]
+    assert parse({}, {"cancel": True, "max_tokens": -1})[0].cancel
+
+
+def test_an_empty_batch_is_refused():
+    with pytest.raises(RequestError, match="empty batch"):
+        parse({"text_input": np.zeros((0, 1), np.object_)}, {})
+
+
+def test_empty_words_are_no_words():
+    tensors = {name: np.array([[b"", b"x"]], np.object_) for name in ("stop_words", "bad_words", "embedding_bias_words")}
+    params = parse({**PROMPT, **tensors, "embedding_bias_weights": np.array([[5, 7]], np.float32)}, {})[0].params
+    assert (params.stop, params.bad_words, params.word_bias) == (("x",), ("x",), {"x": 7})
+
+
+def test_a_request_wins_over_the_models_default_length():
+    defaults = Defaults(SamplingParams(max_tokens=10))
+    assert parse(PROMPT, {"min_tokens": 20}, defaults)[0].params.max_tokens == 20
+    assert parse(PROMPT, {"min_tokens": 5}, defaults)[0].params.max_tokens == 10
+
+
+@pytest.mark.parametrize("timeout_us, timeout_ms", [(9 * 10**18, 0), (2**64 - 1, 0), (0, 0)])
+def test_a_time_limit_beyond_all_times_is_none(timeout_us, timeout_ms):
+    assert timed(parse(PROMPT, {"timeout_ms": timeout_ms})[0], 5, timeout_us).deadline_ns == 0
+
+
+def test_float32_bounds_are_within_their_range():
+    assert parse({**PROMPT, "repetition_penalty": np.array([[0.01]], np.float32)}, {})[0].params.repetition_penalty == pytest.approx(0.01)

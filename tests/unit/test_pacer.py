@@ -29,10 +29,10 @@ def test_chunks_of_a_sequence_are_joined_while_the_way_is_busy_and_stay_in_order
 
 
 def test_sending_is_held_to_its_share_but_first_and_last_chunks_go_at_once():
-    queue = ChunkQueue(max_share=0.01)  # 10 ms of sending, then a second of rest
+    queue = ChunkQueue(max_share=0.001)  # a millisecond of sending, then a second of rest
     queue.put(Output(1, 0, [1]))
     assert queue.take(now=5.0).ids == [1]
-    queue.sent(5.0, 5.01)
+    queue.sent(5.0, 5.001)
     queue.put(Output(1, 0, [2]))
     assert queue.take(now=5.5) is None and queue.free_at == pytest.approx(6.0)
     queue.put(Output(2, 0, [9]))
@@ -45,8 +45,16 @@ def test_a_chunk_goes_when_its_time_has_come_with_all_that_has_come_meanwhile():
     queue = ChunkQueue(max_share=0.5)
     queue.put(Output(1, 0, [1]))
     queue.take(now=0.0)
-    queue.sent(0.0, 1.0)
+    queue.sent(0.0, 0.001)
     queue.put(Output(1, 0, [2]))
-    assert queue.take(now=1.9) is None and queue.free_at == 2.0
+    assert queue.take(now=0.0019) is None and queue.free_at == pytest.approx(0.002)
     queue.put(Output(1, 0, [3]))
-    assert queue.take(now=2.0).ids == [2, 3]
+    assert queue.take(now=0.0021).ids == [2, 3]
+
+
+def test_one_large_response_does_not_hold_up_all_others():
+    queue = ChunkQueue(max_share=0.025)
+    queue.put(Output(1, 0, [1]))
+    queue.take(now=0.0)
+    queue.sent(0.0, 0.5)
+    assert queue.free_at < 0.7

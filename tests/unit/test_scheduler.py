@@ -9,7 +9,7 @@ from context_runner import VOCABULARY, expected_tokens, logits_after
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from pagetide.engine.strategies import _seed_of_sample
-from pagetide.types import EngineError, Guide, QueueFullError, RequestError
+from pagetide.types import EngineError, Guide, QueueFullError, Request, RequestError, SamplingParams
 
 
 def test_one_request_gives_the_tokens_that_its_context_implies(engine):
@@ -124,9 +124,14 @@ def test_cancelled_request_frees_its_blocks_within_two_steps(engine):
 
 def test_cancel_by_name_finds_all_requests_of_that_name(engine):
     small = engine()
-    small.add(5, [1], max_tokens=30)
-    assert small.scheduler.numbers_of("r5") == [5]
-    assert small.scheduler.numbers_of("other") == []
+    for number, name in ((5, "same"), (6, "other"), (7, "same")):
+        params = SamplingParams(max_tokens=30, seed=0, ignore_eos=True)
+        small.scheduler.add(Request(number=number, prompt_ids=[number], params=params, request_id=name))
+    small.step()
+    assert small.scheduler.numbers_of("same") == [5, 7] and small.scheduler.numbers_of("nobody") == []
+    small.scheduler.cancel(small.scheduler.numbers_of("same"))
+    small.run()
+    assert [small.reason(number) for number in (5, 6, 7)] == [["cancelled"], ["length"], ["cancelled"]]
 
 
 def test_full_queue_is_refused_at_once(engine):
@@ -331,6 +336,23 @@ def test_beams_share_the_prompts_blocks(engine):
         small.step()
         used.append(small.blocks.num_used)
     assert max(used) <= 3 + 8 * 2
+
+
+def test_beams_ask_each_other_for_no_more_than_they_need(engine):
+    """What runs beside a search, with other ends and widths, changes nothing of it."""
+    alone = beams_alone([4, 2], 2, 8, stop=("ab", "q"))
+    small = engine(num_blocks=200, max_num_seqs=8, max_num_batched_tokens=64)
+    small.add(1, [4, 2], beam_width=2, n=2, max_tokens=8, stop=("ab", "q"))
+    small.add(2, [5, 6], beam_width=6, n=1, max_tokens=8, stop_token_ids=tuple(range(20)))
+    small.run()
+    assert [small.tokens(1, index) for index in range(2)] == alone
+
+
+def test_a_search_whose_texts_are_all_stop_texts_ends_with_what_it_has(engine):
+    small = engine(num_blocks=200, max_num_seqs=8, max_num_batched_tokens=64)
+    small.add(1, [4, 2], beam_width=4, n=4, max_tokens=8, stop=tuple("abcdefghijklmnopqrstuvwxyz"))
+    small.run()
+    assert [small.reason(1, index) for index in range(4)] == [["stop"]] * 4
 
 
 def test_preempted_beams_do_not_wait_for_each_other(engine):

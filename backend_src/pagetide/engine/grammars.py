@@ -63,7 +63,10 @@ def _ebnf(text: str) -> str:
     """GBNF, llama.cpp's form of EBNF, or Lark itself."""
     from llguidance.gbnf_to_lark import any_to_lark
 
-    return any_to_lark(text)
+    if re.search(r"[\x00-\x08\x0b\x0c\x0e-\x1f]", text):
+        raise RequestError("guided_decoding_guide is no valid ebnf_grammar: it has control characters")
+    # The converter looks at the rest of the text again for each empty line.
+    return any_to_lark(re.sub(r"\n\s*\n", "\n", text))
 
 
 # -- structural tags -----------------------------------------------------------------------------------------------------
@@ -89,7 +92,7 @@ class _Rules:
         parts: dict[str, Callable[[dict[str, Any]], str]] = {
             "const_string": lambda f: _literal(f["value"]),
             "json_schema": lambda f: _inline_json(f["json_schema"]),
-            "regex": lambda f: f"/{f['pattern'].replace('/', chr(92) + '/')}/",
+            "regex": lambda f: f"/{_without_bare_slashes(f['pattern'])}/",
             "any_text": lambda f: self.add(_ANY_TEXT, is_terminal=True),
             "sequence": lambda f: " ".join(self.part(one) for one in _not_empty(f["elements"])),
             "or": lambda f: " | ".join(self.part(one) for one in _not_empty(f["elements"])),
@@ -121,8 +124,9 @@ class _Rules:
             bodies.append(f"{head} {_literal(tag['begin'][len(trigger) :])} {self.part(tag['content'])} {_literal(tag['end'])}")
         one = self.add(" | ".join(bodies))
         end = self.add(_ANY_TEXT, is_terminal=True)
-        times = {(False, False): f"{one}*", (True, False): f"{one}+", (False, True): f"{one}?", (True, True): one}[at_least_one, once]
-        return times if once and at_least_one else f"{times} {end}"
+        if once:
+            return one if at_least_one else f"{one} | {end}"
+        return f"{one}{'+' if at_least_one else '*'} {end}"
 
     def _tags_with_separator(self, form: dict[str, Any]) -> str:
         one = self.add(" | ".join(self.part({**tag, "type": "tag"}) for tag in _not_empty(form["tags"])))
@@ -130,6 +134,11 @@ class _Rules:
             return one if form.get("at_least_one", False) else f"{one}?"
         several = f"{one} ({_literal(form['separator'])} {one})*"
         return several if form.get("at_least_one", False) else f"({several})?"
+
+
+def _without_bare_slashes(pattern: str) -> str:
+    """A regular expression as Lark writes it, between slashes."""
+    return re.sub(r"\\.|/", lambda found: r"\/" if found[0] == "/" else found[0], pattern, flags=re.DOTALL)
 
 
 def _literal(text: str) -> str:

@@ -6,9 +6,10 @@ can keep others waiting, and what it cannot keep of a JSON schema it refuses by 
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable, Iterable
 from concurrent.futures import Future, ThreadPoolExecutor
-from functools import cached_property, lru_cache
+from functools import cached_property
 from typing import Any, Protocol
 
 import numpy as np
@@ -17,8 +18,8 @@ from pagetide.engine.grammars import first_line, grammar_of
 from pagetide.text.tokens import Vocabulary
 from pagetide.types import Guide, RequestError
 
-_WORKERS = 2  # a large grammar does not keep small ones waiting
-_KEPT = 64  # compiled grammars
+_WORKERS = 4  # large grammars do not keep small ones waiting
+_STACK_BYTES = 512 * 2**20  # the compiler follows chains of references by recursion; only what is used becomes memory
 # About 10 ms for a mask, and 20 MB for a grammar: units and speeds are in llguidance.LLParserLimits.
 _STEP_LEXER_FUEL, _MAX_LEXER_STATES = 100_000, 10_000
 
@@ -44,17 +45,23 @@ class GuideCompiler(Protocol):
 
 
 class GrammarCompiler:
-    """Compiled grammars are kept, so that a guide that comes again costs nothing. end_ids: what may follow a complete answer."""
+    """Compiles each request's grammar anew, about a millisecond: copies share their limits, and one request could use up another's.
+
+    end_ids: what may follow a complete answer.
+    """
 
     def __init__(self, vocabulary: Vocabulary, vocab_size: int, end_ids: Iterable[int]):
         self._vocabulary = vocabulary
         self._vocab_size = vocab_size
         self._end_ids = sorted(end_ids)
         self._workers = ThreadPoolExecutor(_WORKERS, "pagetide-grammar")
-        self.compile = lru_cache(maxsize=_KEPT)(self._submit)
 
-    def _submit(self, guide: Guide) -> Future[Callable[[], GuideState]]:
-        return self._workers.submit(self._compile, guide)
+    def compile(self, guide: Guide) -> Future[Callable[[], GuideState]]:
+        before = threading.stack_size(_STACK_BYTES)
+        try:
+            return self._workers.submit(self._compile, guide)  # starts its threads here
+        finally:
+            threading.stack_size(before)
 
     @cached_property
     def _tokenizer(self) -> Any:
@@ -73,7 +80,7 @@ class GrammarCompiler:
         if matcher.is_error():
             raise RequestError(f"guided_decoding_guide is no valid {guide.kind}: {first_line(matcher.get_error())}")
         # Whether it accepts anything shows at its first token.
-        LlGuidanceState(matcher.deep_copy(), guide.kind).fill(np.empty(-(-self._vocab_size // 32), np.int32))
+        LlGuidanceState(matcher, guide.kind).fill(np.empty(-(-self._vocab_size // 32), np.int32))
         return lambda: LlGuidanceState(matcher.deep_copy(), guide.kind)
 
 

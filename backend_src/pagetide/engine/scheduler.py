@@ -104,7 +104,7 @@ class Scheduler:
         self._arrivals += len(group.unfinished)
         self._groups[request.number] = group
         if request.deadline_ns:
-            heapq.heappush(self._deadlines, (request.deadline_ns, request.number))
+            self._note_deadline(request)
         if request.params.guide is not None:
             self._compiling[request.number] = self._guides.compile(request.params.guide)
         else:
@@ -132,6 +132,12 @@ class Scheduler:
         for sequence in list(group.unfinished):
             self._finish(sequence, reason)
 
+    def _note_deadline(self, request: Request) -> None:
+        heapq.heappush(self._deadlines, (request.deadline_ns, request.number))
+        if len(self._deadlines) > 2 * len(self._groups) + 64:  # most belong to requests that have ended long before
+            self._deadlines = [entry for entry in self._deadlines if entry[1] in self._groups]
+            heapq.heapify(self._deadlines)
+
     def _end_late(self) -> None:
         """Ends the requests whose deadline has passed."""
         now = self._now()
@@ -149,10 +155,12 @@ class Scheduler:
             yield
         except RequestError as error:
             self._fail(group, error)
-        except Exception as error:
+        except (KeyboardInterrupt, SystemExit):
+            raise
+        except BaseException as error:  # a panic of a library written in Rust is no Exception
             self._fail(group, self._internal_error(error))
 
-    def _internal_error(self, error: Exception) -> EngineError:
+    def _internal_error(self, error: BaseException) -> EngineError:
         log.error("a request has failed", exc_info=error)
         return EngineError(f"the engine failed at this request ({type(error).__name__})")
 
@@ -404,10 +412,9 @@ class Scheduler:
         self._leave(sequence)
         group = sequence.group
         group.unfinished.remove(sequence)
-        answers = group.strategy.end(sequence, reason)
+        self._emit_answers(group, group.strategy.end(sequence, reason))
         if not group.unfinished:
             self._forget(group)
-        self._emit_answers(group, answers)
 
     def _leave(self, sequence: Sequence) -> None:
         """Takes a sequence that has ended out of its queue; what it has computed stays findable."""
@@ -460,8 +467,8 @@ class Scheduler:
         beams, group.unfinished = group.unfinished, []
         for beam in beams:
             self._leave(beam)
-        self._forget(group)
         self._emit_answers(group, search.answers(beams if reason else [], reason or "stop"))
+        self._forget(group)
 
     # -- outputs -----------------------------------------------------------------------------------------------------
 

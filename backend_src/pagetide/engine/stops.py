@@ -109,6 +109,10 @@ class StopChecker:
         following._held_ids, following._held, following._matched = list(self._held_ids), self._held[:], list(self._matched)
         return following
 
+    def is_end(self, token: int) -> bool:
+        """True if the sequence would end with this token, whatever its text."""
+        return token in self._rules.end_ids and self._num_tokens + 1 >= self._rules.min_tokens_to_end
+
     def push(self, token: int) -> str:
         """Takes the next token; returns `stop` if the sequence ends with it, else an empty string."""
         rules = self._rules

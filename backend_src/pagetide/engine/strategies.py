@@ -18,6 +18,8 @@ from pagetide.runner.plan import NO_EDITS, BeamCandidates, LogitEdit, RowEdits, 
 from pagetide.text.tokens import Vocabulary
 from pagetide.types import MIN_TEMPERATURE, Request, SamplingParams
 
+_MAX_LOOKS = 4  # continuations that a step of a beam search makes, for each beam
+
 
 @dataclass(frozen=True)
 class ModelLimits:
@@ -96,23 +98,31 @@ class BeamSearch:
         """(beam, its continuation) for the next step, none when the search is over. All beams have candidates."""
         following: list[tuple[Sequence, Sequence]] = []
         was_full = len(self.finished) == self.width
+        num_looked_at = 0
         for place, (beam, rank) in enumerate(self._best(beams)):
+            if place >= self.width and beam.stops.is_end(int(known(beam).ids[rank])):
+                continue
+            # A step's work is bounded: where nearly all texts are stop texts, the search has nothing to go on with.
+            num_looked_at += 1
+            if num_looked_at > _MAX_LOOKS * self.width or (len(following) == self.width and place >= self.width):
+                break
             child = beam.child(rank)
             reason = child.stops.push(child.token_ids[-1]) or ("length" if len(child.token_ids) >= child.max_len else "")
             if not reason:
-                following.append((beam, child))
+                if len(following) < self.width:
+                    following.append((beam, child))
             elif place < self.width and self.can_improve and not (was_full and self.early_stopping):
                 self._finish(child, reason)
-            if len(following) == self.width and place + 1 >= self.width:
-                break
         self._look_ahead([child for _, child in following])
         return [] if self._is_over else following
 
     def _best(self, beams: list[Sequence]) -> list[tuple[Sequence, int]]:
         """(beam, place among its candidates) of the best continuations that are allowed, best first."""
-        scores = np.concatenate([beam.beam_score + known(beam).scores for beam in beams])
-        owners = np.repeat(np.arange(len(beams)), [len(known(beam).scores) for beam in beams])
-        ranks = np.concatenate([np.arange(len(known(beam).scores)) for beam in beams])
+        # As many of each beam as this search needs, whatever others in the step have asked for.
+        own = [known(beam).scores[: self.num_for_each] for beam in beams]
+        scores = np.concatenate([beam.beam_score + some for beam, some in zip(beams, own, strict=True)])
+        owners = np.repeat(np.arange(len(beams)), list(map(len, own)))
+        ranks = np.concatenate([np.arange(len(some)) for some in own])
         order = np.argsort(-scores, kind="stable")[: self.num_candidates]
         return [(beams[owners[i]], int(ranks[i])) for i in order.tolist() if np.isfinite(scores[i])]
 
@@ -237,6 +247,7 @@ def edits_of(params: SamplingParams, rules: StopRules, num_prompt: int, limits: 
         biases.update({token: bias * count for token, count in Counter(vocabulary.encode(word)).items()})
     edits = [LogitEdit(token, bias) for token, bias in biases.items()]
     edits += [LogitEdit(ids[-1], never, prefix=ids[:-1]) for word in filter(None, params.bad_words) for ids in vocabulary.spellings(word)]
+    edits = [edit for edit in edits if edit.token < limits.vocab_size]  # a tokenizer may have tokens that the model has not
     if rules.min_tokens_to_end:
         below = num_prompt + rules.min_tokens_to_end
         edits += [LogitEdit(token, never, below) for token in sorted(rules.end_ids) if token < limits.vocab_size]

@@ -170,9 +170,13 @@ def gumbel_noise(seed: torch.Tensor, position: torch.Tensor, vocabulary: int) ->
     state = _mix((seed & _MASK_32) ^ _mix((seed >> 32) & _MASK_32))
     state = _mix(state ^ _mix(position & _MASK_32)).unsqueeze(1)
     bits = _mix(state ^ _mix(token + 0x9E3779B9 & _MASK_32))
+    return -(-uniform(bits).log()).log()
+
+
+def uniform(bits: torch.Tensor) -> torch.Tensor:
+    """32 random bits (int64) as a float32 between 0 and 1, neither included."""
     # 23 bits and a half are exact in float32: with one more the largest would round to 1, and its noise would be infinite.
-    uniform = ((bits >> 9).float() + 0.5) * 2.0**-23
-    return -(-uniform.log()).log()
+    return ((bits >> 9).float() + 0.5) * 2.0**-23
 
 
 def _mix(x: torch.Tensor) -> torch.Tensor:

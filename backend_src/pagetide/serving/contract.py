@@ -79,7 +79,8 @@ _NEVER_NS = 10 * 365 * 86_400 * 10**9  # ten years: whoever asks for more asks f
 MAX_WORDS, MAX_WORD_LENGTH = 64, 1024  # each new token is compared with all stop texts, and may be with all bad words
 MAX_TOKEN_RULES = 1024  # logit_bias and token lists
 MAX_LOGPROBS = 20
-MAX_GUIDE_LENGTH = 256 * 1024
+# Compiling a grammar takes time that grows faster than its length.
+MAX_GUIDE_LENGTH = {"json_schema": 64 * 1024, "regex": 16 * 1024, "ebnf_grammar": 16 * 1024, "choice": 256 * 1024, "structural_tag": 64 * 1024}
 
 
 def sampling(name: str, dtype: str, sentence: str, default: str = "", aliases: tuple[str, ...] = (), **rest: Any) -> Field:
@@ -255,14 +256,18 @@ class ParsedRequest(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=Tru
 def parse(tensors: Mapping[str, np.ndarray], parameters: Mapping[str, Any], defaults: Defaults = NO_DEFAULTS) -> list[ParsedRequest]:
     """The prompts of one client request. tensors: [B, ...] each, by name; parameters: the request's own, by name. Raises RequestError."""
     given = {name: field for name, field in tensor_fields() if name in tensors}
-    if _is_cancel(tensors, parameters):
-        return [ParsedRequest(cancel=True)]
-    _refuse_twice(given.values())
     sizes = {len(tensors[name]) for name in given}
+    if 0 in sizes:
+        raise RequestError("the request has an empty batch, must have at least one prompt")
+    if _is_cancel(tensors, parameters):
+        return [ParsedRequest(cancel=True)] * max(sizes, default=1)
+    _refuse_twice(given.values())
     if len(sizes) > 1:
         raise RequestError(f"the input tensors have batch sizes {sorted(sizes)}, all must be the same")
     shared = _from_mapping(_without_ignored(parameters), "parameter")
-    return [_parse_row(tensors, given, row, shared, defaults) for row in range(sizes.pop() if sizes else 1)]
+    rows = [_parse_row(tensors, given, row, shared, defaults) for row in range(sizes.pop() if sizes else 1)]
+    # A cancel ends requests by their name: it is the whole request's, or none's.
+    return [ParsedRequest(cancel=True)] * len(rows) if any(row.cancel for row in rows) else rows
 
 
 def _is_cancel(tensors: Mapping[str, np.ndarray], parameters: Mapping[str, Any]) -> bool:
@@ -382,8 +387,8 @@ def make_guide(kind: str, guide: str) -> Guide:
         raise RequestError(f"guided_decoding_guide_type is {shown(kind)}, must be one of {', '.join(GUIDE_KINDS)}")
     if kind == "json":
         return Guide(kind)
-    if not guide or len(guide) > MAX_GUIDE_LENGTH:
-        raise RequestError(f"guided_decoding_guide has {len(guide)} characters, must have 1 to {MAX_GUIDE_LENGTH} for {kind}")
+    if not guide or len(guide) > MAX_GUIDE_LENGTH[kind]:
+        raise RequestError(f"guided_decoding_guide has {len(guide)} characters, must have 1 to {MAX_GUIDE_LENGTH[kind]} for {kind}")
     if kind == "choice":
         _check_choices(json_value("guided_decoding_guide", guide, "a JSON list of texts"))
     elif kind == "json_schema":

@@ -138,6 +138,8 @@ class LlmModel:
             timeout_us = triton.timeout_us(request, parameters)
             parsed = [timed(one, now, timeout_us) for one in parse(arrays, parameters, self._defaults)]
         ids = arrays.get("input_ids", np.zeros((len(parsed), 0), np.int32))
+        if any(one.cancel for one in parsed):
+            ids, lengths = np.zeros((len(parsed), 0), np.int32), None
         if lengths is not None and (lengths.size != len(ids) or lengths.min() < 0 or lengths.max() > ids.shape[1]):
             raise RequestError(f"input_lengths is {lengths.reshape(-1).tolist()}, must be from 0 to {ids.shape[1]} for each prompt")
         counts = [ids.shape[1]] * len(parsed) if lengths is None else lengths.reshape(-1).tolist()
@@ -179,6 +181,8 @@ class LlmModel:
             failed = {id(opened): opened for number in numbers if (opened := self._open.get(number))}.values()
         for opened in failed:
             self._forget(opened)
+            for number in opened.numbers:
+                self._pacer.forget(number)
             self._client.cancel([number for number in opened.numbers if number not in numbers])
             opened.fail(error)
 

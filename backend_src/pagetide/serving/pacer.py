@@ -15,6 +15,7 @@ import msgspec
 
 from pagetide.types import Output
 
+_MAX_CHARGE_S = 0.002
 Key = tuple[int, int]  # request number, sample
 
 
@@ -54,7 +55,12 @@ class ChunkQueue:
 
     def sent(self, begin: float, end: float) -> None:
         """A chunk has been sent from begin to end."""
-        self._free_at = max(self._free_at, begin) + (end - begin) / self.max_share
+        # What takes longer is one response's own: the others must not wait for it forty times as long.
+        self._free_at = max(self._free_at, begin) + min(end - begin, _MAX_CHARGE_S) / self.max_share
+
+    def forget(self, number: int) -> None:
+        """Nothing more comes of this request."""
+        self._begun -= {key for key in self._begun if key[0] == number}
 
     @property
     def free_at(self) -> float:
@@ -82,6 +88,11 @@ class ResponsePacer:
             for output in outputs:
                 self._queue.put(output)
             self._changed.notify()
+
+    def forget(self, number: int) -> None:
+        """Nothing more comes of this request."""
+        with self._changed:
+            self._queue.forget(number)
 
     def close(self) -> None:
         """Sends what is left, then ends."""

@@ -17,7 +17,7 @@ from pagetide.serving import triton
 from pagetide.serving.contract import Defaults, ParsedRequest, parse, timed
 from pagetide.serving.defaults import read_defaults
 from pagetide.text.chat import ChatRenderer, ChatTemplateError, read_template
-from pagetide.text.tokens import Vocabulary
+from pagetide.text.tokens import Vocabulary, decode
 from pagetide.types import RequestError
 
 # TensorRT-LLM's names of what this model takes; its clients chain the steps by hand.
@@ -43,7 +43,8 @@ class PreprocessModel:
         self._vllm_defaults = Defaults(params, is_greedy=False, excludes_input=False, flag_asks_for_logprobs=False)
         _, config = read_model(self._model)
         self._max_len = self._settings.max_model_len or config.max_position
-        self._max_bytes = self._max_len * max(map(len, Vocabulary.read(self._model).full), default=1)
+        self._vocabulary = Vocabulary.read(self._model)
+        self._max_bytes = self._max_len * max(map(len, self._vocabulary.full), default=1)
         template = read_template(self._settings.chat_template)
         from transformers import AutoTokenizer  # slow to import: after the settings have been found to be right
 
@@ -58,7 +59,8 @@ class PreprocessModel:
         if isinstance(_or_error(self._tokenize, prompts), Exception):
             # Of all texts together one could not be tokenized: each by itself tells which.
             parsed = [its if isinstance(its, Exception) else _or_error(self._tokenize, its) for its in parsed]
-        return [triton.error_response(its) if isinstance(its, Exception) else self._respond(its) for its in parsed]
+        responses = [its if isinstance(its, Exception) else _or_error(self._respond, its) for its in parsed]
+        return [triton.error_response(one) if isinstance(one, Exception) else one for one in responses]
 
     def _parse(self, request: Any) -> list[_Prompt]:
         now = time.monotonic_ns()
@@ -78,6 +80,9 @@ class PreprocessModel:
                 return _Prompt(parsed, text, adds_special_tokens=False)
             except ChatTemplateError as error:
                 raise RequestError(str(error)) from error
+        if parsed.prompt_ids is not None and parsed.includes_input:
+            shown = decode(self._vocabulary.table(parsed.params.skip_special_tokens), [i for i in parsed.prompt_ids if i >= 0])
+            return _Prompt(parsed, None, shown=shown)
         return _Prompt(parsed, parsed.text)
 
     def _check_size(self, prompt: _Prompt) -> _Prompt:
@@ -122,9 +127,10 @@ def _or_error(function: Callable[[Argument], Result], argument: Argument) -> Res
 class _Prompt:
     """A prompt on its way from text to ids."""
 
-    def __init__(self, parsed: ParsedRequest, text: str | None, adds_special_tokens: bool = True):
+    def __init__(self, parsed: ParsedRequest, text: str | None, adds_special_tokens: bool = True, shown: str | None = None):
         self.parsed = parsed
         self.text = text
+        self.shown = text if shown is None else shown
         self.adds_special_tokens = adds_special_tokens
         self.ids: list[int] = parsed.prompt_ids or []
 
@@ -137,6 +143,6 @@ class _Prompt:
             prompt_ids=None,
             tools=None,
             chat_template_kwargs={},
-            prompt_text=self.text if self.parsed.includes_input else None,
+            prompt_text=self.shown if self.parsed.includes_input else None,
         )
         return msgspec.msgpack.encode(rest)

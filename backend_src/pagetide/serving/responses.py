@@ -18,7 +18,7 @@ import triton_python_backend_utils as pb_utils
 from pagetide.serving import triton
 from pagetide.serving.contract import ParsedRequest
 from pagetide.text.tokens import Vocabulary
-from pagetide.types import EngineInfo, Output, TokenScore
+from pagetide.types import EngineError, EngineInfo, Output, TokenScore
 
 log = logging.getLogger("pagetide.responses")
 
@@ -103,6 +103,7 @@ class ClientRequest:
         self._num_responses: Counter[tuple[int, int]] = Counter()
         self._collected: list[Chunk] = []
         self._reasons: dict[tuple[int, int], str] = {}
+        self._is_closed = False  # the last response has been sent
         self._lock = threading.Lock()  # outputs and failures come from different threads
 
     @property
@@ -119,12 +120,12 @@ class ClientRequest:
         """True if the client is gone."""
         # Triton crashes if it is asked about a request whose last response has been sent.
         with self._lock:
-            return bool(self._num_open and self._sender.is_cancelled())
+            return not self._is_closed and self._sender.is_cancelled()
 
     def take(self, output: Output) -> bool:
         """Sends, or keeps until all is there; True when the request has been answered completely."""
         with self._lock:
-            if not self._num_open:
+            if self._is_closed:
                 return True  # has failed meanwhile
             self._num_open -= bool(output.finish_reason)
             key = (output.number, output.index)
@@ -147,15 +148,17 @@ class ClientRequest:
     def fail(self, error: Exception) -> None:
         """Sends the error as the last response."""
         with self._lock:
-            if self._num_open:
-                self._num_open = 0
+            if not self._is_closed:
+                self._is_closed = True
                 send(self._sender, triton.error_response(error), is_last=True)
 
     def _send_collected(self) -> None:
         rows = sorted(self._collected, key=lambda chunk: (chunk.prompt.batch_index, chunk.output.index))
         self._collected = []
         tensors = tensors_of(rows, self._wanted, self._engine, self._texts)
-        send(self._sender, pb_utils.InferenceResponse(tensors), is_last=not self._num_open)
+        response = pb_utils.InferenceResponse(tensors)
+        self._is_closed = not self._num_open
+        send(self._sender, response, is_last=self._is_closed)
 
 
 def send(sender: Any, response: Any, is_last: bool) -> None:
@@ -164,6 +167,16 @@ def send(sender: Any, response: Any, is_last: bool) -> None:
         sender.send(response, flags=pb_utils.TRITONSERVER_RESPONSE_COMPLETE_FINAL if is_last else 0)
     except pb_utils.TritonModelException as error:
         log.warning("a response could not be sent: %s", error)
+        if is_last:  # it may be too large for shared memory; without a last response the client would wait for ever
+            _send_small_error(sender, error)
+
+
+def _send_small_error(sender: Any, error: Exception) -> None:
+    try:
+        response = triton.error_response(EngineError(f"the response could not be sent: {error}"))
+        sender.send(response, flags=pb_utils.TRITONSERVER_RESPONSE_COMPLETE_FINAL)
+    except pb_utils.TritonModelException as second:
+        log.warning("nor could its error: %s", second)
 
 
 # -- tensors -----------------------------------------------------------------------------------------------------------

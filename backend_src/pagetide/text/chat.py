@@ -83,8 +83,10 @@ class ChatRenderer:
 def _plain(message: dict[str, Any], takes_parts: bool) -> dict[str, Any]:
     """The message as templates know it: content as a text where they cannot take parts, arguments of tool calls as objects, as in vLLM."""
     message = dict(message)
-    if message.get("tool_calls"):
-        message["tool_calls"] = [_with_parsed_arguments(call) for call in message["tool_calls"]]
+    if calls := message.get("tool_calls"):
+        if not isinstance(calls, list):
+            raise ChatTemplateError(f"tool_calls is {str(calls)[:80]!r}, must be a list of calls")
+        message["tool_calls"] = [_with_parsed_arguments(call) for call in calls]
     if message.get("content") is None and message.get("tool_calls"):
         message["content"] = ""
     if isinstance(message.get("content"), list):
