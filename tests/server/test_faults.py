@@ -11,8 +11,9 @@ import psutil
 import pytest
 import tritonclient.grpc as grpc
 from client import Streams, generate, metric, stream_one, wait_for, wait_until_idle
-from conftest import TEXT, start
+from conftest import CACHE, TEXT, start
 from parrot import pieces_of, write_parrot
+from triton_server import REPOSITORY, ServerError, TritonServer, free_address
 from tritonclient.utils import InferenceServerException
 
 LONG = {"input_ids": [1], "max_tokens": 30_000, "temperature": 0.0, "stream": True, "ignore_eos": True}
@@ -120,6 +121,45 @@ def test_a_killed_engine_gives_each_stream_one_error_and_comes_back(tmp_path):
     processes = server.processes()
     server.stop()
     assert not [p for p in processes if p.is_running() and p.status() != psutil.STATUS_ZOMBIE]
+
+
+class TwoInstances(TritonServer):
+    """`llm` with two instances, which would be two engines."""
+
+    def _make_repository(self) -> None:
+        super()._make_repository()
+        own = self.folder / "models" / "llm"
+        own.unlink()
+        own.mkdir()
+        (own / "1").symlink_to(REPOSITORY / "llm" / "1")
+        config = (REPOSITORY / "llm" / "config.pbtxt").read_text()
+        assert "count: 1" in config
+        (own / "config.pbtxt").write_text(config.replace("count: 1", "count: 2"))
+
+
+def test_a_second_engine_of_one_server_is_refused_with_the_reason(tmp_path):
+    write_parrot(tmp_path, pieces_of(TEXT, 2), ends=False)
+    server = TwoInstances(free_address(), {"cache_dir": CACHE, "model": str(tmp_path)})
+    server.start()
+    with pytest.raises(ServerError, match="another model of this server runs its engine already"):
+        server.wait_until_ready()
+    server.stop()
+    assert not server.processes()
+
+
+def test_an_engine_whose_stub_dies_while_it_loads_ends_too():
+    server = TritonServer(free_address(), {"cache_dir": CACHE})
+    server.start()
+
+    def engine() -> psutil.Process | None:
+        return next((p for p in server.processes() if "pagetide.engine" in p.cmdline()), None)
+
+    wait_for(lambda: engine() is not None, what="an engine that loads")
+    loading = engine()
+    loading.parent().send_signal(signal.SIGKILL)
+    wait_for(lambda: not loading.is_running() or loading.status() == psutil.STATUS_ZOMBIE, what="an engine that is gone")
+    server.stop()
+    assert not server.processes()
 
 
 def test_a_full_queue_is_refused_at_once_and_says_so(parrot):
