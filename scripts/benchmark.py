@@ -14,12 +14,14 @@ import itertools
 import json
 import platform
 import random
+import re
 import resource
 import statistics
 import subprocess
 import sys
 import threading
 import time
+import urllib.request
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
@@ -29,6 +31,7 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "backend_src"))
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 
+import streams
 from triton_server import ROOT, TritonServer, free_address
 
 CACHE = str(ROOT / ".cache")
@@ -226,6 +229,43 @@ ENGINES: dict[str, Callable[..., Iterator[tuple[str, Figures]]]] = {
     "pagetide through Triton, streams": lambda jobs, names: run_server(jobs, names, stream=True),
     "pagetide through Triton, whole answers": lambda jobs, names: run_server(jobs, names, stream=False),
 }
+
+
+# -- how streams flow -----------------------------------------------------------------------------------------------------
+
+
+def run_streams_alone(seconds: float) -> None:
+    """Answers each number of users on standard input with the engine's own tokens a second."""
+    from pagetide.llm import LLM
+
+    llm = LLM(cache_dir=CACHE, max_num_seqs=MAX_RUNNING)
+    for line in sys.stdin:
+        print(json.dumps(streams.engine_alone(int(line), seconds, llm)), flush=True)
+
+
+def measure_streams(users: list[int], seconds: float) -> list[streams.StreamFigures]:
+    """Engine alone and server take turns for each number of users."""
+    command = [sys.executable, __file__, "--streams-alone", "--seconds", str(seconds)]
+    alone = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True)
+    assert alone.stdin is not None and alone.stdout is not None
+    rows = []
+    with started_server() as server:
+        for count in users:
+            print(f"{count} users ...", file=sys.stderr, flush=True)
+            row = streams.measure(server, count, seconds, lambda: metric_of(server, "pagetide_step_tokens_count"))
+            print(count, file=alone.stdin, flush=True)
+            row.engine_tokens_per_s = json.loads(alone.stdout.readline())
+            rows.append(row)
+    alone.stdin.close()
+    alone.wait()
+    return rows
+
+
+def metric_of(server: TritonServer, name: str) -> float:
+    with urllib.request.urlopen(f"http://{server.address.metrics}/metrics", timeout=10) as answer:
+        found = re.search(rf"^{name}{{.*}} (\S+)$", answer.read().decode(), re.MULTILINE)
+    assert found is not None, name
+    return float(found[1])
 
 
 # -- what features cost ---------------------------------------------------------------------------------------------------
@@ -462,11 +502,14 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--engine", action="store_true", help="the engine alone (the default, with transformers and static batching beside it)")
     parser.add_argument("--server", action="store_true", help="through Triton too, taking turns with the engine alone")
     parser.add_argument("--features", action="store_true", help="what each sampling feature costs a step, and nothing else")
+    parser.add_argument("--streams", nargs="*", type=int, metavar="USERS", help="how streams flow for so many users (1 4 8 32), and nothing else")
+    parser.add_argument("--seconds", type=float, default=10, help="of each run of --streams")
     parser.add_argument("--only", nargs="+", choices=ENGINES, metavar="ENGINE", help=f"run just these: {', '.join(ENGINES)}")
     parser.add_argument("--workloads", nargs="+", choices=WORKLOADS, default=list(WORKLOADS))
     parser.add_argument("--repeats", type=int, default=1, help="rounds in which all engines take their turn; medians are shown")
     parser.add_argument("--json", type=Path, help="write all figures to this file")
     parser.add_argument("--plot", type=Path, help="draw a plot into this file")
+    parser.add_argument("--streams-alone", action="store_true", help=argparse.SUPPRESS)
     parser.add_argument("--run-one", help=argparse.SUPPRESS)
     parser.add_argument("--on-demand", action="store_true", help=argparse.SUPPRESS)
     parser.add_argument("--seed", type=int, default=0, help=argparse.SUPPRESS)
@@ -485,6 +528,14 @@ def main() -> int:
     if arguments.run_one:
         names = iter(lambda: sys.stdin.readline().strip(), "") if arguments.on_demand else arguments.workloads
         run_one(arguments.run_one, names, arguments.seed)
+        return 0
+    if arguments.streams_alone:
+        run_streams_alone(arguments.seconds)
+        return 0
+    if arguments.streams is not None:
+        rows = measure_streams(arguments.streams or [1, 4, 8, 32], arguments.seconds)
+        print(streams.table(rows))
+        print(json.dumps({"machine": versions(), "streams": streams.as_json(rows)}))
         return 0
     if arguments.features:
         costs = feature_costs(max(arguments.repeats, 3))

@@ -49,8 +49,9 @@ def test_arguments_of_tool_calls_are_objects_and_absent_content_is_empty(tokeniz
 
 @pytest.mark.parametrize("key", ["chat_template", "tokenize", "messages", "tools", "documents", "return_dict", "conversation", "bos_token"])
 def test_no_variable_is_a_parameter_of_the_renderer(tokenizer, key):
+    tokenizer.chat_template = TEXTS
     with pytest.raises(ChatTemplateError, match=f"chat_template_kwargs has {key}, which no client may set"):
-        render(tokenizer, TEXTS, PARTS, **{key: "x"})
+        ChatRenderer(tokenizer, 10_000)(PARTS, None, True, {key: "x"})
     assert render(tokenizer, "{{ mine }}", PARTS, mine="yes") == "yes"
 
 

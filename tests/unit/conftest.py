@@ -49,7 +49,7 @@ class FixedAnswer:
 class SmallEngine:
     """The engine's decisions on a ContextRunner, with an integrity check after every step."""
 
-    def __init__(self, num_blocks: int = 64, block_size: int = 4, max_model_len: int = 64, **settings: Any):
+    def __init__(self, num_blocks: int = 64, block_size: int = 4, max_model_len: int = 64, overlaps: bool = True, **settings: Any):
         values = {"max_num_seqs": 4, "max_num_batched_tokens": 16, "num_blocks": num_blocks, "block_size": block_size, **settings}
         self.settings = make_settings(**values)
         table = [bytes([ord("a") + i % 26]) for i in range(VOCABULARY)]
@@ -59,7 +59,7 @@ class SmallEngine:
         self.blocks = BlockManager(num_blocks, block_size, self.settings.enable_prefix_caching)
         self.scheduler = Scheduler(self.settings, limits, self.blocks, self.guides, lambda: self.clock_ns)
         self.runner = ContextRunner(self.settings.max_num_seqs, max_model_len, num_blocks, block_size, self.settings.max_num_batched_tokens)
-        self.loop = EngineLoop(self.scheduler, self.runner, check_integrity=True)
+        self.loop = EngineLoop(self.scheduler, self.runner, overlaps, check_integrity=True)
         self.outputs: list[Output] = []
         self.refusals: list[Refusal] = []
 

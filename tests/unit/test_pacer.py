@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+from itertools import pairwise
 
 import pytest
 from pagetide.serving.pacer import ChunkQueue, ResponsePacer
@@ -28,33 +29,80 @@ def test_chunks_of_a_sequence_are_joined_while_the_way_is_busy_and_stay_in_order
     assert len(sent) <= 4 and first[-1].finish_reason == "stop" and first[-1].num_cut == 3
 
 
-def test_sending_is_held_to_its_share_but_first_and_last_chunks_go_at_once():
-    queue = ChunkQueue(max_share=0.001)  # a millisecond of sending, then a second of rest
-    queue.put(Output(1, 0, [1]))
-    assert queue.take(now=5.0).ids == [1]
-    queue.sent(5.0, 5.001)
-    queue.put(Output(1, 0, [2]))
-    assert queue.take(now=5.5) is None and queue.free_at == pytest.approx(6.0)
-    queue.put(Output(2, 0, [9]))
-    queue.put(Output(1, 0, [3], 0, "length"))
-    assert [queue.take(now=5.5).ids for _ in range(2)] == [[9], [2, 3]]
-    assert queue.take(now=9.0) is None and not len(queue)
+def simulate(num_streams: int, step_s: float, num_steps: int, send_s: float = 0.0003, shares: bool = True) -> dict[int, list[tuple[float, int]]]:
+    """A token for each stream in every step, sent by a queue with a clock of its own: (when, tokens) of each stream's chunks."""
+    queue, now, free_at = ChunkQueue(shares_processor=shares), 0.0, 0.0
+    chunks: dict[int, list[tuple[float, int]]] = {i: [] for i in range(num_streams)}
+    for step in range(num_steps):
+        reason = "length" if step == num_steps - 1 else ""
+        queue.put([Output(i, 0, [step], 0, reason) for i in range(num_streams)], step * step_s)
+        now = max(step * step_s, free_at)
+        while now < (step + 1) * step_s or reason:
+            output = queue.take(now)
+            if output is None:
+                if not len(queue) or queue.due >= (step + 1) * step_s:
+                    break
+                now = queue.due
+                continue
+            now += send_s
+            queue.sent(send_s)
+            chunks[output.number].append((now, len(output.ids)))
+        free_at = now
+    return chunks
 
 
-def test_a_chunk_goes_when_its_time_has_come_with_all_that_has_come_meanwhile():
-    queue = ChunkQueue(max_share=0.5)
-    queue.put(Output(1, 0, [1]))
-    queue.take(now=0.0)
-    queue.sent(0.0, 0.001)
-    queue.put(Output(1, 0, [2]))
-    assert queue.take(now=0.0019) is None and queue.free_at == pytest.approx(0.002)
-    queue.put(Output(1, 0, [3]))
-    assert queue.take(now=0.0021).ids == [2, 3]
+def gaps(chunks: dict[int, list[tuple[float, int]]]) -> list[float]:
+    return sorted(b[0] - a[0] for its in chunks.values() for a, b in pairwise(its))
+
+
+@pytest.mark.parametrize("num_streams, step_s, longest_s", [(1, 0.01, 0.02), (4, 0.016, 0.04), (8, 0.02, 0.05), (32, 0.04, 0.2), (256, 0.15, 0.5)])
+def test_no_reader_waits_longer_than_promised_and_all_wait_alike(num_streams, step_s, longest_s):
+    chunks = simulate(num_streams, step_s, 100)
+    assert all(sum(count for _, count in its) == 100 for its in chunks.values())
+    found = gaps(chunks)
+    assert found[int(0.99 * len(found))] <= longest_s
+    assert max(count for its in chunks.values() for _, count in its) <= longest_s / step_s + 1, "never a burst"
+    by_stream = [max(b[0] - a[0] for a, b in pairwise(its)) for its in chunks.values()]
+    assert max(by_stream) <= 1.5 * found[int(0.99 * len(found))]
+
+
+def test_tokens_are_joined_no_more_than_their_cost_asks_for():
+    assert len(simulate(1, 0.01, 100)[0]) == 100, "one stream says every token"
+    assert len(simulate(2, 0.05, 100)[0]) == 100, "and so do two, where steps are long"
+    cheap, dear = (len(simulate(8, 0.02, 100, send_s)[0]) for send_s in (0.00005, 0.0005))
+    assert cheap > dear >= 45, "of eight streams every second step, at least"
+
+
+def test_where_the_engine_has_a_processor_of_its_own_every_token_goes_at_once():
+    assert all([count for _, count in its] == [1] * 50 for its in simulate(32, 0.02, 50, shares=False).values())
+
+
+def test_first_and_last_chunks_do_not_wait_for_a_round():
+    queue = ChunkQueue(shares_processor=True)
+    for number in range(32):
+        queue.put([Output(number, 0, [1])], 0.0)
+    assert len([queue.take(0.0) for _ in range(32)]) == 32
+    queue.put([Output(0, 0, [2])], 0.001)
+    assert queue.take(0.001).ids == [2] and queue.due > 0.02, "the first round begins at once"
+    queue.put([Output(1, 0, [2]), Output(40, 0, [9])], 0.002)
+    queue.put([Output(2, 0, [3], 0, "length")], 0.003)
+    assert [queue.take(0.003).number for _ in range(2)] == [40, 2] and queue.take(0.003) is None
+    assert queue.take(queue.due).number == 1
+
+
+def test_what_waits_goes_although_nothing_more_comes():
+    queue = ChunkQueue(shares_processor=True)
+    for step in range(3):
+        queue.put([Output(number, 0, [step]) for number in range(8)], 0.01 * step)
+        while queue.take(0.01 * step):
+            pass
+    assert len(queue) == 8 and queue.take(queue.due - 1e-6) is None
+    assert sum(queue.take(queue.due) is not None for _ in range(8)) == 8 and not len(queue)
 
 
 def test_one_large_response_does_not_hold_up_all_others():
-    queue = ChunkQueue(max_share=0.025)
-    queue.put(Output(1, 0, [1]))
-    queue.take(now=0.0)
-    queue.sent(0.0, 0.5)
-    assert queue.free_at < 0.7
+    queue = ChunkQueue(shares_processor=True)
+    queue.put([Output(1, 0, [1])], 0.0)
+    queue.take(0.0)
+    queue.sent(5.0)
+    assert queue.interval() < 0.1

@@ -452,6 +452,33 @@ def test_what_cannot_become_a_sequence_is_refused_and_nothing_is_left_of_it(engi
     assert small.reason(1) == ["length"]
 
 
+@pytest.mark.parametrize("overlaps", [True, False])
+def test_a_request_that_comes_while_a_step_runs_is_in_the_next(engine, overlaps):
+    """Where the device computes beside the host, the next step has been launched by then."""
+    small = engine(overlaps=overlaps, max_num_batched_tokens=64)
+    small.add(1, [1, 2, 3], max_tokens=30)
+    for _ in range(3):
+        small.step()
+    small.add(2, [4, 5], max_tokens=3, stream=True)
+    steps = 0
+    while not small.tokens(2):
+        small.step()
+        steps += 1
+    assert steps == (2 if overlaps else 1)
+    small.run()
+    assert small.tokens(1) == expected_tokens([1, 2, 3], 30, 0) and small.tokens(2) == expected_tokens([4, 5], 3, 0)
+
+
+@pytest.mark.parametrize("overlaps", [True, False])
+def test_masks_are_those_of_all_tokens_before(engine, overlaps):
+    small = engine(overlaps=overlaps)
+    small.add(1, [1], max_tokens=10, guide=Guide("regex", "x"))
+    small.add(2, [2], max_tokens=10)
+    small.guides.compile(Guide("regex", "x")).set_result(lambda: FixedAnswer([9, 8, 9, 8, 3]))
+    small.run()
+    assert small.tokens(1) == [9, 8, 9, 8, 3, END_ID] and small.tokens(2) == expected_tokens([2], 10, 0)
+
+
 requests = st.lists(
     st.tuples(
         st.integers(0, 3),  # which common prefix
@@ -477,9 +504,13 @@ requests = st.lists(
     caching=st.booleans(),
     batching=st.sampled_from(["continuous", "static"]),
     reservation=st.sampled_from(["paged", "contiguous"]),
+    overlaps=st.booleans(),
 )
-def test_random_workloads_see_their_own_context_and_leave_every_block_free(requests, num_blocks, budget, block_size, caching, batching, reservation):
+def test_random_workloads_see_their_own_context_and_leave_every_block_free(
+    requests, num_blocks, budget, block_size, caching, batching, reservation, overlaps
+):
     small = SmallEngine(
+        overlaps=overlaps,
         num_blocks=num_blocks,
         block_size=block_size,
         max_num_batched_tokens=budget,

@@ -85,7 +85,7 @@ def assemble(settings: Settings) -> Engine:
     # What is loaded now stays: no collection needs to look at it again.
     gc.collect()
     gc.freeze()
-    return Engine(EngineLoop(scheduler, runner, settings.check_integrity), info, model, runner)
+    return Engine(EngineLoop(scheduler, runner, device.overlaps, settings.check_integrity), info, model, runner)
 
 
 def _dtype(settings: Settings, device: Device) -> torch.dtype:

@@ -59,8 +59,8 @@ def apply_rotary(x: torch.Tensor, cos_sin: torch.Tensor) -> torch.Tensor:
 
 
 def argmax(logits: torch.Tensor) -> torch.Tensor:
-    """The most likely token of each row: [s, vocabulary] -> int64 [s]; -1 where the largest logit is no finite number."""
-    best = logits.nan_to_num(nan=-torch.inf, posinf=torch.inf, neginf=-torch.inf).max(-1)
+    """The most likely token of each row: [s, vocabulary] -> int64 [s]; -1 where the largest is not finite, or one is no number."""
+    best = logits.max(-1)  # a value that is no number goes before all others
     return torch.where(best.values.isfinite(), best.indices, -1)
 
 
@@ -80,7 +80,7 @@ def sample(
     that is a function of (seed, position, token): the same row gives the same token in any batch. -1 where no logit is finite, as in argmax.
     """
     likeliest = argmax(logits)
-    logits = torch.where((likeliest < 0).unsqueeze(1), 0.0, logits.nan_to_num(nan=-torch.inf, neginf=-torch.inf))
+    logits = torch.where((likeliest < 0).unsqueeze(1), 0.0, logits)
     is_greedy = temperature == 0
     scaled = logits / torch.where(is_greedy, 1.0, temperature).unsqueeze(1)
     ordered = scaled.sort(-1, descending=True).values

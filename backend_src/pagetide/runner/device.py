@@ -19,6 +19,7 @@ class Device(Protocol):
 
     torch_device: torch.device
     activation_dtype: torch.dtype | None  # None: that of the weights
+    overlaps: bool  # computes beside the host, not in its place
 
     def run(self, function: Callable[..., Result], *args: Any) -> Result:
         """Runs the function where the kernels run, and waits for what it returns."""
@@ -37,13 +38,11 @@ class Device(Protocol):
 
 
 class CpuDevice:
-    """One worker thread, so that the host's work for the last step and this step's kernels run side by side.
-
-    All kernels run on that thread: an OpenMP pool belongs to the thread that opens it.
-    """
+    """One worker thread for all kernels: an OpenMP pool belongs to the thread that opens it."""
 
     torch_device = torch.device("cpu")
     activation_dtype: torch.dtype | None = torch.float32
+    overlaps = False
 
     def __init__(self, num_threads: int):
         self._worker = ThreadPoolExecutor(1, "pagetide-device")
@@ -80,6 +79,7 @@ class CudaDevice:
     """The current CUDA stream; results come through pinned memory and an event."""
 
     activation_dtype: torch.dtype | None = None
+    overlaps = True
 
     def __init__(self) -> None:
         self.torch_device = torch.device("cuda", torch.cuda.current_device())

@@ -32,7 +32,6 @@ from pagetide.types import EngineError, Output, Request, RequestError
 log = logging.getLogger("pagetide.llm")
 
 _CANCEL_POLL_S = 0.05
-_SEND_SHARE_ON_CPU = 0.025
 
 
 class LlmModel:
@@ -67,7 +66,7 @@ class LlmModel:
         engine = self._client.engine
         assert engine is not None
         if engine.device == "cpu":
-            self._pacer.hold_to(_SEND_SHARE_ON_CPU)
+            self._pacer.spare_the_processor()
         self._defaults = read_defaults(Path(engine.model), self._settings)
         self._texts = TokenTexts(Path(engine.model))
         self._closing = threading.Event()

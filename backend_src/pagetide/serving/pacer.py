@@ -1,8 +1,8 @@
-"""Sends responses on a thread of its own, and joins chunks of the same sequence while the way is busy.
+"""Sends responses on a thread of its own, and joins chunks of the same sequence where each token by itself would cost too much.
 
-Sending is a blocking round trip of about 0.1 ms. When responses come faster, streams degrade to fewer, larger chunks, and nobody waits.
-Where the model runs on the same processor as Triton, each response also takes time from the engine: there sending is held to a share of the time.
-A sequence's first and last chunk never wait for that.
+Sending is a blocking round trip of about 0.2 ms. Where the model runs on a processor of its own, every token goes as soon as the way is free.
+Where it shares Triton's cores, each response takes time from the engine: there all streams are sent together, in rounds whose interval is as
+long as their cost asks for, and no longer than a reader should wait. A sequence's first and last chunk never wait for a round.
 """
 
 from __future__ import annotations
@@ -15,27 +15,47 @@ import msgspec
 
 from pagetide.types import Output
 
-_MAX_CHARGE_S = 0.002
 Key = tuple[int, int]  # request number, sample
+
+# A chunk's way through stub, core, postprocessing and front end takes this many times what its sender sees of it.
+_COST_FACTOR = 4.0
+_SHARE = 0.15  # of one core that sending may take, as far as the limits below allow
+_MAX_CHARGE_S = 0.002  # what takes longer is one large response's own: others must not wait for it many times as long
+_FEW, _MANY, _VERY_MANY = 8, 32, 256  # streams
+_STEPS_OF_FEW = 1.5  # up to _FEW streams wait so many steps, which makes it every second one
+_GAP_OF_MANY_S, _GAP_OF_VERY_MANY_S = 0.15, 0.4
+_SMOOTHING = 0.1  # weight of the newest observation
 
 
 class ChunkQueue:
     """What has not been sent, and what of it may go when. Knows no clock and no thread: times are seconds that the caller gives.
 
-    max_share: share of the time that sending may take, 1: all of it.
+    shares_processor: each response takes time from the engine.
     """
 
-    def __init__(self, max_share: float = 1.0):
-        self.max_share = max_share
+    def __init__(self, shares_processor: bool = False):
+        self.shares_processor = shares_processor
         self._pending: dict[Key, Output] = {}  # oldest first
         self._urgent: dict[Key, None] = {}  # those of them that hold a first or last chunk
-        self._begun: set[Key] = set()
-        self._free_at = 0.0  # when the next chunk that is not urgent may go
+        self._round: dict[Key, None] = {}  # those of them that go in this round
+        self._begun: set[Key] = set()  # streams
+        self._cost_s = 0.0002
+        self._step_s = 0.02
+        self._put_at: float | None = None
+        self.due = 0.0  # when the next round begins
 
     def __len__(self) -> int:
         return len(self._pending)
 
-    def put(self, output: Output) -> None:
+    def put(self, outputs: list[Output], now: float) -> None:
+        """What a step has brought."""
+        if self._put_at is not None and now - self._put_at < 1:
+            self._step_s += _SMOOTHING * (now - self._put_at - self._step_s)
+        self._put_at = now
+        for output in outputs:
+            self._put(output)
+
+    def _put(self, output: Output) -> None:
         key = (output.number, output.index)
         earlier = self._pending.get(key)
         self._pending[key] = output if earlier is None else join(earlier, output)
@@ -46,26 +66,42 @@ class ChunkQueue:
             self._begun.discard(key)
 
     def take(self, now: float, waits: bool = True) -> Output | None:
-        """The chunk that may go now, None if there is none. waits: only urgent ones go before free_at()."""
-        if not self._pending or (waits and not self._urgent and now < self._free_at):
+        """The chunk that may go now, None if there is none. waits: others than urgent ones go in rounds."""
+        if not self._pending:
             return None
-        key = next(iter(self._urgent or self._pending))
+        if not self._urgent and not self._round:
+            if waits and now < self.due:
+                return None
+            self._round = dict.fromkeys(self._pending)
+            self.due = now + self.interval()
+        key = next(iter(self._urgent or self._round))
         self._urgent.pop(key, None)
+        self._round.pop(key, None)
         return self._pending.pop(key)
 
-    def sent(self, begin: float, end: float) -> None:
-        """A chunk has been sent from begin to end."""
-        # What takes longer is one response's own: the others must not wait for it forty times as long.
-        self._free_at = max(self._free_at, begin) + min(end - begin, _MAX_CHARGE_S) / self.max_share
+    def interval(self) -> float:
+        """Seconds from one round to the next."""
+        if not self.shares_processor:
+            return 0.0
+        count = len(self._begun)
+        return min(count * self._cost_s * _COST_FACTOR / _SHARE, self._longest(count))
+
+    def _longest(self, count: int) -> float:
+        """So long a reader may wait: some steps where there are few streams, and a time that grows with their number."""
+        few = _STEPS_OF_FEW * self._step_s
+        if count <= _FEW:
+            return few
+        if count <= _MANY:
+            return few + max(0.0, _GAP_OF_MANY_S - few) * (count - _FEW) / (_MANY - _FEW)
+        return _GAP_OF_MANY_S + (_GAP_OF_VERY_MANY_S - _GAP_OF_MANY_S) * min(1.0, (count - _MANY) / (_VERY_MANY - _MANY))
+
+    def sent(self, seconds: float) -> None:
+        """A chunk has been sent, which has taken so long."""
+        self._cost_s += _SMOOTHING * (min(seconds, _MAX_CHARGE_S) - self._cost_s)
 
     def forget(self, number: int) -> None:
         """Nothing more comes of this request."""
         self._begun -= {key for key in self._begun if key[0] == number}
-
-    @property
-    def free_at(self) -> float:
-        """When the next chunk that is not urgent may go."""
-        return self._free_at
 
 
 class ResponsePacer:
@@ -79,14 +115,13 @@ class ResponsePacer:
         self._thread = threading.Thread(target=self._run, name="pagetide-pacer", daemon=True)
         self._thread.start()
 
-    def hold_to(self, max_share: float) -> None:
-        """From now on sending takes at most this share of the time."""
-        self._queue.max_share = max_share
+    def spare_the_processor(self) -> None:
+        """From now on sending is done in rounds: the engine needs the same cores."""
+        self._queue.shares_processor = True
 
     def put(self, outputs: list[Output]) -> None:
         with self._changed:
-            for output in outputs:
-                self._queue.put(output)
+            self._queue.put(outputs, time.monotonic())
             self._changed.notify()
 
     def forget(self, number: int) -> None:
@@ -105,7 +140,7 @@ class ResponsePacer:
         while (output := self._next()) is not None:
             begin = time.monotonic()
             self._send(output)
-            self._queue.sent(begin, time.monotonic())
+            self._queue.sent(time.monotonic() - begin)
 
     def _next(self) -> Output | None:
         """The next chunk to send, as soon as it may go; None when all is sent and the pacer is closed."""
@@ -116,7 +151,7 @@ class ResponsePacer:
                     return output
                 if not len(self._queue) and not self._is_open:
                     return None
-                self._changed.wait(self._queue.free_at - now if len(self._queue) else None)
+                self._changed.wait(self._queue.due - now if len(self._queue) else None)
 
 
 def join(earlier: Output, later: Output) -> Output:

@@ -11,6 +11,7 @@ from pagetide.ops.cpu.compiled import device_function, fast_exp, kernel
 NO_TOKEN = -1  # runner/plan.py's: no logit is finite
 _MASK_32 = np.uint64(0xFFFFFFFF)
 _MINUS_INFINITY = np.float32(-np.inf)
+_MAX_DOUBLINGS = 20  # of the reach below the peak; what is a million nats less likely is looked for among all
 _BUCKETS = 256  # of an eighth of a nat each; what is further from the peak shares the last one
 
 
@@ -56,12 +57,15 @@ def _sample(num_rows, logits, temperature, top_k, top_p, min_p, seed, position, 
 
 @device_function
 def _argmax_row(values):  # type: ignore[no-untyped-def]
-    """Where the largest value is; NO_TOKEN if that is no finite number."""
+    """Where the largest value is; NO_TOKEN if that is not finite, or some value is no number: nothing can be said of such a row."""
     # The largest value first, in a loop that the compiler can vectorize; its place second.
     peak = _MINUS_INFINITY
     for i in range(values.shape[0]):
         peak = max(peak, values[i])
-    if not np.isfinite(peak):
+    num_wrong = 0
+    for i in range(values.shape[0]):
+        num_wrong += values[i] != values[i]
+    if num_wrong > 0 or not np.isfinite(peak):
         return NO_TOKEN
     for i in range(values.shape[0]):
         if values[i] == peak:
@@ -75,8 +79,7 @@ def _threshold(scaled, peak, top_k, top_p, min_p):  # type: ignore[no-untyped-de
     size = scaled.shape[0]
     threshold = _MINUS_INFINITY
     if 0 < top_k < size:
-        likeliest = _likeliest(scaled, peak, top_k)
-        threshold = likeliest[min(top_k, likeliest.shape[0]) - 1]
+        threshold = _likeliest(scaled, peak, top_k)[top_k - 1]
     if top_p < 1:
         threshold = max(threshold, _nucleus(scaled, peak, threshold, top_p))
     if min_p > 0:
@@ -87,15 +90,19 @@ def _threshold(scaled, peak, top_k, top_p, min_p):  # type: ignore[no-untyped-de
 @device_function
 def _likeliest(values, peak, count):  # type: ignore[no-untyped-def]
     """At least count of the largest values, largest first: those above a border that is lowered until they are enough."""
+    border = peak
     reach = np.float32(4)
-    while True:
+    for _ in range(_MAX_DOUBLINGS):
         border = peak - reach
         found = 0
         for i in range(values.shape[0]):
             found += values[i] >= border
-        if found >= count or not np.isfinite(border):
-            return np.sort(values[values >= border])[::-1]
-        reach *= 2
+        if found >= count:
+            break
+        reach *= np.float32(2)
+    else:
+        border = _MINUS_INFINITY
+    return np.sort(values[values >= border])[::-1]
 
 
 @device_function
@@ -194,13 +201,10 @@ def _score(num_rows, logits, ids, logprobs, ranks, top_ids, top_logprobs):  # ty
         norm = peak + np.log(total)
         logprobs[row], ranks[row] = own - norm, better + 1
         if count > 0:
-            likeliest = _likeliest(values, peak, count)
-            border = likeliest[min(count, likeliest.shape[0]) - 1]
+            border = _likeliest(values, peak, count)[count - 1]
             places = np.flatnonzero(values >= border)
             order = np.argsort(-values[places], kind="mergesort")
-            for k in range(count, order.shape[0], -1):  # values that are no numbers are not among the places
-                top_ids[row, k - 1], top_logprobs[row, k - 1] = 0, _MINUS_INFINITY
-            for k in range(min(count, order.shape[0])):
+            for k in range(count):
                 top_ids[row, k] = places[order[k]]
                 top_logprobs[row, k] = values[places[order[k]]] - norm
 

@@ -1,7 +1,7 @@
 """How the threads of one kernel take tasks and wait for each other, without leaving the kernel.
 
-sync int64 [1 + phases, threads, 8], zeros at the beginning, a cache line for each thread: [0, 0, 0] counts arrivals at barriers; then, for each
-phase and thread, [tasks taken of the thread's share, processor's clock at the phase's end].
+sync int64 [1 + phases, threads, 8], zeros at the beginning, a cache line for each thread: [0, 0, 0] counts arrivals at barriers, [0, 0, 1] the
+threads that sleep at one; then, for each phase and thread, [tasks taken of the thread's share, processor's clock at the phase's end].
 """
 
 from __future__ import annotations
@@ -15,9 +15,12 @@ from numba.extending import intrinsic
 from pagetide.ops.cpu.compiled import device_function, kernel
 
 _LINE = 8
-_SPINS = 4096  # before the core is offered to whoever else wants it
+_SPINS = 20_000  # about 50 us; then the thread sleeps, and whoever else wants the core gets it
+_ARRIVALS, _SLEEPERS = 0, 1  # elements of sync
+_FUTEX, _WAIT, _WAKE, _ALL = 202, 128, 129, 2**31 - 1  # x86-64's system call, and its private operations
 
 _sched_yield = types.ExternalFunction("sched_yield", types.int32())
+_syscall = types.ExternalFunction("syscall", types.int64(*[types.int64] * 7))
 
 
 @intrinsic
@@ -40,6 +43,16 @@ def _look(typing_context, array, index):  # type: ignore[no-untyped-def]
         return builder.load_atomic(builder.gep(data, [args[1]]), "seq_cst", 8)
 
     return types.int64(array, types.int64), generate
+
+
+@intrinsic
+def _address(typing_context, array):  # type: ignore[no-untyped-def]
+    """Where an array's memory begins."""
+
+    def generate(context, builder, signature, args):  # type: ignore[no-untyped-def]
+        return builder.ptrtoint(context.make_array(signature.args[0])(context, builder, args[0]).data, ir.IntType(64))
+
+    return types.int64(array), generate
 
 
 @intrinsic
@@ -71,15 +84,25 @@ def take(sync, phase, thread, num_tasks):  # type: ignore[no-untyped-def]
 
 @device_function
 def finish(sync, phase, thread):  # type: ignore[no-untyped-def]
-    """Ends a phase: returns when all threads have called it as often as this one."""
+    """Ends a phase: returns when all threads have called it as often as this one.
+
+    The last to come is usually microseconds behind, so the others spin. Where it is not, something else has its core: spinning on, or only
+    yielding, each of some hundred barriers in a step would last a time slice of the scheduler.
+    """
     num_threads = sync.shape[1]
-    arrivals = _fetch_add(sync, 0, 1) + 1
+    arrivals = _fetch_add(sync, _ARRIVALS, 1) + 1
     goal = (arrivals + num_threads - 1) // num_threads * num_threads
+    if arrivals == goal and _look(sync, _SLEEPERS) > 0:
+        _syscall(_FUTEX, _address(sync), _WAKE, _ALL, 0, 0, 0)
     spins = 0
-    while _look(sync, 0) < goal:
+    while _look(sync, _ARRIVALS) < goal:
         spins += 1
-        if spins % _SPINS == 0:
-            _sched_yield()
+        if spins > _SPINS:
+            _fetch_add(sync, _SLEEPERS, 1)
+            seen = _look(sync, _ARRIVALS)
+            if seen < goal:  # the lower half of the counter is what the kernel compares
+                _syscall(_FUTEX, _address(sync), _WAIT, seen & 0x7FFFFFFF, 0, 0, 0)
+            _fetch_add(sync, _SLEEPERS, -1)
     sync[1 + phase, thread, 1] = _clock()
 
 

@@ -1,0 +1,199 @@
+"""Measures how streams flow: users who send one prompt after the other, over gRPC through `ensemble`, beside the engine alone under the same load.
+
+   users   closed loop; each prompt has 10 to 60 words, each answer 16 to 64 tokens, greedy, to its whole length
+   gap     time between two chunks of one answer, at the client; TTFT: from sending to the first chunk, at the client
+   fair    the worst stream's longest gap as a multiple of all streams' p99
+   cost    processor time for each chunk, by process, over what the same load takes when answers come whole
+
+Called by scripts/benchmark.py --streams. Times are those of a plain tritonclient in threads; the first seconds of a run are left out.
+"""
+
+from __future__ import annotations
+
+import random
+import statistics
+import threading
+import time
+from collections import Counter
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from itertools import pairwise
+from typing import Any
+
+import psutil
+from triton_server import TritonServer
+
+WORDS = ["tide", "moon", "harbour", "wind", "salt", "rope", "light", "wave", "sand", "storm", "ferry", "whale"]
+WARM_UP_S = 3.0
+
+
+@dataclass
+class StreamFigures:
+    """Times in ms. processor_ms: for each chunk, by process; step_ms: of the engine, while the users ran."""
+
+    users: int
+    tokens_per_s: float
+    chunks_per_answer: float
+    gap_p50: float
+    gap_p99: float
+    unfairness: float
+    ttft_p50: float
+    ttft_p90: float
+    step_ms: float
+    processor_ms: dict[str, float]
+    engine_tokens_per_s: float = 0.0
+
+    @property
+    def share(self) -> float:
+        """Of the engine alone."""
+        return self.tokens_per_s / self.engine_tokens_per_s if self.engine_tokens_per_s else 0.0
+
+
+class User:
+    """One closed loop on a connection of its own; remembers when each chunk came."""
+
+    def __init__(self, address: str, number: int, stream: bool):
+        import tritonclient.grpc as grpc
+
+        self._grpc = grpc
+        self._rng = random.Random(number)
+        self._stream = stream
+        self._client = grpc.InferenceServerClient(address)
+        self._client.start_stream(self._receive)
+        self._done = threading.Event()
+        self.sent: list[float] = []
+        self.chunks: list[list[tuple[float, int]]] = []  # (when, tokens) of each answer
+
+    def _receive(self, result: Any, error: Any) -> None:
+        if error is not None:
+            raise RuntimeError(error.message())
+        self.chunks[-1].append((time.monotonic(), int(result.as_numpy("sequence_length").item())))
+        if result.get_response().parameters["triton_final_response"].bool_param:
+            self._done.set()
+
+    def run(self, until: float) -> None:
+        while time.monotonic() < until:
+            prompt = " ".join(self._rng.choices(WORDS, k=self._rng.randint(10, 60)))
+            values = {"text_input": prompt, "max_tokens": self._rng.randint(16, 64), "ignore_eos": True, "temperature": 0.0, "stream": self._stream}
+            self._done.clear()
+            self.chunks.append([])
+            self.sent.append(time.monotonic())
+            self._client.async_stream_infer("ensemble", [tensor(self._grpc, name, value) for name, value in values.items()])
+            assert self._done.wait(300), "no answer"
+        self._client.stop_stream()
+        self._client.close()
+
+
+def tensor(grpc: Any, name: str, value: Any) -> Any:
+    import numpy as np
+
+    kinds = {str: ("BYTES", np.object_), bool: ("BOOL", np.bool_), int: ("INT32", np.int32), float: ("FP32", np.float32)}
+    kind, dtype = kinds[type(value)]
+    found = grpc.InferInput(name, [1, 1], kind)
+    found.set_data_from_numpy(np.array([[value.encode() if isinstance(value, str) else value]], dtype))
+    return found
+
+
+def measure(server: TritonServer, users: int, seconds: float, steps: Callable[[], float], stream: bool = True) -> StreamFigures:
+    """Runs the users. steps: how many steps the engine has made."""
+    everyone = [User(server.address.grpc, i, stream) for i in range(users)]
+    begin = time.monotonic() + WARM_UP_S
+    end = begin + seconds
+    threads = [threading.Thread(target=user.run, args=(end,)) for user in everyone]
+    for thread in threads:
+        thread.start()
+    time.sleep(max(0.0, begin - time.monotonic()))
+    before, steps_before = processor_times(server), steps()
+    time.sleep(max(0.0, end - time.monotonic()))
+    after, num_steps = processor_times(server), steps() - steps_before
+    for thread in threads:
+        thread.join()
+    return evaluate(everyone, users, begin, end, after - before, 1000 * seconds / max(num_steps, 1))
+
+
+def evaluate(everyone: list[User], users: int, begin: float, end: float, used: Counter[str], step_ms: float) -> StreamFigures:
+    answers = [(sent, chunks) for user in everyone for sent, chunks in zip(user.sent, user.chunks, strict=True) if sent >= begin - WARM_UP_S / 2]
+    own = [[1000 * (b[0] - a[0]) for a, b in pairwise(chunks) if begin <= b[0] <= end] for _, chunks in answers]
+    gaps = sorted(gap for some in own for gap in some) or [0.0]
+    ttft = sorted(1000 * (chunks[0][0] - sent) for sent, chunks in answers)
+    inside = [chunk for _, chunks in answers for chunk in chunks if begin <= chunk[0] <= end]
+    p99 = quantile(gaps, 0.99)
+    return StreamFigures(
+        users=users,
+        tokens_per_s=sum(count for _, count in inside) / (end - begin),
+        chunks_per_answer=statistics.mean(len(chunks) for _, chunks in answers),
+        gap_p50=quantile(gaps, 0.5),
+        gap_p99=p99,
+        unfairness=max((max(some) for some in own if some), default=0.0) / p99 if p99 else 0.0,
+        ttft_p50=quantile(ttft, 0.5),
+        ttft_p90=quantile(ttft, 0.9),
+        step_ms=step_ms,
+        processor_ms={name: 1000 * value / max(len(inside), 1) for name, value in used.items()},
+    )
+
+
+def quantile(ordered: list[float], share: float) -> float:
+    return ordered[min(len(ordered) - 1, int(share * len(ordered)))]
+
+
+def processor_times(server: TritonServer) -> Counter[str]:
+    """Seconds of processor time so far, by what a process is for."""
+    times: Counter[str] = Counter()
+    for process in [*server.processes(), psutil.Process()]:
+        line = " ".join(process.cmdline())
+        names = ("preprocessing", "postprocessing", "llm_unary", "models/llm/", "pagetide.engine", "tritonserver")
+        name = next((name for name in names if name in line), "client")
+        used = process.cpu_times()
+        times[{"models/llm/": "llm", "pagetide.engine": "engine"}.get(name, name)] += used.user + used.system
+    return times
+
+
+def engine_alone(users: int, seconds: float, llm: Any) -> float:
+    """Tokens a second of the engine in this process under the same load."""
+    from pagetide.types import Request, SamplingParams
+
+    loop, tokenizer = llm._engine.loop, llm.get_tokenizer()
+    rngs, numbers = [random.Random(i) for i in range(users)], iter(range(10**6, 10**9))
+    owner: dict[int, int] = {}
+
+    def send(user: int) -> None:
+        rng, number = rngs[user], next(numbers)
+        ids = tokenizer(" ".join(rng.choices(WORDS, k=rng.randint(10, 60)))).input_ids
+        params = SamplingParams(temperature=0, max_tokens=rng.randint(16, 64), ignore_eos=True)
+        loop.scheduler.add(Request(number=number, prompt_ids=ids, params=params, stream=True))
+        owner[number] = user
+
+    for user in range(users):
+        send(user)
+    begin = time.monotonic() + WARM_UP_S
+    count = 0
+    while (now := time.monotonic()) < begin + seconds:
+        for output in loop.step():
+            count += len(output.ids) if now >= begin else 0
+            if output.finish_reason:
+                send(owner.pop(output.number))
+    loop.scheduler.cancel(list(owner))
+    while loop.has_work:
+        loop.step()
+    return count / seconds
+
+
+def table(rows: list[StreamFigures]) -> str:
+    lines = [
+        "| users | tokens/s | of the engine alone | chunks per answer | gap p50 / p99 ms | worst stream / p99 | TTFT p50 / p90 ms | step ms |",
+        "| --- | --- | --- | --- | --- | --- | --- | --- |",
+    ]
+    for row in rows:
+        share = f"{100 * row.share:.0f} %" if row.share else ""
+        lines.append(
+            f"| {row.users} | {row.tokens_per_s:.0f} | {share} | {row.chunks_per_answer:.1f} | {row.gap_p50:.0f} / {row.gap_p99:.0f} "
+            f"| {row.unfairness:.1f} | {row.ttft_p50:.0f} / {row.ttft_p90:.0f} | {row.step_ms:.1f} |"
+        )
+    lines += ["", "Processor time for each chunk, ms (all but the engine's would not be there without a server):"]
+    for row in rows:
+        lines.append(f"{row.users} users: " + ", ".join(f"{name} {value:.2f}" for name, value in sorted(row.processor_ms.items())))
+    return "\n".join(lines)
+
+
+def as_json(rows: list[StreamFigures]) -> list[dict[str, Any]]:
+    return [asdict(row) | {"share": row.share} for row in rows]
