@@ -194,8 +194,9 @@ def tensors_of(rows: list[Chunk], wanted: frozenset[str], engine: EngineInfo, te
         "sequence_index": _column(chunk.output.index for chunk in rows),
         "response_index": _column(chunk.response_index for chunk in rows),
         "request_number": _column((chunk.output.number for chunk in rows), np.uint64),
-        "text_cut": _column(chunk.output.num_cut for chunk in rows),
     }
+    if any(chunk.output.num_cut for chunk in rows):
+        arrays["text_cut"] = _column(chunk.output.num_cut for chunk in rows)
     if any(chunk.prompt.parsed.prompt_text for chunk in rows):
         arrays["prompt_text"] = triton.text_array([(chunk.prompt.parsed.prompt_text or "").encode() for chunk in rows]).reshape(-1, 1)
     if not all(chunk.prompt.parsed.params.skip_special_tokens for chunk in rows):
