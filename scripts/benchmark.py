@@ -220,12 +220,31 @@ def figures(seconds: float, first: dict[Any, float], last: dict[Any, float], cou
     return Figures(sum(counts.values()) / seconds, ttft, statistics.median(rates) if rates else None)
 
 
+PEERS = ROOT / ".peers"  # where scripts/peers.sh installs other engines
+
+
+def run_peer(jobs_of: Callable[[str], list[Job]], names: list[str], peer: str) -> Iterator[tuple[str, Figures]]:
+    """Another engine, in the environment that scripts/peers.sh has made for it."""
+    command = [str(PEERS / peer / "bin" / "python"), str(ROOT / "scripts" / "peer_engines.py"), peer, str(PEERS), "bfloat16"]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as process:
+        assert process.stdin is not None and process.stdout is not None
+        for name in ["single", *names]:
+            print(json.dumps([asdict(job) | {"at": 0.0} for job in jobs_of(name)]), file=process.stdin, flush=True)
+            result = json.loads(process.stdout.readline())
+            first, last, counts = (dict(enumerate(result[key])) for key in ("first", "last", "counts"))
+            yield name, figures(result["seconds"], first, last, counts)
+        process.stdin.close()
+
+
 ENGINES: dict[str, Callable[..., Iterator[tuple[str, Figures]]]] = {
     "pagetide": run_pagetide,
     "pagetide, static batches, contiguous KV": lambda jobs, names: run_pagetide(jobs, names, batching="static", kv_reservation="contiguous"),
     "pagetide float32": lambda jobs, names: run_pagetide(jobs, names, dtype="float32"),
     "transformers bfloat16": lambda jobs, names: run_transformers(jobs, names, "bfloat16"),
     "transformers float32": lambda jobs, names: run_transformers(jobs, names, "float32"),
+    "openvino": lambda jobs, names: run_peer(jobs, list(names), "openvino"),
+    "vllm": lambda jobs, names: run_peer(jobs, list(names), "vllm"),
+    "llamacpp": lambda jobs, names: run_peer(jobs, list(names), "llamacpp"),
     "pagetide through Triton, streams": lambda jobs, names: run_server(jobs, names, stream=True),
     "pagetide through Triton, whole answers": lambda jobs, names: run_server(jobs, names, stream=False),
 }
@@ -504,6 +523,9 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--features", action="store_true", help="what each sampling feature costs a step, and nothing else")
     parser.add_argument("--streams", nargs="*", type=int, metavar="USERS", help="how streams flow for so many users (1 4 8 32), and nothing else")
     parser.add_argument("--seconds", type=float, default=10, help="of each run of --streams")
+    parser.add_argument(
+        "--against", nargs="+", choices=("openvino", "vllm", "llamacpp"), help="other engines (scripts/peers.sh installs them) in turn with ours"
+    )
     parser.add_argument("--only", nargs="+", choices=ENGINES, metavar="ENGINE", help=f"run just these: {', '.join(ENGINES)}")
     parser.add_argument("--workloads", nargs="+", choices=WORKLOADS, default=list(WORKLOADS))
     parser.add_argument("--repeats", type=int, default=1, help="rounds in which all engines take their turn; medians are shown")
@@ -519,6 +541,8 @@ def parse_arguments() -> argparse.Namespace:
 def engines_of(arguments: argparse.Namespace) -> list[str]:
     if arguments.only:
         return arguments.only
+    if arguments.against:
+        return ["pagetide", *arguments.against, "transformers bfloat16"]
     alone = ["pagetide", "pagetide, static batches, contiguous KV", "transformers bfloat16", "transformers float32"]
     return [] if arguments.server and not arguments.engine else alone
 
@@ -549,7 +573,11 @@ def main() -> int:
         for engine in engines:
             begin = time.perf_counter()
             print(f"round {repeat + 1} of {arguments.repeats}: {engine} ...", end=" ", file=sys.stderr, flush=True)
-            found, peak = measure(engine, arguments.workloads, repeat)
+            try:
+                found, peak = measure(engine, arguments.workloads, repeat)
+            except subprocess.CalledProcessError as error:
+                print(f"did not run ({error}); the others go on", file=sys.stderr)
+                continue
             for name, result in found.items():
                 results.setdefault(engine, {}).setdefault(name, []).append(result)
             peaks[engine] = max(peaks.get(engine, 0), peak)
