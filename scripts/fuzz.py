@@ -292,10 +292,10 @@ class Client:
 
     def _stream(self, wish: Wish) -> None:
         """gRPC stream; every field as a tensor."""
-        done, errors, parts = threading.Event(), [], []
+        done, closing, errors, parts = threading.Event(), threading.Event(), [], []
 
         def receive(result: Any, error: Any) -> None:
-            if done.is_set():  # what the end of the stream itself says
+            if closing.is_set():  # what the end of the stream itself says
                 return
             if error is not None:
                 errors.append(error.message())
@@ -315,6 +315,7 @@ class Client:
                     self._judge(wish, "no answer", "", parts)
                     return
             finally:
+                closing.set()
                 client.stop_stream(cancel_requests=True)
         if errors:
             self._judge(wish, check_error(wish, errors[0]), "refused", errors)
@@ -440,7 +441,7 @@ def wait_until_idle(address: Address, report: Report) -> None:
 
 def fill_cache(address: Address) -> None:
     """Writes to every block of a small KV cache: its memory comes with the first use."""
-    rng, prompt = random.Random(0), 2000
+    rng, prompt = random.Random(0), 1000
     num_tokens = min(16 * int(metrics(address)["pagetide_kv_blocks_total"]), 20_000)
     for _ in range(-(-num_tokens // prompt)):
         body = json.dumps({"input_ids": rng.choices(range(100, 40_000), k=prompt), "max_tokens": 1}).encode()

@@ -61,25 +61,29 @@ class User:
         self._client = grpc.InferenceServerClient(address)
         self._client.start_stream(self._receive)
         self._done = threading.Event()
+        self.error = ""
         self.sent: list[float] = []
         self.chunks: list[list[tuple[float, int]]] = []  # (when, tokens) of each answer
 
     def _receive(self, result: Any, error: Any) -> None:
         if error is not None:
-            raise RuntimeError(error.message())
+            self.error = error.message()
+            self._done.set()
+            return
         self.chunks[-1].append((time.monotonic(), int(result.as_numpy("sequence_length").item())))
         if result.get_response().parameters["triton_final_response"].bool_param:
             self._done.set()
 
     def run(self, until: float) -> None:
-        while time.monotonic() < until:
+        while time.monotonic() < until and not self.error:
             prompt = " ".join(self._rng.choices(WORDS, k=self._rng.randint(10, 60)))
             values = {"text_input": prompt, "max_tokens": self._rng.randint(16, 64), "ignore_eos": True, "temperature": 0.0, "stream": self._stream}
             self._done.clear()
             self.chunks.append([])
             self.sent.append(time.monotonic())
             self._client.async_stream_infer("ensemble", [tensor(self._grpc, name, value) for name, value in values.items()])
-            assert self._done.wait(300), "no answer"
+            if not self._done.wait(300):
+                self.error = "no answer within 300 s"
         self._client.stop_stream()
         self._client.close()
 
@@ -108,6 +112,8 @@ def measure(server: TritonServer, users: int, seconds: float, steps: Callable[[]
     after, num_steps = processor_times(server), steps() - steps_before
     for thread in threads:
         thread.join()
+    if errors := [user.error for user in everyone if user.error]:
+        raise RuntimeError(f"{len(errors)} of {users} users got an error: {errors[0]}")
     return evaluate(everyone, users, begin, end, after - before, 1000 * seconds / max(num_steps, 1))
 
 

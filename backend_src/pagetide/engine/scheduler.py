@@ -106,7 +106,8 @@ class Scheduler:
         if request.deadline_ns:
             self._note_deadline(request)
         if request.params.guide is not None:
-            self._compiling[request.number] = self._guides.compile(request.params.guide)
+            with self._on_behalf_of(group):
+                self._compiling[request.number] = self._guides.compile(request.params.guide)
         else:
             self._enqueue(group.unfinished[0])
 
@@ -125,12 +126,16 @@ class Scheduler:
         group = self._groups.get(number)
         if group is None:
             return
-        self._compiling.pop(number, None)
+        self._stop_compiling(number)
         if isinstance(group.strategy, BeamSearch):
             self._answer_beams(group, group.strategy, reason)
             return
         for sequence in list(group.unfinished):
             self._finish(sequence, reason)
+
+    def _stop_compiling(self, number: int) -> None:
+        if guide := self._compiling.pop(number, None):
+            guide.cancel()
 
     def _note_deadline(self, request: Request) -> None:
         heapq.heappush(self._deadlines, (request.deadline_ns, request.number))
@@ -169,7 +174,7 @@ class Scheduler:
         if self._groups.pop(group.request.number, None) is None:
             return  # it has ended in another way already
         self.counters.failed += 1
-        self._compiling.pop(group.request.number, None)
+        self._stop_compiling(group.request.number)
         for sequence in group.unfinished:
             self._leave(sequence)
         group.unfinished = []

@@ -180,6 +180,8 @@ class EngineClient:
         try:
             self._socket.send(message)
         except zmq.Again:
+            # What waits behind it would wait as long, and the news of the end with it.
+            self._connected.clear()
             return False
         return True
 

@@ -171,6 +171,7 @@ class LlmModel:
     def _on_lost(self) -> None:
         with self._lock:
             numbers = list(self._open)
+        self._pacer.forget_all()
         if self._metrics is not None:
             self._metrics.count_failed(len(numbers))
         self._fail(numbers, EngineError("the engine failed while it was working on this request; send it again"))

@@ -103,6 +103,9 @@ class ChunkQueue:
         """Nothing more comes of this request."""
         self._begun -= {key for key in self._begun if key[0] == number}
 
+    def forget_all(self) -> None:
+        self._begun.clear()
+
 
 class ResponsePacer:
     """put() never blocks; send(output) is called once for each chunk, in order within a sequence."""
@@ -128,6 +131,11 @@ class ResponsePacer:
         """Nothing more comes of this request."""
         with self._changed:
             self._queue.forget(number)
+
+    def forget_all(self) -> None:
+        """Nothing more comes of any request."""
+        with self._changed:
+            self._queue.forget_all()
 
     def close(self) -> None:
         """Sends what is left, then ends."""

@@ -17,8 +17,9 @@ import triton_python_backend_utils as pb_utils
 
 from pagetide.serving import triton
 from pagetide.serving.contract import ParsedRequest
+from pagetide.serving.shared_memory import check_room
 from pagetide.text.tokens import Vocabulary
-from pagetide.types import EngineError, EngineInfo, Output, TokenScore
+from pagetide.types import EngineInfo, Output, TokenScore
 
 log = logging.getLogger("pagetide.responses")
 
@@ -167,16 +168,6 @@ def send(sender: Any, response: Any, is_last: bool) -> None:
         sender.send(response, flags=pb_utils.TRITONSERVER_RESPONSE_COMPLETE_FINAL if is_last else 0)
     except pb_utils.TritonModelException as error:
         log.warning("a response could not be sent: %s", error)
-        if is_last:  # it may be too large for shared memory; without a last response the client would wait for ever
-            _send_small_error(sender, error)
-
-
-def _send_small_error(sender: Any, error: Exception) -> None:
-    try:
-        response = triton.error_response(EngineError(f"the response could not be sent: {error}"))
-        sender.send(response, flags=pb_utils.TRITONSERVER_RESPONSE_COMPLETE_FINAL)
-    except pb_utils.TritonModelException as second:
-        log.warning("nor could its error: %s", second)
 
 
 # -- tensors -----------------------------------------------------------------------------------------------------------
@@ -210,7 +201,9 @@ def tensors_of(rows: list[Chunk], wanted: frozenset[str], engine: EngineInfo, te
         arrays["logprobs"] = triton.text_array([json.dumps(_logprobs(chunk, texts)).encode() for chunk in rows])
     if is_vllm_face(wanted):
         arrays |= _vllm(rows, returns, texts)
-    return [triton.tensor(name, array) for name, array in arrays.items() if name in wanted]
+    chosen = {name: array for name, array in arrays.items() if name in wanted}
+    check_room(chosen.values())
+    return [triton.tensor(name, array) for name, array in chosen.items()]
 
 
 def _column(values: Iterable[Any], dtype: Any = np.int32) -> np.ndarray:
