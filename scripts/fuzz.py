@@ -136,6 +136,7 @@ def make_wish(rng: random.Random) -> Wish:
         wish.wrong += ["guided_decoding_guide"] if is_wrong else []
     if rng.random() < 0.03:
         wish.values |= {"max_tokens": rng.choice([2**31 - 1, 8000]), "timeout_ms": rng.randint(1, 600)}
+        wish.wrong = [name for name in wish.wrong if name != "timeout_ms"]
     return wish
 
 
