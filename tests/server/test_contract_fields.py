@@ -21,7 +21,8 @@ SCHEMA = {"type": "object", "properties": {"n": {"type": "integer", "minimum": 0
 def test_tensorrt_llms_clients_work_unchanged(real):
     """The body of its documentation, and a gRPC stream with the tensors that its client always sends."""
     status, answer = generate(real, {"text_input": "What is machine learning?", "max_tokens": 20, "bad_words": "", "stop_words": ""})
-    assert status == 200 and answer["text_output"] and answer["model_name"] == "ensemble"
+    # What is sampled may be an end at once.
+    assert status == 200 and isinstance(answer["text_output"], str) and answer["model_name"] == "ensemble"
     stream = stream_one(
         real,
         text_input=PROMPT,
