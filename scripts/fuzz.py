@@ -3,9 +3,9 @@
 Every field, in and out of its range, combined; nasty texts; clients that cancel or leave at random moments. Afterwards the engine must be the
 same process, nothing may run, no block be used, and memory be flat.
 
-python scripts/fuzz.py [--seconds 600] [--clients 8] [--seed 0] [--http-port 8000 --grpc-port 8001 --metrics-port 8002]
+python scripts/fuzz.py [--seconds 600] [--clients 8] [--seed 0] [--http-port 8000]
 
-Without ports it starts a server of its own. Ends with status 1 and the requests that went wrong, as JSON that can be sent again.
+Without the port of a server that serve.sh has started it starts one of its own. Ends with status 1 and the requests that went wrong, as JSON that can be sent again.
 """
 
 from __future__ import annotations

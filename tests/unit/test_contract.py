@@ -29,7 +29,7 @@ def parse_one(**parameters):
 @pytest.mark.parametrize("field", [f for f in FIELDS if f.low is not None], ids=lambda f: f.name)
 def test_a_value_out_of_range_names_field_value_and_range(field):
     wrong_values = [field.low - 1, field.high + 1 if field.high <= 1 else field.high * 2]
-    for wrong in [*wrong_values, field.low] if field.is_above_low else wrong_values:
+    for wrong in wrong_values:
         with pytest.raises(RequestError, match=rf"{field.name} is {wrong}(\.0)?, must be {re.escape(field.allowed)}"):
             parse_one(**{field.name: wrong})
 

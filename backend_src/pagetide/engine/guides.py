@@ -20,7 +20,7 @@ from pagetide.types import Guide, RequestError
 
 _WORKERS = 4  # large grammars do not keep small ones waiting
 _STACK_BYTES = 512 * 2**20  # the compiler follows chains of references by recursion; only what is used becomes memory
-# About 10 ms for a mask, and 20 MB for a grammar: units and speeds are in llguidance.LLParserLimits.
+# About 7 ms for a mask, and 1 to 2 KB of memory for each state, by the documentation of llguidance.LLParserLimits.
 _STEP_LEXER_FUEL, _MAX_LEXER_STATES = 100_000, 10_000
 
 

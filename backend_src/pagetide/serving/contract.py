@@ -24,7 +24,7 @@ class Field:
     """One input of the ensemble.
 
     dtype: Triton's. kind: how the value is read, by CONVERTERS; dtype if empty. default: as documented.
-    attribute: the field of SamplingParams it sets, if any. low, high: the allowed range, both included unless is_above_low.
+    attribute: the field of SamplingParams it sets, if any. low, high: the allowed range, both included.
     off: values that count as not given. is_list: any number of values. is_prompt: not found in sampling_parameters or request parameters.
     is_unsupported: declared because Triton refuses unknown names; only values in `off`, and empty ones, are accepted.
     """
@@ -39,7 +39,6 @@ class Field:
     attribute: str = ""
     low: float | None = None
     high: float | None = None
-    is_above_low: bool = False
     off: tuple[Value, ...] = ()
     is_prompt: bool = False
     is_unsupported: bool = False
@@ -58,7 +57,7 @@ class Field:
         """The range in words."""
         assert self.low is not None and self.high is not None
         low, high = (f"{bound:g}" if self.dtype == "FP32" else f"{bound:d}" for bound in (self.low, self.high))
-        return f"above {low} and at most {high}" if self.is_above_low else f"from {low} to {high}"
+        return f"from {low} to {high}"
 
     def is_allowed(self, value: Value) -> bool:
         """True if the field has no range, or the value is within it."""
@@ -71,7 +70,7 @@ class Field:
         low, high = self.low, self.high
         if self.dtype == "FP32":  # a tensor holds the bound as float32 has it, which may lie beyond
             low, high = min(low, float(np.float32(low))), max(high, float(np.float32(high)))
-        return (low < value if self.is_above_low else low <= value) and value <= high
+        return low <= value <= high
 
 
 _INT32 = 2**31 - 1
