@@ -5,7 +5,8 @@ same process, nothing may run, no block be used, and memory be flat.
 
 python scripts/fuzz.py [--seconds 600] [--clients 8] [--seed 0] [--http-port 8000]
 
-Without the port of a server that serve.sh has started it starts one of its own. Ends with status 1 and the requests that went wrong, as JSON that can be sent again.
+Without the port of a server that serve.sh has started it starts one of its own. Ends with status 1 and the requests that went wrong, as
+JSON that can be sent again.
 """
 
 from __future__ import annotations
