@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+
 import numpy as np
 import pytest
 from conftest import END_ID, FixedAnswer, SmallEngine
 from context_runner import VOCABULARY, expected_tokens, logits_after
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from pagetide.engine.blocks import BlockManager
 from pagetide.engine.strategies import _seed_of_sample
 from pagetide.types import EngineError, Guide, QueueFullError, Request, RequestError, SamplingParams
 
@@ -48,6 +51,22 @@ def test_a_block_is_found_only_behind_the_same_beginning(engine):
         small.run()
         assert small.tokens(number) == expected_tokens(prompt, 3, 0)
     assert small.outputs[-1].num_cached_tokens == 4
+
+
+def test_no_block_is_the_target_of_one_copy_and_the_source_of_another_in_a_step():
+    """A holder of a copied block gives way (preemption) before another copy of the same step is made."""
+    manager = BlockManager(4, 4, enable_prefix_caching=False)
+    first, second, third, fourth = (SimpleNamespace(blocks=[], hashes=[], num_computed=0, num_published=0) for _ in range(4))
+    for owner, sharer in ((first, second), (third, fourth)):
+        assert manager.grow(owner, 2) == []
+        manager.fork(owner, sharer)
+        owner.num_computed = sharer.num_computed = 2
+    copies = manager.grow(second, 3)
+    manager.free(first)
+    copies += manager.grow(fourth, 3)
+    assert copies == [(0, 2), (1, 3)], "block 0 is free, but the step still copies from it"
+    manager.end_planning()
+    assert manager.num_free == 1 and manager.grow(third, 5) == [] and third.blocks == [1, 0]
 
 
 def test_prefix_caching_can_be_switched_off(engine):
