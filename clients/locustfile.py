@@ -1,29 +1,84 @@
-"""Load on the gRPC stream, with time to first token and time per output token in Locust's own statistics.
+"""Load on the gRPC stream, with the times that matter for tokens in Locust's own statistics.
 
-locust -f clients/locustfile.py --headless -u 32 -r 8 -t 60s --host 127.0.0.1:8001
+locust -f clients/locustfile.py --headless -u 32 -r 8 -t 60s --stop-timeout 60 --host 127.0.0.1:8001
+
+   time to first token      from sending to the first chunk
+   gap between chunks       of one answer; Locust shows p50, p99 and the longest
+   time per output token    of each answer, after its first chunk
+   chunks per answer        a count, in the columns of times
+   answer                   from sending to the last chunk; its length is the number of tokens
+
+Times are taken where the bytes arrive: by plain threads in a process beside Locust (clients/load_user.py), since Locust's greenlets would look at a
+clock only when it is their turn. `--processes -1` runs one Locust, and one such process, on each core: for hundreds of users.
 """
 
 from __future__ import annotations
 
-# gevent must know of gRPC before a channel is opened.
-import grpc.experimental.gevent as grpc_gevent
+import itertools
+import json
+import random
+import subprocess
+import sys
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
 
-grpc_gevent.init_gevent()
+import gevent
+from gevent.queue import Queue
+from locust import User, constant, events, task
+from locust.argument_parser import LocustArgumentParser
 
-import random  # noqa: E402
-import sys  # noqa: E402
-import time  # noqa: E402
-from pathlib import Path  # noqa: E402
-from queue import Queue  # noqa: E402
 
-import tritonclient.grpc as grpc  # noqa: E402
-from locust import User, constant, task  # noqa: E402
+@events.init_command_line_parser.add_listener
+def _add_options(parser: LocustArgumentParser) -> None:
+    for name, low, high in (("words", 10, 60), ("tokens", 16, 64)):
+        what = "words of a prompt" if name == "words" else "tokens of an answer"
+        parser.add_argument(f"--min-{name}", type=int, default=low, help=f"fewest {what}, {low} by default")
+        parser.add_argument(f"--max-{name}", type=int, default=high, help=f"most {what}, {high} by default")
 
-sys.path.insert(0, str(Path(__file__).parent))
 
-from grpc_stream import tensor  # noqa: E402
+class Connections:
+    """The process that speaks for all users of this Locust."""
 
-WORDS = ["tide", "moon", "harbour", "wind", "salt", "rope", "light", "wave", "sand", "storm", "ferry", "whale"]
+    _numbers = itertools.count()
+    _only: Connections | None = None
+
+    def __init__(self, url: str):
+        command = [sys.executable, str(Path(__file__).with_name("load_user.py")), url]
+        self._process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, bufsize=1)
+        self._answers: dict[int, Queue] = {}
+        gevent.spawn(self._read)
+
+    @classmethod
+    def of(cls, url: str) -> Connections:
+        if cls._only is None:
+            cls._only = cls(url)
+        return cls._only
+
+    def join(self) -> int:
+        """A new user's number."""
+        number = next(self._numbers)
+        self._answers[number] = Queue()
+        return number
+
+    def ask(self, number: int, num_words: int, max_tokens: int) -> dict[str, Any]:
+        """Waits for the whole answer."""
+        self._write({"user": number, "words": num_words, "max_tokens": max_tokens})
+        return self._answers[number].get()
+
+    def leave(self, number: int) -> None:
+        self._write({"user": number, "leaves": True})
+
+    def _write(self, order: dict[str, Any]) -> None:
+        self._process.stdin.write(json.dumps(order) + "\n")
+        self._process.stdin.flush()
+
+    def _read(self) -> None:
+        for line in self._process.stdout:
+            answer = json.loads(line)
+            self._answers[answer["user"]].put(answer)
+        for answers in self._answers.values():
+            answers.put({"sent": 0.0, "chunks": [], "error": "the process of the connections has ended"})
 
 
 class StreamingUser(User):
@@ -32,36 +87,33 @@ class StreamingUser(User):
     wait_time = constant(0)
 
     def on_start(self) -> None:
-        self.responses: Queue = Queue()
-        self.client = grpc.InferenceServerClient(self.host)
-        self.client.start_stream(lambda result, error: self.responses.put(error or result))
+        self.connections = Connections.of(self.host)
+        self.number = self.connections.join()
 
     def on_stop(self) -> None:
-        self.client.stop_stream(cancel_requests=True)
-        self.client.close()
+        self.connections.leave(self.number)
 
     @task
     def complete(self) -> None:
-        prompt = " ".join(random.choices(WORDS, k=random.randint(10, 60)))
-        inputs = [tensor("text_input", prompt), tensor("max_tokens", random.randint(16, 64)), tensor("ignore_eos", True), tensor("stream", True)]
-        begin, first, count = time.perf_counter(), 0.0, 0
-        self.client.async_stream_infer("ensemble", inputs)
-        while True:
-            response = self.responses.get()
-            now = time.perf_counter()
-            if isinstance(response, Exception):
-                self.report("answer", now - begin, 0, response)
-                return
-            first = first or now
-            count += int(response.as_numpy("sequence_length")[0, 0])
-            if response.as_numpy("finish_reason")[0]:
-                break
-        self.report("time to first token", first - begin, 0)
-        if count > 1:
-            self.report("time per output token", (now - first) / (count - 1), 0)
-        self.report("answer", now - begin, count)
+        options = self.environment.parsed_options
+        num_words, max_tokens = random.randint(options.min_words, options.max_words), random.randint(options.min_tokens, options.max_tokens)
+        answer = self.connections.ask(self.number, num_words, max_tokens)
+        times = [when for when, _ in answer["chunks"]]
+        num_tokens = sum(count for _, count in answer["chunks"])
+        if answer["error"] or not times:
+            self.report("answer", 0.0, 0, RuntimeError(answer["error"] or "an answer without a chunk"))
+            gevent.sleep(1)  # a server that is not there is not asked a thousand times a second
+            return
+        self.report("time to first token", times[0] - answer["sent"])
+        for before, after in pairwise(times):
+            self.report("gap between chunks", after - before)
+        first = answer["chunks"][0][1]
+        if num_tokens > first:
+            self.report("time per output token", (times[-1] - times[0]) / (num_tokens - first))
+        self.report("chunks per answer", len(times) / 1000)
+        self.report("answer", times[-1] - answer["sent"], num_tokens)
 
-    def report(self, name: str, seconds: float, length: int, error: Exception | None = None) -> None:
+    def report(self, name: str, seconds: float, length: int = 0, error: Exception | None = None) -> None:
         self.environment.events.request.fire(
             request_type="gRPC", name=name, response_time=1000 * seconds, response_length=length, exception=error, context={}
         )

@@ -21,9 +21,9 @@ from itertools import pairwise
 from typing import Any
 
 import psutil
+from load_user import Answer, LoadUser, random_prompt
 from triton_server import TritonServer
 
-WORDS = ["tide", "moon", "harbour", "wind", "salt", "rope", "light", "wave", "sand", "storm", "ferry", "whale"]
 WARM_UP_S = 3.0
 
 
@@ -50,52 +50,29 @@ class StreamFigures:
 
 
 class User:
-    """One closed loop on a connection of its own; remembers when each chunk came."""
+    """One closed loop."""
 
     def __init__(self, address: str, number: int, stream: bool):
-        import tritonclient.grpc as grpc
-
-        self._grpc = grpc
         self._rng = random.Random(number)
-        self._stream = stream
-        self._client = grpc.InferenceServerClient(address)
-        self._client.start_stream(self._receive)
         self._done = threading.Event()
-        self.error = ""
-        self.sent: list[float] = []
-        self.chunks: list[list[tuple[float, int]]] = []  # (when, tokens) of each answer
+        self._connection = LoadUser(address, self._end, stream)
+        self.answers: list[Answer] = []
 
-    def _receive(self, result: Any, error: Any) -> None:
-        if error is not None:
-            self.error = error.message()
-            self._done.set()
-            return
-        self.chunks[-1].append((time.monotonic(), int(result.as_numpy("sequence_length").item())))
-        if result.get_response().parameters["triton_final_response"].bool_param:
-            self._done.set()
+    def _end(self, answer: Answer) -> None:
+        self.answers.append(answer)
+        self._done.set()
+
+    @property
+    def error(self) -> str:
+        return next((answer.error for answer in self.answers if answer.error), "")
 
     def run(self, until: float) -> None:
         while time.monotonic() < until and not self.error:
-            prompt = " ".join(self._rng.choices(WORDS, k=self._rng.randint(10, 60)))
-            values = {"text_input": prompt, "max_tokens": self._rng.randint(16, 64), "ignore_eos": True, "temperature": 0.0, "stream": self._stream}
             self._done.clear()
-            self.chunks.append([])
-            self.sent.append(time.monotonic())
-            self._client.async_stream_infer("ensemble", [tensor(self._grpc, name, value) for name, value in values.items()])
+            self._connection.send(random_prompt(self._rng, self._rng.randint(10, 60)), self._rng.randint(16, 64))
             if not self._done.wait(300):
-                self.error = "no answer within 300 s"
-        self._client.stop_stream()
-        self._client.close()
-
-
-def tensor(grpc: Any, name: str, value: Any) -> Any:
-    import numpy as np
-
-    kinds = {str: ("BYTES", np.object_), bool: ("BOOL", np.bool_), int: ("INT32", np.int32), float: ("FP32", np.float32)}
-    kind, dtype = kinds[type(value)]
-    found = grpc.InferInput(name, [1, 1], kind)
-    found.set_data_from_numpy(np.array([[value.encode() if isinstance(value, str) else value]], dtype))
-    return found
+                self.answers.append(Answer(0.0, error="no answer within 300 s"))
+        self._connection.close()
 
 
 def measure(server: TritonServer, users: int, seconds: float, steps: Callable[[], float], stream: bool = True) -> StreamFigures:
@@ -118,16 +95,16 @@ def measure(server: TritonServer, users: int, seconds: float, steps: Callable[[]
 
 
 def evaluate(everyone: list[User], users: int, begin: float, end: float, used: Counter[str], step_ms: float) -> StreamFigures:
-    answers = [(sent, chunks) for user in everyone for sent, chunks in zip(user.sent, user.chunks, strict=True) if sent >= begin - WARM_UP_S / 2]
-    own = [[1000 * (b[0] - a[0]) for a, b in pairwise(chunks) if begin <= b[0] <= end] for _, chunks in answers]
+    answers = [answer for user in everyone for answer in user.answers if answer.sent >= begin - WARM_UP_S / 2]
+    own = [[1000 * (b[0] - a[0]) for a, b in pairwise(answer.chunks) if begin <= b[0] <= end] for answer in answers]
     gaps = sorted(gap for some in own for gap in some) or [0.0]
-    ttft = sorted(1000 * (chunks[0][0] - sent) for sent, chunks in answers)
-    inside = [chunk for _, chunks in answers for chunk in chunks if begin <= chunk[0] <= end]
+    ttft = sorted(1000 * (answer.chunks[0][0] - answer.sent) for answer in answers)
+    inside = [chunk for answer in answers for chunk in answer.chunks if begin <= chunk[0] <= end]
     p99 = quantile(gaps, 0.99)
     return StreamFigures(
         users=users,
         tokens_per_s=sum(count for _, count in inside) / (end - begin),
-        chunks_per_answer=statistics.mean(len(chunks) for _, chunks in answers),
+        chunks_per_answer=statistics.mean(len(answer.chunks) for answer in answers),
         gap_p50=quantile(gaps, 0.5),
         gap_p99=p99,
         unfairness=max((max(some) for some in own if some), default=0.0) / p99 if p99 else 0.0,
@@ -164,7 +141,7 @@ def engine_alone(users: int, seconds: float, llm: Any) -> float:
 
     def send(user: int) -> None:
         rng, number = rngs[user], next(numbers)
-        ids = tokenizer(" ".join(rng.choices(WORDS, k=rng.randint(10, 60)))).input_ids
+        ids = tokenizer(random_prompt(rng, rng.randint(10, 60))).input_ids
         params = SamplingParams(temperature=0, max_tokens=rng.randint(16, 64), ignore_eos=True)
         loop.scheduler.add(Request(number=number, prompt_ids=ids, params=params, stream=True))
         owner[number] = user

@@ -330,6 +330,9 @@ def test_metrics_are_what_the_clients_counted(real):
     assert (changed("pagetide_requests_timed_out"), changed("pagetide_requests_failed"), changed("pagetide_requests_cancelled")) == (1, 1, 0)
     for name in ("time_to_first_token_seconds", "request_seconds", "queue_seconds", "time_per_output_token_seconds"):
         assert changed(f"pagetide_{name}_count") == 13, name
+    num_gaps = sum(len(stream.responses) - 1 for stream in everyone)
+    wait_for(lambda: changed("pagetide_chunk_gap_seconds_count") == num_gaps, what=f"{num_gaps} gaps between chunks")
+    assert changed("vllm:inter_token_latency_seconds_count") == num_gaps
     assert changed("pagetide_step_tokens_count") == changed("pagetide_step_sequences_count") > 16
     computed = changed("pagetide_prompt_tokens") - changed("pagetide_cached_prompt_tokens") + num_tokens
     assert changed("pagetide_step_tokens_sum") >= computed - 13

@@ -51,7 +51,8 @@ def cancel_by_leaving_http(server, count: int) -> None:
 def cancel_by_request(server, count: int) -> None:
     streams = Streams(server)
     sent = [streams.send("ensemble", f"c{i}", **LONG) for i in range(count)]
-    wait_for(lambda: any(s.responses for s in sent), 60, "a first response")
+    # All of them: on another connection a cancel may overtake a request that has not been answered yet.
+    wait_for(lambda: all(s.responses for s in sent), 60, "first responses")
     other = Streams(server)
     answers = [other.send("ensemble", f"c{i}", cancel=True) for i in range(count)]
     for stream in sent:

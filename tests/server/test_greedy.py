@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import random
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -18,8 +20,12 @@ NUM_TOKENS = 16
 
 
 @pytest.fixture(scope="module")
-def reference():
-    return AutoModelForCausalLM.from_pretrained(str(find_model("", Path(CACHE))), dtype=torch.float32).eval()
+def reference() -> Iterator[Any]:
+    # torch's threads wait for each other at every layer: on a machine with other work one alone is many times as fast.
+    num_threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield AutoModelForCausalLM.from_pretrained(str(find_model("", Path(CACHE))), dtype=torch.float32).eval()
+    torch.set_num_threads(num_threads)
 
 
 @pytest.fixture(scope="module")

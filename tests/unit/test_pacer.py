@@ -106,3 +106,24 @@ def test_one_large_response_does_not_hold_up_all_others():
     queue.take(0.0)
     queue.sent(5.0)
     assert queue.interval() < 0.1
+
+
+def test_gaps_are_those_between_chunks_of_one_sequence_as_they_went():
+    queue = ChunkQueue()
+    for now, outputs in [(0.0, [Output(1, 0, [1]), Output(1, 1, [1])]), (0.25, [Output(1, 0, [2])]), (1.0, [Output(1, 1, [2], 0, "stop")])]:
+        queue.put(outputs, now)
+        while queue.take(now):
+            pass
+    assert queue.take_gaps() == [0.25, 1.0] and queue.take_gaps() == []
+    queue.put([Output(1, 0, [3], 0, "stop")], 1.5)
+    queue.put([Output(2, 0, [1])], 1.5)
+    while queue.take(1.5):
+        pass
+    queue.forget(2)  # has failed
+    queue.put([Output(2, 0, [2], 0, "cancelled")], 2.0)
+    queue.take(2.0)
+    assert queue.take_gaps() == [1.25]
+    queue.put([Output(3, 0, [1])], 2.0)
+    queue.take(2.0)
+    queue.forget_all()
+    assert not queue._sent_at, "streams that are gone leave nothing behind"

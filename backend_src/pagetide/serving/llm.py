@@ -53,7 +53,9 @@ class LlmModel:
         except EngineStartError as error:
             raise pb_utils.TritonModelException(str(error)) from error
         self._pacer = ResponsePacer(self._send)
-        self._metrics = EngineMetrics(args["model_name"], self._settings.metric_names, self._supervisor) if self._supervisor is not None else None
+        self._metrics = None
+        if self._supervisor is not None:
+            self._metrics = EngineMetrics(args["model_name"], self._settings.metric_names, self._supervisor, self._pacer.take_gaps)
         on_statistics = self._metrics.update if self._metrics is not None else None
         self._client = EngineClient(path, self._pacer.put, self._on_refused, self._on_lost, on_statistics)
         try:

@@ -1,13 +1,22 @@
-"""The engine's statistics as Triton metrics (port 8002), all labelled `model`."""
+"""The engine's statistics as Triton metrics (port 8002), all labelled `model`.
+
+Each change of a metric is a message to the server, which takes as long as sending a chunk: a thread of its own does it, in the time between chunks.
+"""
 
 from __future__ import annotations
 
+import logging
+import queue
+import threading
+from collections.abc import Callable
 from typing import Any
 
 import triton_python_backend_utils as pb_utils
 
 from pagetide.engine.messages import Statistics
 from pagetide.serving.client import EngineSupervisor
+
+log = logging.getLogger("pagetide.metrics")
 
 GAUGES = {
     "running": ("pagetide_requests_running", "sequences that run"),
@@ -27,12 +36,14 @@ COUNTERS = {
     "failed": ("pagetide_requests_failed", "requests that could not be answered"),
     "restarts": ("pagetide_engine_restarts", "times that the engine was started again"),
 }
+_FLUSH_S = 0.25
 # Bounds for 1 ms and for 100 s.
 _SECONDS = [0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 25, 50, 100, 250]
 _COUNTS = [float(2**i) for i in range(15)]
 HISTOGRAMS = {
     "ttft_s": ("pagetide_time_to_first_token_seconds", "arrival to first token", _SECONDS),
     "tpot_s": ("pagetide_time_per_output_token_seconds", "time between the tokens of an answer", _SECONDS),
+    "gap_s": ("pagetide_chunk_gap_seconds", "time between two chunks of an answer, as they are sent", _SECONDS),
     "e2e_s": ("pagetide_request_seconds", "arrival to end", _SECONDS),
     "queue_s": ("pagetide_queue_seconds", "arrival to admission", _SECONDS),
     "step_tokens": ("pagetide_step_tokens", "tokens of an engine step", _COUNTS),
@@ -50,6 +61,7 @@ OTHER_NAMES: dict[str, dict[str, tuple[str, dict[str, str]]]] = {
         "preemptions": ("vllm:num_preemptions_total", {}),
         "ttft_s": ("vllm:time_to_first_token_seconds", {}),
         "tpot_s": ("vllm:time_per_output_token_seconds", {}),
+        "gap_s": ("vllm:inter_token_latency_seconds", {}),
         "e2e_s": ("vllm:e2e_request_latency_seconds", {}),
         "queue_s": ("vllm:request_queue_time_seconds", {}),
     },
@@ -63,10 +75,14 @@ OTHER_NAMES: dict[str, dict[str, tuple[str, dict[str, str]]]] = {
 
 
 class EngineMetrics:
-    """Counters go on over restarts of the engine: what each engine counted since its start is added up."""
+    """Counters go on over restarts of the engine: what each engine counted since its start is added up.
 
-    def __init__(self, model: str, names: str, supervisor: EngineSupervisor):
+    update() and count_failed() return at once. take_gaps: seconds between chunks as sent, since the last call.
+    """
+
+    def __init__(self, model: str, names: str, supervisor: EngineSupervisor, take_gaps: Callable[[], list[float]]):
         self._supervisor = supervisor
+        self._take_gaps = take_gaps
         self._labels = {"model": model}
         self._families: dict[str, Any] = {}  # by name; a metric dies with its family
         self._others = OTHER_NAMES[names]
@@ -76,11 +92,39 @@ class EngineMetrics:
         self._histograms = {field: self._metrics(field, *about[:2], kinds.HISTOGRAM, about[2]) for field, about in HISTOGRAMS.items()}
         self._before: dict[str, int] = {}
         self._num_restarts = 0
+        self._news: queue.SimpleQueue[Statistics | int | None] = queue.SimpleQueue()
+        self._thread = threading.Thread(target=self._run, name="pagetide-metrics", daemon=True)
+        self._thread.start()
 
     def update(self, now: Statistics) -> None:
-        for field, gauges in self._gauges.items():
-            for gauge in gauges:
-                gauge.set(now.gauges[field])
+        self._news.put(now)
+
+    def count_failed(self, count: int) -> None:
+        """Requests that an engine has taken with it."""
+        self._news.put(count)
+
+    def _run(self) -> None:
+        while (news := self._next()) is not None:
+            try:
+                if isinstance(news, Statistics):
+                    self._show(news)
+                else:
+                    self._increment("failed", news)
+                self._observe("gap_s", self._take_gaps())
+            except Exception:
+                log.exception("a report of the engine could not be shown")
+
+    def _next(self) -> Statistics | int | None:
+        """None: close. 0 from time to time: the last chunks are sent after the engine's last report."""
+        try:
+            return self._news.get(timeout=_FLUSH_S)
+        except queue.Empty:
+            return 0
+
+    def _show(self, now: Statistics) -> None:
+        # Gauges last: who sees that nothing runs any more finds everything counted.
+        for field, values in now.observations.items():
+            self._observe(field, values)
         for field in self._counters.keys() & now.counters.keys():
             count, before = now.counters[field], self._before.get(field, 0)
             # A smaller count than before comes from a new engine.
@@ -88,14 +132,14 @@ class EngineMetrics:
         self._before = now.counters
         self._increment("restarts", self._supervisor.num_restarts - self._num_restarts)
         self._num_restarts = self._supervisor.num_restarts
-        for field, histograms in self._histograms.items():
-            for value in now.observations[field]:
-                for histogram in histograms:
-                    histogram.observe(value)
+        for field, gauges in self._gauges.items():
+            for gauge in gauges:
+                gauge.set(now.gauges[field])
 
-    def count_failed(self, count: int) -> None:
-        """Requests that an engine has taken with it."""
-        self._increment("failed", count)
+    def _observe(self, field: str, values: list[float]) -> None:
+        for histogram in self._histograms[field]:
+            for value in values:
+                histogram.observe(value)
 
     def _increment(self, field: str, by: int) -> None:
         if by:
@@ -117,6 +161,8 @@ class EngineMetrics:
 
     def close(self) -> None:
         """Gives the metrics back while the stub can still do it: first they, then their families."""
+        self._news.put(None)
+        self._thread.join()
         for metrics in (self._gauges, self._counters, self._histograms):
             metrics.clear()
         self._families.clear()

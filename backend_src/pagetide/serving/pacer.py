@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import threading
 import time
+from collections import deque
 from collections.abc import Callable
 
 import msgspec
@@ -25,6 +26,7 @@ _FEW, _MANY, _VERY_MANY = 8, 32, 256  # streams
 _STEPS_OF_FEW = 1.5  # up to _FEW streams wait so many steps, which makes it every second one
 _GAP_OF_MANY_S, _GAP_OF_VERY_MANY_S = 0.15, 0.4
 _SMOOTHING = 0.1  # weight of the newest observation
+_MAX_GAPS = 20_000  # nobody may be there to take them
 
 
 class ChunkQueue:
@@ -39,6 +41,8 @@ class ChunkQueue:
         self._urgent: dict[Key, None] = {}  # those of them that hold a first or last chunk
         self._round: dict[Key, None] = {}  # those of them that go in this round
         self._begun: set[Key] = set()  # streams
+        self._sent_at: dict[Key, float] = {}  # when the last chunk of each stream went
+        self._gaps: deque[float] = deque(maxlen=_MAX_GAPS)
         self._cost_s = 0.0002
         self._step_s = 0.02
         self._put_at: float | None = None
@@ -77,7 +81,22 @@ class ChunkQueue:
         key = next(iter(self._urgent or self._round))
         self._urgent.pop(key, None)
         self._round.pop(key, None)
-        return self._pending.pop(key)
+        output = self._pending.pop(key)
+        self._note_gap(key, now, is_last=bool(output.finish_reason))
+        return output
+
+    def _note_gap(self, key: Key, now: float, is_last: bool) -> None:
+        before = self._sent_at.pop(key, None)
+        if before is not None:
+            self._gaps.append(now - before)
+        if not is_last:
+            self._sent_at[key] = now
+
+    def take_gaps(self) -> list[float]:
+        """Seconds between the chunks of each sequence, of all chunks that went since the last call."""
+        gaps = list(self._gaps)
+        self._gaps.clear()
+        return gaps
 
     def interval(self) -> float:
         """Seconds from one round to the next."""
@@ -102,9 +121,12 @@ class ChunkQueue:
     def forget(self, number: int) -> None:
         """Nothing more comes of this request."""
         self._begun -= {key for key in self._begun if key[0] == number}
+        for key in [key for key in self._sent_at if key[0] == number]:
+            del self._sent_at[key]
 
     def forget_all(self) -> None:
         self._begun.clear()
+        self._sent_at.clear()
 
 
 class ResponsePacer:
@@ -126,6 +148,11 @@ class ResponsePacer:
         with self._changed:
             self._queue.put(outputs, time.monotonic())
             self._changed.notify()
+
+    def take_gaps(self) -> list[float]:
+        """As ChunkQueue's."""
+        with self._changed:
+            return self._queue.take_gaps()
 
     def forget(self, number: int) -> None:
         """Nothing more comes of this request."""
