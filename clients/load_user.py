@@ -37,12 +37,17 @@ class Answer:
 
 
 class LoadUser:
-    """A connection of its own, on which one prompt at a time is answered. on_end runs on a thread of tritonclient."""
+    """A connection of its own, on which one prompt at a time is answered. on_end runs on a thread of tritonclient.
 
-    def __init__(self, url: str, on_end: Callable[[Answer], None], stream: bool = True):
+    outputs: which ones are asked for beside sequence_length; None: all.
+    """
+
+    def __init__(self, url: str, on_end: Callable[[Answer], None], stream: bool = True, outputs: list[str] | None = None):
         self._on_end = on_end
         self._stream = stream
+        self._outputs = None if outputs is None else [grpc.InferRequestedOutput(name) for name in ("sequence_length", *outputs)]
         self._answer = Answer(0.0)
+        self._leaves = False
         self._client = grpc.InferenceServerClient(url)
         self._client.start_stream(self._receive)
 
@@ -51,10 +56,12 @@ class LoadUser:
         values = {"text_input": prompt, "max_tokens": max_tokens, "ignore_eos": True, "temperature": 0.0, "stream": self._stream}
         inputs = [tensor(name, value) for name, value in values.items()]
         self._answer = Answer(time.monotonic())
-        self._client.async_stream_infer("ensemble", inputs)
+        self._client.async_stream_infer("ensemble", inputs, outputs=self._outputs)
 
     def _receive(self, result: Any, error: Any) -> None:
         now = time.monotonic()
+        if self._leaves:
+            return
         if error is not None:
             self._answer.error = error.message()
             self._on_end(self._answer)
@@ -65,6 +72,7 @@ class LoadUser:
 
     def close(self) -> None:
         """Leaves; an answer that is not whole is cancelled."""
+        self._leaves = True
         self._client.stop_stream(cancel_requests=True)
         self._client.close()
 

@@ -281,6 +281,15 @@ def measure_streams(users: list[int], seconds: float) -> list[streams.StreamFigu
     return rows
 
 
+def measure_chunks(users: int, seconds: float) -> dict[str, streams.StreamFigures]:
+    """What a chunk costs, and where, by what its client asks for."""
+    with started_server() as server:
+        return {
+            name: streams.measure(server, users, seconds, lambda: metric_of(server, "pagetide_step_tokens_count"), outputs)
+            for name, outputs in streams.WAYS.items()
+        }
+
+
 def metric_of(server: TritonServer, name: str) -> float:
     with urllib.request.urlopen(f"http://{server.address.metrics}/metrics", timeout=10) as answer:
         found = re.search(rf"^{name}{{.*}} (\S+)$", answer.read().decode(), re.MULTILINE)
@@ -523,7 +532,8 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--server", action="store_true", help="through Triton too, taking turns with the engine alone")
     parser.add_argument("--features", action="store_true", help="what each sampling feature costs a step, and nothing else")
     parser.add_argument("--streams", nargs="*", type=int, metavar="USERS", help="how streams flow for so many users (1 4 8 32), and nothing else")
-    parser.add_argument("--seconds", type=float, default=10, help="of each run of --streams")
+    parser.add_argument("--chunks", nargs="?", type=int, const=8, metavar="USERS", help="what a chunk costs and where, and nothing else")
+    parser.add_argument("--seconds", type=float, default=10, help="of each run of --streams and --chunks")
     parser.add_argument(
         "--against", nargs="+", choices=("openvino", "vllm", "llamacpp"), help="other engines (scripts/peers.sh installs them) in turn with ours"
     )
@@ -561,6 +571,11 @@ def main() -> int:
         rows = measure_streams(arguments.streams or [1, 4, 8, 32], arguments.seconds)
         print(streams.table(rows))
         print(json.dumps({"machine": versions(), "streams": streams.as_json(rows)}))
+        return 0
+    if arguments.chunks is not None:
+        ways = measure_chunks(arguments.chunks, arguments.seconds)
+        print(streams.cost_table(ways))
+        print(json.dumps({"machine": versions(), "chunks": {name: streams.as_json([row]) for name, row in ways.items()}}))
         return 0
     if arguments.features:
         costs = feature_costs(max(arguments.repeats, 3))

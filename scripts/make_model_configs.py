@@ -65,6 +65,10 @@ TO_POSTPROCESSING = {
     "prompt_text": ("PROMPT_TEXT", "BYTES", "1"),
     "skip_special_tokens": ("SKIP_SPECIAL_TOKENS", "BOOL", "1"),
 }
+# What only passes postprocessing, on its way from llm to a face. Were the same tensor an output of the face and an input of postprocessing,
+# Triton would count it twice when it leaves out the steps that nobody asks for, and leave out llm too, for a client who wants only ids, say.
+# And inside an ensemble only postprocessing is told of a client that has gone.
+PASSED = {"IDS": "output_ids", "LENGTH": "sequence_length"}
 PREPROCESSED = {"INPUT_ID": "input_ids", "REQUEST_INPUT_LEN": "input_lengths", "PARAMS": "PARAMS"}
 TEXT_FIELDS = {"text_input", "messages", "tools", "add_generation_prompt", "chat_template_kwargs"}
 # TensorRT-LLM's names of what its core model takes, where they differ from ours.
@@ -145,19 +149,19 @@ def postprocessing() -> str:
     return warning + python_model("postprocessing", inputs, outputs)
 
 
-def step(model: str, inputs: dict[str, str], outputs: dict[str, str]) -> str:
+def step(model: str, inputs: Mapping[str, str], outputs: Mapping[str, str]) -> str:
     lines = [f'      input_map {{ key: "{key}" value: "{value}" }}' for key, value in inputs.items()]
     lines += [f'      output_map {{ key: "{key}" value: "{value}" }}' for key, value in outputs.items()]
     return f'    {{\n      model_name: "{model}"\n      model_version: -1\n' + "\n".join(lines) + "\n    }"
 
 
-def steps(preprocessing_inputs: dict[str, str], engine: str, outputs: dict[str, str]) -> str:
-    """The three steps of a face. outputs: names in the face by those of llm."""
-    to_post = {n: outputs.get(n, f"_{n}") for n in TO_POSTPROCESSING}
+def steps(preprocessing_inputs: dict[str, str], engine: str, outputs: dict[str, str], passed: Mapping[str, str] = MappingProxyType({})) -> str:
+    """The three steps of a face. outputs: names in the face by those of llm; passed: by those of postprocessing."""
+    to_post = {n: f"_{n}" for n in TO_POSTPROCESSING}
     all_steps = [
         step("preprocessing", preprocessing_inputs, {theirs: f"_{theirs}" for theirs in PREPROCESSED}),
         step(engine, {ours: f"_{theirs}" for theirs, ours in PREPROCESSED.items()}, outputs | to_post),
-        step("postprocessing", {theirs: to_post[n] for n, (theirs, _, _) in TO_POSTPROCESSING.items()}, {"OUTPUT": "text_output"}),
+        step("postprocessing", {theirs: to_post[n] for n, (theirs, _, _) in TO_POSTPROCESSING.items()}, {"OUTPUT": "text_output", **passed}),
     ]
     return scheduling(all_steps)
 
@@ -169,14 +173,12 @@ def scheduling(all_steps: list[str]) -> str:
 def ensemble(engine: str) -> str:
     outputs = [tensor("text_output", "BYTES", 1)] + [tensor(*output) for output in OUTPUTS]
     names = {PREPROCESSING_NAMES.get(n, n): n for n, _ in tensor_fields()}
-    return face(field_inputs(), outputs, steps(names, engine, {n: n for n, _, _ in OUTPUTS}))
+    direct = {n: n for n, _, _ in OUTPUTS if n not in PASSED.values()}
+    return face(field_inputs(), outputs, steps(names, engine, direct, PASSED))
 
 
 def tensorrt_llm(engine: str) -> str:
-    """TensorRT-LLM's core model: token ids in, token ids out, by renaming.
-
-    Streamed answers pass through postprocessing all the same: inside an ensemble only that is told of a client that has gone.
-    """
+    """TensorRT-LLM's core model: token ids in, token ids out, by renaming."""
     fields = [(n, f) for n, f in tensor_fields() if n not in TEXT_FIELDS | {"stop"}]
     inputs = [tensor(CORE_NAMES.get(n, n), f.dtype, f.dims, optional=True) for n, f in fields]
     inputs.append(tensor("input_lengths", "INT32", 1, optional=True))
@@ -185,7 +187,7 @@ def tensorrt_llm(engine: str) -> str:
     if engine == "llm_unary":
         return face(inputs, [tensor(*o) for o in OUTPUTS], scheduling([step(engine, maps, outputs)]))
     seen = {n: f"_{n}" for n in ("output_ids", "sequence_length", "request_number")}
-    passing = step("postprocessing", {TO_POSTPROCESSING[n][0]: name for n, name in seen.items()}, {"IDS": "output_ids", "LENGTH": "sequence_length"})
+    passing = step("postprocessing", {TO_POSTPROCESSING[n][0]: name for n, name in seen.items()}, PASSED)
     return face(inputs, [tensor(*o) for o in OUTPUTS], scheduling([step(engine, maps, outputs | seen), passing]))
 
 

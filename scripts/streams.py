@@ -3,9 +3,9 @@
    users   closed loop; each prompt has 10 to 60 words, each answer 16 to 64 tokens, greedy, to its whole length
    gap     time between two chunks of one answer, at the client; TTFT: from sending to the first chunk, at the client
    fair    the worst stream's longest gap as a multiple of all streams' p99
-   cost    processor time for each chunk, by process, over what the same load takes when answers come whole
+   cost    processor time for each chunk, by process
 
-Called by scripts/benchmark.py --streams. Times are those of a plain tritonclient in threads; the first seconds of a run are left out.
+Called by scripts/benchmark.py --streams and --chunks. Times are those of a plain tritonclient in threads; the first seconds of a run are left out.
 """
 
 from __future__ import annotations
@@ -52,10 +52,10 @@ class StreamFigures:
 class User:
     """One closed loop."""
 
-    def __init__(self, address: str, number: int, stream: bool):
+    def __init__(self, address: str, number: int, outputs: list[str] | None):
         self._rng = random.Random(number)
         self._done = threading.Event()
-        self._connection = LoadUser(address, self._end, stream)
+        self._connection = LoadUser(address, self._end, outputs=outputs)
         self.answers: list[Answer] = []
 
     def _end(self, answer: Answer) -> None:
@@ -75,9 +75,9 @@ class User:
         self._connection.close()
 
 
-def measure(server: TritonServer, users: int, seconds: float, steps: Callable[[], float], stream: bool = True) -> StreamFigures:
-    """Runs the users. steps: how many steps the engine has made."""
-    everyone = [User(server.address.grpc, i, stream) for i in range(users)]
+def measure(server: TritonServer, users: int, seconds: float, steps: Callable[[], float], outputs: list[str] | None = None) -> StreamFigures:
+    """Runs the users. steps: how many steps the engine has made; outputs: as LoadUser's."""
+    everyone = [User(server.address.grpc, i, outputs) for i in range(users)]
     begin = time.monotonic() + WARM_UP_S
     end = begin + seconds
     threads = [threading.Thread(target=user.run, args=(end,)) for user in everyone]
@@ -172,9 +172,20 @@ def table(rows: list[StreamFigures]) -> str:
             f"| {row.users} | {row.tokens_per_s:.0f} | {share} | {row.chunks_per_answer:.1f} | {row.gap_p50:.0f} / {row.gap_p99:.0f} "
             f"| {row.unfairness:.1f} | {row.ttft_p50:.0f} / {row.ttft_p90:.0f} | {row.step_ms:.1f} |"
         )
-    lines += ["", "Processor time for each chunk, ms (all but the engine's would not be there without a server):"]
-    for row in rows:
-        lines.append(f"{row.users} users: " + ", ".join(f"{name} {value:.2f}" for name, value in sorted(row.processor_ms.items())))
+    return "\n".join(lines)
+
+
+# What a client asks for beside the length.
+WAYS: dict[str, list[str] | None] = {"no text": [], "its text": ["text_output"], "all outputs": None}
+PROCESSES = {"llm": "stub of llm", "postprocessing": "stub of postprocessing", "tritonserver": "core and front end", "client": "client"}
+
+
+def cost_table(rows: dict[str, StreamFigures]) -> str:
+    """Processor time for each chunk, by what was asked for and where it was spent: all but the engine's would not be there without a server."""
+    lines = [f"| ms for each chunk | {' | '.join(PROCESSES.values())} | together |", "| --- |" + " --- |" * (len(PROCESSES) + 1)]
+    for name, row in rows.items():
+        times = [row.processor_ms.get(process, 0.0) for process in PROCESSES]
+        lines.append(f"| {name} | " + " | ".join(f"{value:.2f}" for value in (*times, sum(times))) + " |")
     return "\n".join(lines)
 
 

@@ -119,10 +119,19 @@ class Streams:
         if response.parameters["triton_final_response"].bool_param:
             stream.done.set()
 
-    def send(self, model: str, request_id: str, parameters: dict[str, Any] | None = None, timeout_us: int | None = None, **values: Any) -> Stream:
-        """timeout_us: Triton's own timeout of the request."""
+    def send(
+        self,
+        model: str,
+        request_id: str,
+        parameters: dict[str, Any] | None = None,
+        timeout_us: int | None = None,
+        outputs: list[str] | None = None,
+        **values: Any,
+    ) -> Stream:
+        """timeout_us: Triton's own timeout of the request; outputs: which are asked for, None: all."""
         self._open[request_id] = stream = Stream()
-        self.client.async_stream_infer(model, inputs(grpc, values), request_id=request_id, parameters=parameters, timeout=timeout_us)
+        asked = None if outputs is None else [grpc.InferRequestedOutput(name) for name in outputs]
+        self.client.async_stream_infer(model, inputs(grpc, values), outputs=asked, request_id=request_id, parameters=parameters, timeout=timeout_us)
         return stream
 
     def close(self, cancel: bool = False) -> None:

@@ -287,6 +287,26 @@ def test_steps_can_be_chained_by_hand_under_tensorrt_llms_names(real):
     assert after.as_numpy("OUTPUT").tolist() == [b" Paris.\n\n"]
 
 
+@pytest.mark.parametrize("model", ["ensemble", "ensemble_unary", "vllm_model", "tensorrt_llm", "tensorrt_llm_unary"])
+def test_a_client_may_ask_for_any_one_output(parrot, model):
+    """Triton leaves out the steps that an answer does not need."""
+    text = {"text_input": PROMPT, "max_tokens": 3, "temperature": 0, "stream": True}
+    vllm = {
+        "text_input": np.array([PROMPT.encode()], object),
+        "sampling_parameters": np.array([json.dumps({"max_tokens": 3, "temperature": 0}).encode()], object),
+    }
+    core = {"input_ids": [1], "request_output_len": 3, "runtime_top_k": 1, "streaming": True}
+    values = {"ensemble": text, "ensemble_unary": text, "vllm_model": vllm}.get(model, core)
+    streams = Streams(parrot)
+    always = {"text_output", "output_ids", "sequence_length", "batch_index", "sequence_index", "response_index"}
+    for name in [output.name for output in streams.client.get_model_config(model).config.output]:
+        stream = streams.send(model, name, outputs=[name], **values)
+        assert stream.done.wait(60), f"{model} does not answer who asks for {name} only"
+        assert not stream.errors, name
+        assert name not in always or any(name in response for response in stream.responses), name
+    streams.close()
+
+
 # -- metrics ---------------------------------------------------------------------------------------------------------------
 
 

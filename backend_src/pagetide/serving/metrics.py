@@ -6,8 +6,11 @@ Each change of a metric is a message to the server, which takes as long as sendi
 from __future__ import annotations
 
 import logging
+import math
 import queue
 import threading
+import time
+from bisect import bisect_right
 from collections.abc import Callable
 from typing import Any
 
@@ -36,16 +39,20 @@ COUNTERS = {
     "failed": ("pagetide_requests_failed", "requests that could not be answered"),
     "restarts": ("pagetide_engine_restarts", "times that the engine was started again"),
 }
-_FLUSH_S = 0.25
+_WRITE_S = 1.0  # between two writings of what is added up
 # Bounds for 1 ms and for 100 s.
 _SECONDS = [0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 25, 50, 100, 250]
 _COUNTS = [float(2**i) for i in range(15)]
+# Of each request.
 HISTOGRAMS = {
     "ttft_s": ("pagetide_time_to_first_token_seconds", "arrival to first token", _SECONDS),
     "tpot_s": ("pagetide_time_per_output_token_seconds", "time between the tokens of an answer", _SECONDS),
-    "gap_s": ("pagetide_chunk_gap_seconds", "time between two chunks of an answer, as they are sent", _SECONDS),
     "e2e_s": ("pagetide_request_seconds", "arrival to end", _SECONDS),
     "queue_s": ("pagetide_queue_seconds", "arrival to admission", _SECONDS),
+}
+# Of each chunk and step: so many that they are added up here (Triton takes single observations only, each of them a message).
+ADDED_HISTOGRAMS = {
+    "gap_s": ("pagetide_chunk_gap_seconds", "time between two chunks of an answer, as they are sent", _SECONDS),
     "step_tokens": ("pagetide_step_tokens", "tokens of an engine step", _COUNTS),
     "step_sequences": ("pagetide_step_sequences", "sequences of an engine step", _COUNTS),
 }
@@ -74,6 +81,30 @@ OTHER_NAMES: dict[str, dict[str, tuple[str, dict[str, str]]]] = {
 }
 
 
+class AddedHistogram:
+    """A histogram as Prometheus reads it, made of counters: any number of observations is written at once, one message for each changed bucket."""
+
+    def __init__(self, bounds: list[float], counter: Callable[[str, dict[str, str]], Any]):
+        """counter(suffix, labels) makes a counter of the histogram."""
+        self._bounds = bounds
+        self._buckets = [counter("_bucket", {"le": label}) for label in (*(f"{bound:g}" for bound in bounds), "+Inf")]
+        self._count, self._sum = counter("_count", {}), counter("_sum", {})
+        self._values: list[float] = []
+
+    def observe(self, values: list[float]) -> None:
+        self._values += values
+
+    def write(self) -> None:
+        values, self._values = sorted(self._values), []
+        if not values:
+            return
+        for bucket, bound in zip(self._buckets, (*self._bounds, math.inf), strict=True):
+            if reached := bisect_right(values, bound):
+                bucket.increment(reached)
+        self._count.increment(len(values))
+        self._sum.increment(sum(values))
+
+
 class EngineMetrics:
     """Counters go on over restarts of the engine: what each engine counted since its start is added up.
 
@@ -90,7 +121,10 @@ class EngineMetrics:
         self._gauges = {field: self._metrics(field, *about, kinds.GAUGE) for field, about in GAUGES.items()}
         self._counters = {field: self._metrics(field, *about, kinds.COUNTER) for field, about in COUNTERS.items()}
         self._histograms = {field: self._metrics(field, *about[:2], kinds.HISTOGRAM, about[2]) for field, about in HISTOGRAMS.items()}
+        self._added = {field: self._added_histograms(field, *about) for field, about in ADDED_HISTOGRAMS.items()}
+        self._added_at = 0.0
         self._before: dict[str, int] = {}
+        self._shown: dict[str, int] = {}
         self._num_restarts = 0
         self._news: queue.SimpleQueue[Statistics | int | None] = queue.SimpleQueue()
         self._thread = threading.Thread(target=self._run, name="pagetide-metrics", daemon=True)
@@ -110,21 +144,25 @@ class EngineMetrics:
                     self._show(news)
                 else:
                     self._increment("failed", news)
-                self._observe("gap_s", self._take_gaps())
+                self._write_added()
             except Exception:
                 log.exception("a report of the engine could not be shown")
 
     def _next(self) -> Statistics | int | None:
         """None: close. 0 from time to time: the last chunks are sent after the engine's last report."""
         try:
-            return self._news.get(timeout=_FLUSH_S)
+            return self._news.get(timeout=_WRITE_S)
         except queue.Empty:
             return 0
 
     def _show(self, now: Statistics) -> None:
         # Gauges last: who sees that nothing runs any more finds everything counted.
         for field, values in now.observations.items():
-            self._observe(field, values)
+            for histogram in self._added.get(field, ()):
+                histogram.observe(values)
+            for observed in self._histograms.get(field, ()):
+                for value in values:
+                    observed.observe(value)
         for field in self._counters.keys() & now.counters.keys():
             count, before = now.counters[field], self._before.get(field, 0)
             # A smaller count than before comes from a new engine.
@@ -132,14 +170,25 @@ class EngineMetrics:
         self._before = now.counters
         self._increment("restarts", self._supervisor.num_restarts - self._num_restarts)
         self._num_restarts = self._supervisor.num_restarts
+        if not now.gauges["running"]:
+            self._write_added(at_once=True)
         for field, gauges in self._gauges.items():
-            for gauge in gauges:
-                gauge.set(now.gauges[field])
+            if self._shown.get(field) != now.gauges[field]:
+                self._shown[field] = now.gauges[field]
+                for gauge in gauges:
+                    gauge.set(now.gauges[field])
 
-    def _observe(self, field: str, values: list[float]) -> None:
-        for histogram in self._histograms[field]:
-            for value in values:
-                histogram.observe(value)
+    def _write_added(self, at_once: bool = False) -> None:
+        now = time.monotonic()
+        if not at_once and now - self._added_at < _WRITE_S:
+            return
+        self._added_at = now
+        gaps = self._take_gaps()
+        for histogram in self._added["gap_s"]:
+            histogram.observe(gaps)
+        for histograms in self._added.values():
+            for histogram in histograms:
+                histogram.write()
 
     def _increment(self, field: str, by: int) -> None:
         if by:
@@ -148,21 +197,29 @@ class EngineMetrics:
 
     def _metrics(self, field: str, name: str, description: str, kind: Any, buckets: list[float] | None = None) -> list[Any]:
         """A metric of ours, and the one that other dashboards know it by."""
-        found = [self._metric(name, description, kind, self._labels, buckets)]
-        if field in self._others:
-            other, labels = self._others[field]
-            found.append(self._metric(other, description, kind, {**self._labels, **labels}, buckets))
-        return found
+        return [self._metric(its, description, kind, labels, buckets) for its, labels in self._names(field, name)]
 
-    def _metric(self, name: str, description: str, kind: Any, labels: dict[str, str], buckets: list[float] | None) -> Any:
+    def _names(self, field: str, name: str) -> list[tuple[str, dict[str, str]]]:
+        """What a metric is called, with its labels: by us, and by the other engine whose dashboards are to work."""
+        return [(name, {}), *([self._others[field]] if field in self._others else [])]
+
+    def _added_histograms(self, field: str, name: str, description: str, bounds: list[float]) -> list[AddedHistogram]:
+        def histogram(its: str, labels: dict[str, str]) -> AddedHistogram:
+            kind = pb_utils.MetricFamily.COUNTER
+            return AddedHistogram(bounds, lambda suffix, more: self._metric(its + suffix, description, kind, {**labels, **more}))
+
+        return [histogram(*named) for named in self._names(field, name)]
+
+    def _metric(self, name: str, description: str, kind: Any, labels: dict[str, str], buckets: list[float] | None = None) -> Any:
         if name not in self._families:
             self._families[name] = pb_utils.MetricFamily(name=name, description=description, kind=kind)
+        labels = {**self._labels, **labels}
         return self._families[name].Metric(labels=labels, buckets=buckets) if buckets else self._families[name].Metric(labels=labels)
 
     def close(self) -> None:
         """Gives the metrics back while the stub can still do it: first they, then their families."""
         self._news.put(None)
         self._thread.join()
-        for metrics in (self._gauges, self._counters, self._histograms):
+        for metrics in (self._gauges, self._counters, self._histograms, self._added):
             metrics.clear()
         self._families.clear()

@@ -46,18 +46,21 @@ class ChunkQueue:
         self._cost_s = 0.0002
         self._step_s = 0.02
         self._put_at: float | None = None
-        self.due = 0.0  # when the next round begins
+        self._is_ripe = False  # the last step has ended near to when the next round should begin
+        self._due = 0.0  # when the next round should begin
 
     def __len__(self) -> int:
         return len(self._pending)
 
-    def put(self, outputs: list[Output], now: float) -> None:
-        """What a step has brought."""
+    def put(self, outputs: list[Output], now: float) -> bool:
+        """What a step has brought; True if something may go at once."""
         if self._put_at is not None and now - self._put_at < 1:
             self._step_s += _SMOOTHING * (now - self._put_at - self._step_s)
         self._put_at = now
+        self._is_ripe |= now >= self._due - self._step_s / 2
         for output in outputs:
             self._put(output)
+        return self._is_ripe or bool(self._urgent)
 
     def _put(self, output: Output) -> None:
         key = (output.number, output.index)
@@ -74,10 +77,11 @@ class ChunkQueue:
         if not self._pending:
             return None
         if not self._urgent and not self._round:
-            if waits and now < self.due:
+            if waits and not self._is_ripe and now < self.due:
                 return None
             self._round = dict.fromkeys(self._pending)
-            self.due = now + self.interval()
+            self._is_ripe = False
+            self._due = now + self.interval()
         key = next(iter(self._urgent or self._round))
         self._urgent.pop(key, None)
         self._round.pop(key, None)
@@ -97,6 +101,11 @@ class ChunkQueue:
         gaps = list(self._gaps)
         self._gaps.clear()
         return gaps
+
+    @property
+    def due(self) -> float:
+        """When the next round begins even if no step ends before."""
+        return self._due + self._step_s / 2
 
     def interval(self) -> float:
         """Seconds from one round to the next."""
@@ -146,8 +155,8 @@ class ResponsePacer:
 
     def put(self, outputs: list[Output]) -> None:
         with self._changed:
-            self._queue.put(outputs, time.monotonic())
-            self._changed.notify()
+            if self._queue.put(outputs, time.monotonic()):
+                self._changed.notify()
 
     def take_gaps(self) -> list[float]:
         """As ChunkQueue's."""
@@ -186,7 +195,8 @@ class ResponsePacer:
                     return output
                 if not len(self._queue) and not self._is_open:
                     return None
-                self._changed.wait(self._queue.due - now if len(self._queue) else None)
+                # Before the next round is due, put() need not wake anybody.
+                self._changed.wait(self._queue.due - now if self._queue.due > now else None)
 
 
 def join(earlier: Output, later: Output) -> Output:

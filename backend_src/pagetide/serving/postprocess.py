@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Container
 from typing import Any
 
 import numpy as np
@@ -35,22 +34,19 @@ class PostprocessModel:
         return [self._answer(request) for request in requests]
 
     def _answer(self, request: Any) -> Any:
+        arrays, wanted = triton.input_arrays(request), request.requested_output_names()
+        # Ids and lengths only pass.
+        tensors = [triton.tensor(output, arrays[name]) for output, name in _PASSED.items() if output in wanted and name in arrays]
         # An error from here would leak the whole request inside Triton's ensemble: the client gets what text there is instead.
         try:
-            arrays = triton.input_arrays(request)
             self._report_cancel(request, arrays)
-            tensors = self._tensors(arrays, request.requested_output_names())
+            texts = self._texts(arrays) if "OUTPUT" in wanted else []
         except Exception:
             log.exception("a chunk could not be turned into text")
-            tensors = [triton.tensor("OUTPUT", triton.text_array(["\ufffd".encode()]))]
-        return pb_utils.InferenceResponse(tensors)
-
-    def _tensors(self, arrays: dict[str, np.ndarray], wanted: Container[str]) -> list[Any]:
-        # The face tensorrt_llm has no text: its ids and lengths only pass, so that cancelled requests are seen here.
-        found = [triton.tensor(output, arrays[name]) for output, name in _PASSED.items() if output in wanted and name in arrays]
+            texts = ["\ufffd"]
         if "OUTPUT" in wanted:
-            found.append(triton.tensor("OUTPUT", triton.text_array([text.encode() for text in self._texts(arrays)])))
-        return found
+            tensors.append(triton.tensor("OUTPUT", triton.text_array([text.encode() for text in texts])))
+        return pb_utils.InferenceResponse(tensors)
 
     def _report_cancel(self, request: Any, arrays: dict[str, np.ndarray]) -> None:
         if "REQUEST_NUMBER" in arrays and request.is_cancelled():

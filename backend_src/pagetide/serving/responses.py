@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import threading
+import time
 from collections import Counter
 from collections.abc import Callable, Container, Iterable
 from dataclasses import dataclass
@@ -23,6 +24,8 @@ from pagetide.types import EngineInfo, Output, TokenScore
 
 log = logging.getLogger("pagetide.responses")
 
+# So often `postprocessing` is told the number of a request, and looks whether its client is gone: that takes as long as making the text.
+_ASK_AGAIN_S = 0.05
 VLLM = "vllm_"  # how the outputs begin that only the face vllm_model maps
 
 
@@ -104,6 +107,7 @@ class ClientRequest:
         self._num_responses: Counter[tuple[int, int]] = Counter()
         self._collected: list[Chunk] = []
         self._reasons: dict[tuple[int, int], str] = {}
+        self._ask_at: dict[int, float] = {}  # when `postprocessing` is to look for the client of each prompt again
         self._is_closed = False  # the last response has been sent
         self._lock = threading.Lock()  # outputs and failures come from different threads
 
@@ -156,10 +160,17 @@ class ClientRequest:
     def _send_collected(self) -> None:
         rows = sorted(self._collected, key=lambda chunk: (chunk.prompt.batch_index, chunk.output.index))
         self._collected = []
-        tensors = tensors_of(rows, self._wanted, self._engine, self._texts)
+        tensors = tensors_of(rows, self._wanted, self._engine, self._texts, self._asks_for_client(rows[0].prompt.number))
         response = pb_utils.InferenceResponse(tensors)
         self._is_closed = not self._num_open
         send(self._sender, response, is_last=self._is_closed)
+
+    def _asks_for_client(self, number: int) -> bool:
+        now = time.monotonic()
+        if not self._num_open or now < self._ask_at.get(number, 0.0):
+            return False
+        self._ask_at[number] = now + _ASK_AGAIN_S
+        return True
 
 
 def send(sender: Any, response: Any, is_last: bool) -> None:
@@ -173,7 +184,7 @@ def send(sender: Any, response: Any, is_last: bool) -> None:
 # -- tensors -----------------------------------------------------------------------------------------------------------
 
 
-def tensors_of(rows: list[Chunk], wanted: frozenset[str], engine: EngineInfo, texts: TokenTexts) -> list[Any]:
+def tensors_of(rows: list[Chunk], wanted: frozenset[str], engine: EngineInfo, texts: TokenTexts, asks_for_client: bool) -> list[Any]:
     """The output tensors of some chunks, one row each; only wanted ones, since Triton's stub mishandles others."""
     first = rows[0].prompt.parsed
     ids = [chunk.ids for chunk in rows]
@@ -184,8 +195,9 @@ def tensors_of(rows: list[Chunk], wanted: frozenset[str], engine: EngineInfo, te
         "batch_index": _column(chunk.prompt.batch_index for chunk in rows),
         "sequence_index": _column(chunk.output.index for chunk in rows),
         "response_index": _column(chunk.response_index for chunk in rows),
-        "request_number": _column((chunk.output.number for chunk in rows), np.uint64),
     }
+    if asks_for_client:
+        arrays["request_number"] = _column((chunk.output.number for chunk in rows), np.uint64)
     if any(chunk.output.num_cut for chunk in rows):
         arrays["text_cut"] = _column(chunk.output.num_cut for chunk in rows)
     if any(chunk.prompt.parsed.prompt_text for chunk in rows):
