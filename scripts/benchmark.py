@@ -85,15 +85,15 @@ def run_pagetide(jobs_of: Callable[[str], list[Job]], names: Iterable[str], **se
     from pagetide.types import Request, SamplingParams
 
     llm = LLM(cache_dir=CACHE, max_num_seqs=MAX_RUNNING, **settings)
-    loop, numbers = llm._engine.loop, iter(range(10**9))
+    engine, numbers = llm.engine, iter(range(10**9))
     for name in itertools.chain(["single"], names):  # the first one warms up
         first, last, counts = {}, {}, {}
         begin = time.perf_counter()
         for job in jobs_of(name):
             params = SamplingParams(temperature=0, max_tokens=job.num_tokens, ignore_eos=True)
-            loop.scheduler.add(Request(number=next(numbers), prompt_ids=job.prompt, params=params, stream=True))
-        while loop.has_work:
-            for output in loop.step():
+            engine.add(Request(number=next(numbers), prompt_ids=job.prompt, params=params, stream=True))
+        while engine.has_work:
+            for output in engine.step().outputs:
                 now = time.perf_counter() - begin
                 first.setdefault(output.number, now)
                 last[output.number] = now
@@ -320,7 +320,7 @@ def feature_costs(repeats: int) -> dict[str, list[float]]:
     from pagetide.types import Guide, Request, SamplingParams
 
     llm = LLM(cache_dir=CACHE, max_num_seqs=MAX_RUNNING)
-    loop, numbers, seeds = llm._engine.loop, itertools.count(), itertools.count(900_000)
+    engine, numbers, seeds = llm.engine, itertools.count(), itertools.count(900_000)
 
     def params(values: dict[str, Any]) -> SamplingParams:
         given = {"temperature": 0, "max_tokens": 40, "ignore_eos": True, "seed": 1, **values}
@@ -328,12 +328,13 @@ def feature_costs(repeats: int) -> dict[str, list[float]]:
 
     def step_seconds(rules: list[dict[str, Any]]) -> float:
         for job, rule in zip(workload("batch", next(seeds))[:MAX_RUNNING], rules, strict=True):
-            loop.scheduler.add(Request(number=next(numbers), prompt_ids=job.prompt, params=params(rule)))
+            engine.add(Request(number=next(numbers), prompt_ids=job.prompt, params=params(rule)))
         times = []
-        while loop.has_work:
-            decodes = len(loop.scheduler.running) == MAX_RUNNING and not loop.scheduler.num_waiting
+        while engine.has_work:
+            gauges = engine.statistics().gauges
+            decodes = gauges["running"] == MAX_RUNNING and not gauges["waiting"]
             begin = time.perf_counter()
-            loop.step()
+            engine.step()
             if decodes:
                 times.append(time.perf_counter() - begin)
         return statistics.median(times[2:])

@@ -135,7 +135,7 @@ def engine_alone(users: int, seconds: float, llm: Any) -> float:
     """Tokens a second of the engine in this process under the same load."""
     from pagetide.types import Request, SamplingParams
 
-    loop, tokenizer = llm._engine.loop, llm.get_tokenizer()
+    engine, tokenizer = llm.engine, llm.get_tokenizer()
     rngs, numbers = [random.Random(i) for i in range(users)], iter(range(10**6, 10**9))
     owner: dict[int, int] = {}
 
@@ -143,7 +143,7 @@ def engine_alone(users: int, seconds: float, llm: Any) -> float:
         rng, number = rngs[user], next(numbers)
         ids = tokenizer(random_prompt(rng, rng.randint(10, 60))).input_ids
         params = SamplingParams(temperature=0, max_tokens=rng.randint(16, 64), ignore_eos=True)
-        loop.scheduler.add(Request(number=number, prompt_ids=ids, params=params, stream=True))
+        engine.add(Request(number=number, prompt_ids=ids, params=params, stream=True))
         owner[number] = user
 
     for user in range(users):
@@ -151,13 +151,13 @@ def engine_alone(users: int, seconds: float, llm: Any) -> float:
     begin = time.monotonic() + WARM_UP_S
     count = 0
     while (now := time.monotonic()) < begin + seconds:
-        for output in loop.step():
+        for output in engine.step().outputs:
             count += len(output.ids) if now >= begin else 0
             if output.finish_reason:
                 send(owner.pop(output.number))
-    loop.scheduler.cancel(list(owner))
-    while loop.has_work:
-        loop.step()
+    engine.cancel(list(owner))
+    while engine.has_work:
+        engine.step()
     return count / seconds
 
 

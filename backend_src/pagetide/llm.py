@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Sequence as Seq
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 from tqdm.auto import tqdm
@@ -52,8 +53,8 @@ class LLM:
     """
 
     def __init__(self, model: str = "", **settings: Any):
-        self._engine = assemble(make_settings(model=model, **settings))
-        self._vocabulary = Vocabulary.read(self._engine.model)
+        self.engine = assemble(make_settings(model=model, **settings))
+        self._vocabulary = Vocabulary.read(Path(self.engine.info.model))
         self._tokenizer: Any = None
         self._num_requests = 0
 
@@ -62,7 +63,7 @@ class LLM:
         if self._tokenizer is None:
             from transformers import AutoTokenizer  # slow to import; not needed for prompts of token ids
 
-            self._tokenizer = AutoTokenizer.from_pretrained(str(self._engine.model))
+            self._tokenizer = AutoTokenizer.from_pretrained(self.engine.info.model)
         return self._tokenizer
 
     def generate(
@@ -93,42 +94,37 @@ class LLM:
         ids = self.get_tokenizer()(prompt).input_ids if isinstance(prompt, str) else [int(token) for token in prompt]
         self._num_requests += 1
         request = Request(number=self._num_requests, prompt_ids=ids, params=params)
-        check_request(request, self._engine.info)
+        check_request(request, self.engine.info)
         return request
 
     def _run(self, requests: list[Request], results: dict[int, RequestOutput], use_tqdm: bool) -> None:
-        loop, waiting = self._engine.loop, deque(requests)
-        tables = {request.number: self._vocabulary.table(request.params.skip_special_tokens) for request in requests}
+        engine, waiting = self.engine, deque(requests)
+        skips = {request.number: request.params.skip_special_tokens for request in requests}
         with tqdm(total=sum(request.params.n for request in requests), disable=not use_tqdm, unit="sequence") as progress:
             try:
-                while waiting or loop.has_work:
-                    self._feed(waiting)
-                    for output in loop.step():
-                        _take(output, results[output.number], tables[output.number])
+                while waiting or engine.has_work:
+                    while waiting and engine.has_room:
+                        engine.add(waiting.popleft())
+                    outputs, refusals = engine.step()
+                    for output in outputs:
+                        table = self._vocabulary.table(skips[output.number])
+                        _take(output, results[output.number], table)
                         progress.update(bool(output.finish_reason))
-                    if refusals := loop.scheduler.take_refusals():
+                    if refusals:
                         raise refusals[0].error
             except BaseException:
                 self._drop(requests)
                 raise
 
-    def _feed(self, waiting: deque[Request]) -> None:
-        """Hands on as many prompts as the engine's queue takes."""
-        scheduler = self._engine.loop.scheduler
-        while waiting and scheduler.has_room:
-            scheduler.add(waiting.popleft())
-
     def _drop(self, requests: list[Request]) -> None:
         """Leaves nothing of these requests behind, so that the next call finds an empty engine."""
-        loop = self._engine.loop
-        loop.scheduler.cancel(request.number for request in requests)
-        while loop.has_work:
-            loop.step()
-            loop.scheduler.take_refusals()
+        self.engine.cancel([request.number for request in requests])
+        while self.engine.has_work:
+            self.engine.step()
 
     def close(self) -> None:
         """Waits for the device; the engine cannot be used afterwards."""
-        self._engine.runner.close()
+        self.engine.close()
 
 
 def _take(output: Output, result: RequestOutput, table: list[bytes]) -> None:

@@ -68,7 +68,7 @@ def test_greedy_tokens_equal_transformers_in_any_company(name, tmp_path):
         cache_dir=str(tmp_path / "cache"),
     )  # fmt: skip
     results = engine.generate(prompts, SamplingParams(temperature=0, max_tokens=24))
-    assert engine._engine.loop.scheduler.counters.preemptions + results[-1].num_cached_tokens > 0
+    assert engine.engine.scheduler.counters.preemptions + results[-1].num_cached_tokens > 0
     for prompt, result in zip(prompts, results, strict=True):
         assert result.outputs[0].token_ids == greedy(model, prompt, 24)
     engine.close()

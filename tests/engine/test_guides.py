@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 from pagetide.engine.guides import GrammarCompiler
 from pagetide.llm import LLM
+from pagetide.text.tokens import Vocabulary
 from pagetide.types import Guide, RequestError, SamplingParams
 
 CACHE = str(Path(__file__).parents[2] / ".cache")
@@ -24,6 +25,11 @@ def llm():
     engine = LLM(cache_dir=CACHE, num_blocks=2000, max_model_len=2048)
     yield engine
     engine.close()
+
+
+@pytest.fixture(scope="module")
+def compiler(llm):
+    return GrammarCompiler(Vocabulary.read(Path(llm.engine.info.model)), llm.engine.info.vocab_size, [2])
 
 
 def guided(kind: str, text: str = "", **params: Any) -> SamplingParams:
@@ -199,11 +205,10 @@ def walk(compiler: GrammarCompiler, guide: Guide, vocab_size: int, num_tokens: i
         state.advance(token)
 
 
-def test_requests_with_the_same_grammar_have_limits_of_their_own(llm):
+def test_requests_with_the_same_grammar_have_limits_of_their_own(llm, compiler):
     """Each makes the automaton larger: shared, it would be too large for all after a hundred of them."""
-    compiler = llm._engine.loop.scheduler._guides
     for seed in range(200):
-        walk(compiler, Guide("regex", "(a|b)*a(a|b){14}"), llm._engine.info.vocab_size, 20, seed)
+        walk(compiler, Guide("regex", "(a|b)*a(a|b){14}"), llm.engine.info.vocab_size, 20, seed)
 
 
 @pytest.mark.parametrize(
@@ -222,19 +227,18 @@ def test_requests_with_the_same_grammar_have_limits_of_their_own(llm):
     ],
     ids=["references", "items", "rules", "terminals", "lines", "parts", "repetitions"],
 )
-def test_a_grammar_at_its_limits_works_or_is_refused(llm, kind, text):
-    compiler = llm._engine.loop.scheduler._guides
+def test_a_grammar_at_its_limits_works_or_is_refused(llm, compiler, kind, text):
     try:
-        walk(compiler, Guide(kind, text), llm._engine.info.vocab_size, 12, 0)
+        walk(compiler, Guide(kind, text), llm.engine.info.vocab_size, 12, 0)
     except RequestError as error:
         assert "guided_decoding_guide" in str(error)
 
 
 @pytest.mark.parametrize("text, expected", [("<f>1</f>", True), ("no tag", True), ("<f>1</f> and more", False)])
-def test_a_structural_tag_that_stops_after_the_first_accepts_nothing_behind_it(llm, text, expected):
+def test_a_structural_tag_that_stops_after_the_first_accepts_nothing_behind_it(llm, compiler, text, expected):
     tag = {"type": "tag", "begin": "<f>", "content": {"type": "regex", "pattern": r"[0-9]\/?"}, "end": "</f>"}
     form = {"type": "triggered_tags", "triggers": ["<f"], "tags": [tag], "stop_after_first": True}
     guide = Guide("structural_tag", json.dumps({"format": form}))
-    state = llm._engine.loop.scheduler._guides.compile(guide).result(60)()
+    state = compiler.compile(guide).result(60)()
     ids = llm.get_tokenizer()(text).input_ids
     assert state._matcher.validate_tokens(ids) == len(ids) if expected else state._matcher.validate_tokens(ids) < len(ids)

@@ -50,7 +50,7 @@ def on_device(llm):
             with torch.inference_mode():
                 return function(*arguments, **settings)
 
-        return llm._engine.runner._device.run(call)
+        return llm.engine.runner.device.run(call)
 
     return run
 
@@ -132,12 +132,11 @@ def logits_of(llm: LLM, ids: list[int]) -> torch.Tensor:
 
 def run_requests(llm: LLM, prompts: list[list[int]], params: SamplingParams, **flags) -> list[Output]:
     """The engine's own outputs, one for each prompt."""
-    loop = llm._engine.loop
     for number, ids in enumerate(prompts):
-        loop.scheduler.add(Request(number=-1 - number, prompt_ids=ids, params=params, **flags))
+        llm.engine.add(Request(number=-1 - number, prompt_ids=ids, params=params, **flags))
     outputs = []
-    while loop.has_work:
-        outputs += loop.step()
+    while llm.engine.has_work:
+        outputs += llm.engine.step().outputs
     return sorted(outputs, key=lambda output: -output.number)
 
 

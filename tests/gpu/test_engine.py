@@ -32,7 +32,7 @@ def test_greedy_tokens_equal_transformers_in_any_company(name, tmp_path):
     model = write_model(tmp_path, FAMILIES[name])
     engine = LLM(str(tmp_path), device="cuda", cache_dir=str(tmp_path / "cache"), **{**SIZES, "num_blocks": 40})
     results = engine.generate(prompts(), SamplingParams(temperature=0, max_tokens=24))
-    assert engine._engine.loop.scheduler.counters.preemptions + results[-1].num_cached_tokens > 0
+    assert engine.engine.scheduler.counters.preemptions + results[-1].num_cached_tokens > 0
     for prompt, result in zip(prompts(), results, strict=True):
         assert result.outputs[0].token_ids == greedy(model, prompt, 24)
     engine.close()
@@ -75,7 +75,7 @@ def test_small_types_say_what_float32_says_for_a_while(dtype, tmp_path):
 def test_the_cache_takes_the_free_memory_that_it_may(tmp_path):
     write_model(tmp_path, FAMILIES["llama2"])
     engine = LLM(str(tmp_path), device="cuda", cache_dir=str(tmp_path / "cache"), gpu_memory_fraction=0.02)
-    assert engine._engine.info.num_blocks > 1000
+    assert engine.engine.info.num_blocks > 1000
     assert len(engine.generate([[7, 8, 9]], SamplingParams(temperature=0, max_tokens=8))[0].outputs[0].token_ids) > 0
     engine.close()
 

@@ -359,4 +359,4 @@ def test_metrics_are_what_the_clients_counted(real):
     for ours, theirs in (("generated_tokens", "generation_tokens_total"), ("time_to_first_token_seconds_count", "time_to_first_token_seconds_count")):
         assert changed(f"pagetide_{ours}") == changed(f"vllm:{theirs}")
     gauges = scrape(real)
-    assert gauges["pagetide_kv_blocks_total"] == 600 and gauges["pagetide_kv_blocks_cached"] > 0 and gauges["pagetide_requests_swapped"] == 0
+    assert gauges["pagetide_kv_blocks_total"] == 600 and gauges["pagetide_kv_blocks_cached"] > 0

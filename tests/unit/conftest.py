@@ -9,13 +9,14 @@ import pytest
 from context_runner import VOCABULARY, ContextRunner
 from pagetide.config import make_settings
 from pagetide.engine.blocks import BlockManager
+from pagetide.engine.engine import Engine
+from pagetide.engine.groups import ModelLimits
 from pagetide.engine.guides import GuideState
-from pagetide.engine.loop import EngineLoop
-from pagetide.engine.scheduler import Refusal, Scheduler
-from pagetide.engine.strategies import ModelLimits
+from pagetide.engine.requests import Refusal
+from pagetide.engine.scheduler import Scheduler
 from pagetide.runner.plan import bits_of
 from pagetide.text.tokens import Vocabulary
-from pagetide.types import Guide, Output, Request, SamplingParams
+from pagetide.types import EngineInfo, Guide, Output, Request, SamplingParams
 
 END_ID = 7
 
@@ -59,22 +60,24 @@ class SmallEngine:
         self.blocks = BlockManager(num_blocks, block_size, self.settings.enable_prefix_caching)
         self.scheduler = Scheduler(self.settings, limits, self.blocks, self.guides, lambda: self.clock_ns)
         self.runner = ContextRunner(self.settings.max_num_seqs, max_model_len, num_blocks, block_size, self.settings.max_num_batched_tokens)
-        self.loop = EngineLoop(self.scheduler, self.runner, overlaps, check_integrity=True)
+        info = EngineInfo("", VOCABULARY, max_model_len, self.settings.max_num_seqs, 0, "cpu", num_blocks, block_size, False)
+        self.engine = Engine(info, self.scheduler, self.runner, overlaps, check_integrity=True)
         self.outputs: list[Output] = []
         self.refusals: list[Refusal] = []
 
     def add(self, number: int, prompt: list[int], **params: Any) -> None:
         values = {"ignore_eos": True, "seed": 0, **params}
         own = {name: values.pop(name) for name in ("stream", "priority", "deadline_ns", "salt", "context_logits") if name in values}
-        self.scheduler.add(Request(number=number, prompt_ids=prompt, params=SamplingParams(**values), request_id=f"r{number}", **own))
+        self.engine.add(Request(number=number, prompt_ids=prompt, params=SamplingParams(**values), request_id=f"r{number}", **own))
 
     def step(self) -> None:
-        self.outputs += self.loop.step()
-        self.refusals += self.scheduler.take_refusals()
+        outputs, refusals = self.engine.step()
+        self.outputs += outputs
+        self.refusals += refusals
 
     def run(self, max_steps: int = 5000) -> None:
         for _ in range(max_steps):
-            if not self.loop.has_work:
+            if not self.engine.has_work:
                 return
             self.step()
         raise AssertionError(f"not done after {max_steps} steps")

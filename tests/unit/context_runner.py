@@ -52,8 +52,8 @@ class ContextRunner:
             self.history[admission.row, : len(admission.token_ids)] = admission.token_ids
             self.block_table[admission.row] = -1
             self.seeds[admission.row] = admission.params.seed
-        assert len({(r, i) for r, i in zip(plan.block_rows, plan.block_indices, strict=True)}) == len(plan.block_rows), "a place is written twice"
-        for row, index, block in zip(plan.block_rows, plan.block_indices, plan.block_ids, strict=True):
+        assert len({(r, i) for r, i in zip(plan.block_rows, plan.block_index, strict=True)}) == len(plan.block_rows), "a place is written twice"
+        for row, index, block in zip(plan.block_rows, plan.block_index, plan.block_ids, strict=True):
             self.block_table[row, index] = block
         sources, targets = plan.copies[:, 0].tolist(), plan.copies[:, 1].tolist()
         assert len(set(targets)) == len(targets) and not set(targets) & set(sources), "a device may run all copies at once"
@@ -70,7 +70,7 @@ class ContextRunner:
             blocks = self.block_table[row, : -(-position // self.block_size)]
             logits.append(logits_after(self.slots[blocks].reshape(-1)[:position].tolist(), self.seeds[row]))
         masked = [values.copy() for values in logits[: plan.num_sampled]]
-        for row, words in zip(plan.guided, masks if masks is not None else (), strict=True):
+        for row, words in zip(plan.guided_rows, masks if masks is not None else (), strict=True):
             allowed = np.unpackbits(words.view(np.uint8), bitorder="little")[:VOCABULARY]
             masked[plan.sample_rows[: plan.num_sampled].tolist().index(row)][allowed == 0] = -np.inf
         tokens = [int(values.argmax()) if np.isfinite(values.max()) else NO_TOKEN for values in masked]
@@ -79,17 +79,20 @@ class ContextRunner:
         targets = self.history[plan.sample_rows, plan.sample_positions]
         self.results[plan.step] = StepTokens(
             ids=np.array(tokens, np.int64),
-            scores=scores_of([logits[i] for i in plan.scored], targets[plan.scored], plan.num_top) if len(plan.scored) else None,
-            candidates=candidates_of([masked[i] for i in plan.beams], [logits[i] for i in plan.beams], plan) if len(plan.beams) else None,
-            logits=np.array([logits[i] for i in plan.kept], np.float32) if len(plan.kept) else None,
+            scores=scores_of([logits[i] for i in plan.score_index], targets[plan.score_index], plan.num_top) if len(plan.score_index) else None,
+            candidates=candidates_of(masked, logits, plan) if len(plan.beam_index) else None,
+            logits=np.array([logits[i] for i in plan.return_index], np.float32) if len(plan.return_index) else None,
         )
 
     def wait(self, plan: StepPlan) -> StepTokens:
         return self.results.pop(plan.step)
 
+    def close(self) -> None:
+        assert not self.results
+
 
 def candidates_of(masked: list[np.ndarray], logits: list[np.ndarray], plan: StepPlan) -> BeamCandidates:
-    rows, raw = np.array(masked), np.array(logits)
+    rows, raw = (np.array([values[i] for i in plan.beam_index]) for values in (masked, logits))
     ids = np.argsort(-rows, axis=1)[:, : plan.num_candidates]
     logprobs = np.take_along_axis(raw, ids, 1)
     ranks = (raw[:, None, :] > logprobs[:, :, None]).sum(2) + 1

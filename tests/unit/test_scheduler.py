@@ -11,7 +11,7 @@ from context_runner import VOCABULARY, expected_tokens, logits_after
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from pagetide.engine.blocks import BlockManager
-from pagetide.engine.strategies import _seed_of_sample
+from pagetide.engine.groups import _seed_of_sample
 from pagetide.types import EngineError, Guide, QueueFullError, Request, RequestError, SamplingParams
 
 
@@ -117,7 +117,7 @@ def test_min_tokens_is_told_to_the_sampler_for_the_first_tokens_only(engine):
     small = engine()
     small.add(1, [1, 2], ignore_eos=False, min_tokens=2, max_tokens=4)
     masked = []
-    while small.loop.has_work:
+    while small.engine.has_work:
         plan = small.scheduler.schedule()
         if plan is None:
             break
@@ -134,7 +134,7 @@ def test_cancelled_request_frees_its_blocks_within_two_steps(engine):
     small.add(2, list(range(30, 40)), n=2, max_tokens=30)
     for _ in range(4):
         small.step()
-    small.scheduler.cancel([1, 2, 99])
+    small.engine.cancel([1, 2, 99])
     small.step()
     small.step()
     assert small.blocks.num_used == 0
@@ -147,8 +147,8 @@ def test_cancel_by_name_finds_all_requests_of_that_name(engine):
         params = SamplingParams(max_tokens=30, seed=0, ignore_eos=True)
         small.scheduler.add(Request(number=number, prompt_ids=[number], params=params, request_id=name))
     small.step()
-    assert small.scheduler.numbers_of("same") == [5, 7] and small.scheduler.numbers_of("nobody") == []
-    small.scheduler.cancel(small.scheduler.numbers_of("same"))
+    small.engine.cancel([], "nobody")
+    small.engine.cancel([], "same")
     small.run()
     assert [small.reason(number) for number in (5, 6, 7)] == [["cancelled"], ["length"], ["cancelled"]]
 
@@ -166,7 +166,7 @@ def test_static_batching_admits_only_when_the_batch_has_ended(engine):
     for number, length in enumerate((2, 9, 2, 2, 2)):
         small.add(number, [number], max_tokens=length)
     running = []
-    while small.loop.has_work:
+    while small.engine.has_work:
         small.step()
         running.append({s.request.number for s in small.scheduler.running})
     assert {1} in running, "the longest of the first batch ends alone"
@@ -313,7 +313,7 @@ def test_a_guide_that_is_none_is_refused_and_nobody_else_is(engine, error, reaso
     (refusal,) = small.refusals
     assert refusal.number == 1 and reason in str(refusal.error)
     assert isinstance(refusal.error, RequestError) == isinstance(error, RequestError)
-    assert not small.loop.has_work
+    assert not small.engine.has_work
 
 
 @pytest.mark.parametrize("min_tokens, stop_words, expected", [(2, (), [3, END_ID]), (0, ("ij",), [3, 8, 9])])
@@ -351,7 +351,7 @@ def test_beams_share_the_prompts_blocks(engine):
     small = engine(num_blocks=128, block_size=16, max_num_batched_tokens=64, max_num_seqs=8, max_model_len=128)
     small.add(1, [i % 50 for i in range(60)], beam_width=8, max_tokens=20)
     used = []
-    while small.loop.has_work:
+    while small.engine.has_work:
         small.step()
         used.append(small.blocks.num_used)
     assert max(used) <= 3 + 8 * 2
@@ -399,7 +399,7 @@ def test_a_cancelled_beam_search_gives_what_it_has_and_frees_its_blocks(engine):
     small.add(1, [1, 2, 3], beam_width=3, n=2, max_tokens=30)
     for _ in range(8):
         small.step()
-    small.scheduler.cancel([1])
+    small.engine.cancel([1])
     small.run()
     assert [o.finish_reason for o in small.outputs] == ["cancelled"] * 2 and small.outputs[0].ids
     assert small.blocks.num_used == 0
@@ -416,7 +416,7 @@ def test_a_request_that_ends_early_has_as_many_ended_answers_as_were_asked_for(e
             small.step()
         small.clock_ns = 100
         if end == "cancel":
-            small.scheduler.cancel([1])
+            small.engine.cancel([1])
         small.run()
         assert [small.reason(1, index) for index in range(rule["n"])] == [[reason]] * rule["n"]
         assert all(np.isfinite(o.cumulative_logprob) for o in small.outputs) and small.blocks.num_used == 0
@@ -465,7 +465,7 @@ def test_what_cannot_become_a_sequence_is_refused_and_nothing_is_left_of_it(engi
     small = engine()
     with pytest.raises(EngineError, match="the engine failed at this request"):
         small.add(1, [1], temperature=None)
-    assert not small.loop.has_work
+    assert not small.engine.has_work
     small.add(1, [1], max_tokens=2**31 - 1, min_tokens=2**31 - 1, ignore_eos=False)
     small.run()
     assert small.reason(1) == ["length"]
@@ -542,13 +542,13 @@ def test_random_workloads_see_their_own_context_and_leave_every_block_free(
     cancels = {i: at + requests[i][7] for at, i in arrivals if requests[i][7] is not None}
     beams = {number for number, r in enumerate(requests) if r[5] and r[4] > 1 and fits(len(prompts[number]) + r[3], r[4], num_blocks, block_size)}
     step = 0
-    while arrivals or small.loop.has_work:
+    while arrivals or small.engine.has_work:
         while arrivals and arrivals[0][0] <= step:
             number = arrivals.pop(0)[1]
             _, _, _, max_tokens, n, *_ = requests[number]
             width = n if number in beams else 1
             small.add(number, prompts[number], max_tokens=max_tokens, n=n, beam_width=width, stream=bool(number % 2))
-        small.scheduler.cancel([i for i, at in cancels.items() if at == step])
+        small.engine.cancel([i for i, at in cancels.items() if at == step])
         small.step()
         step += 1
         assert step < 20_000

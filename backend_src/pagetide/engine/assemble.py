@@ -4,17 +4,16 @@ from __future__ import annotations
 
 import gc
 import sys
-from dataclasses import dataclass, replace
-from pathlib import Path
+from dataclasses import replace
 
 import torch
 
 from pagetide.config import Settings, SettingsError
 from pagetide.engine.blocks import BlockManager
+from pagetide.engine.engine import Engine
+from pagetide.engine.groups import ModelLimits
 from pagetide.engine.guides import GrammarCompiler
-from pagetide.engine.loop import EngineLoop
 from pagetide.engine.scheduler import Scheduler
-from pagetide.engine.strategies import ModelLimits
 from pagetide.kv_cache.layout import KVLayout
 from pagetide.kv_cache.store import make_store
 from pagetide.models.config import DecoderConfig
@@ -28,16 +27,6 @@ from pagetide.runner.rows import Rows
 from pagetide.runner.runner import Runner
 from pagetide.text.tokens import Vocabulary
 from pagetide.types import EngineInfo
-
-
-@dataclass(frozen=True)
-class Engine:
-    """A running engine: step its loop."""
-
-    loop: EngineLoop
-    info: EngineInfo
-    model: Path
-    runner: Runner
 
 
 def assemble(settings: Settings) -> Engine:
@@ -85,7 +74,7 @@ def assemble(settings: Settings) -> Engine:
     # What is loaded now stays: no collection needs to look at it again.
     gc.collect()
     gc.freeze()
-    return Engine(EngineLoop(scheduler, runner, device.overlaps, settings.check_integrity), info, model, runner)
+    return Engine(info, scheduler, runner, device.overlaps, settings.check_integrity)
 
 
 def _dtype(settings: Settings, device: Device) -> torch.dtype:

@@ -6,6 +6,7 @@ from typing import Literal
 
 import msgspec
 
+from pagetide.engine.statistics import Statistics
 from pagetide.types import EngineError, EngineInfo, Output, QueueFullError, Request, RequestError
 
 ERROR_PREFIX = "pagetide-error: "  # how a parent finds the reason of a failed start in the engine's standard output
@@ -41,14 +42,6 @@ class Outputs(msgspec.Struct, tag=True, frozen=True):
     """All that one step has for one client."""
 
     outputs: list[Output]
-
-
-class Statistics(msgspec.Struct, tag=True, frozen=True):
-    """What the engine holds now (sequences, KV blocks), what it has counted since its start, and what it has observed since the last report."""
-
-    gauges: dict[str, int]
-    counters: dict[str, int]
-    observations: dict[str, list[float]]
 
 
 class Refused(msgspec.Struct, tag=True, frozen=True):

@@ -6,14 +6,25 @@ import logging
 import signal
 import sys
 import time
-from dataclasses import asdict
 
 import msgspec
 import zmq
 
 from pagetide.config import Settings
-from pagetide.engine.assemble import Engine, assemble
-from pagetide.engine.messages import ERROR_PREFIX, Cancel, FromEngine, Hello, Outputs, Ready, Refused, Statistics, Submit, ToEngine
+from pagetide.engine.assemble import assemble
+from pagetide.engine.engine import Engine
+from pagetide.engine.messages import (
+    ERROR_PREFIX,
+    Cancel,
+    FromEngine,
+    Hello,
+    Outputs,
+    Ready,
+    Refused,
+    Submit,
+    ToEngine,
+)
+from pagetide.engine.requests import Refusal
 from pagetide.types import EngineError, Output, QueueFullError, RequestError
 
 log = logging.getLogger("pagetide.engine")
@@ -22,11 +33,10 @@ _REPORT_S = 0.25
 
 
 class EngineServer:
-    """Moves messages between a ROUTER socket and the engine's loop."""
+    """Moves messages between a ROUTER socket and the engine."""
 
     def __init__(self, engine: Engine, socket: zmq.Socket[bytes]):
-        self._scheduler = engine.loop.scheduler
-        self._loop = engine.loop
+        self._engine = engine
         self._socket = socket
         self._ready = Ready(engine.info)
         self._decoder = msgspec.msgpack.Decoder(ToEngine)
@@ -40,11 +50,12 @@ class EngineServer:
         """Serves for ever."""
         while True:
             # Waits for messages only when there is nothing to compute.
-            if self._socket.poll(0 if self._loop.has_work else 1000):
+            if self._socket.poll(0 if self._engine.has_work else 1000):
                 self._receive_all()
-            if self._loop.has_work:
-                self._send_outputs(self._loop.step())
-                self._send_refusals()
+            if self._engine.has_work:
+                outputs, refusals = self._engine.step()
+                self._send_outputs(outputs)
+                self._send_refusals(refusals)
             self._send_statistics()
 
     def _receive_all(self) -> None:
@@ -63,12 +74,12 @@ class EngineServer:
                     self._client_of[request.number] = client
                     self._unfinished[request.number] = request.params.n
                     try:
-                        self._scheduler.add(request)
+                        self._engine.add(request)
                     except (QueueFullError, RequestError, EngineError) as error:
                         self._send(client, Refused.because_of(request.number, error))
                         self._forget(request.number)
             case Cancel(numbers, request_id):
-                self._scheduler.cancel([*numbers, *(self._scheduler.numbers_of(request_id) if request_id else ())])
+                self._engine.cancel(numbers, request_id)
 
     def _send_outputs(self, outputs: list[Output]) -> None:
         by_client: dict[bytes, list[Output]] = {}
@@ -81,34 +92,23 @@ class EngineServer:
         for client, its_outputs in by_client.items():
             self._send(client, Outputs(its_outputs))
 
-    def _send_refusals(self) -> None:
-        for refusal in self._scheduler.take_refusals():
+    def _send_refusals(self, refusals: list[Refusal]) -> None:
+        for refusal in refusals:
             self._send(self._client_of[refusal.number], Refused.because_of(refusal.number, refusal.error))
             self._forget(refusal.number)
 
     def _send_statistics(self) -> None:
         """Four times a second, and at once when the last request has ended."""
         now = time.monotonic()
-        if not self._watchers or (now - self._reported_at < _REPORT_S and self._loop.has_work):
+        if not self._watchers or (now - self._reported_at < _REPORT_S and self._engine.has_work):
             return
-        scheduler = self._scheduler
-        gauges = {
-            "running": len(scheduler.running),
-            "waiting": scheduler.num_waiting,
-            "swapped": 0,
-            "blocks_total": scheduler.blocks.num_blocks,
-            "blocks_used": scheduler.blocks.num_used,
-            "blocks_cached": scheduler.blocks.num_cached,
-        }
-        report = gauges, asdict(scheduler.counters)
         self._reported_at = now
-        if report != self._reported:
+        news = self._engine.statistics()
+        report = news.gauges, news.counters
+        if report != self._reported or any(news.observations.values()):
             self._reported = report
-            observations = {name: list(values) for name, values in vars(scheduler.observed).items()}
-            for values in vars(scheduler.observed).values():
-                values.clear()
             for client in self._watchers:
-                self._send(client, Statistics(*report, observations))
+                self._send(client, news)
 
     def _forget(self, number: int) -> None:
         del self._client_of[number], self._unfinished[number]

@@ -7,10 +7,9 @@
 
 from __future__ import annotations
 
-import copy
 from dataclasses import dataclass, field
 from enum import Enum, auto
-from typing import TYPE_CHECKING
+from typing import Protocol
 
 import numpy as np
 
@@ -19,9 +18,6 @@ from pagetide.engine.stops import StopChecker
 from pagetide.runner.plan import BeamCandidates, RowParams
 from pagetide.types import Request, SamplingParams, Timings, TokenScore
 
-if TYPE_CHECKING:
-    from pagetide.engine.strategies import Strategy
-
 
 class Status(Enum):
     WAITING = auto()
@@ -29,17 +25,52 @@ class Status(Enum):
     FINISHED = auto()
 
 
+@dataclass(frozen=True)
+class Answer:
+    """A sequence as its client sees it; None where there is none: an answer without tokens."""
+
+    sequence: Sequence | None
+    index: int
+    reason: str
+
+
+class Strategy(Protocol):
+    """How the sequences of a request become its answers."""
+
+    def end(self, sequences: list[Sequence], reason: str) -> list[Answer]:
+        """Takes sequences that have ended: one by itself, or from outside all that were left.
+
+        Returns the answers that are known now.
+        """
+
+
+class Search(Strategy, Protocol):
+    """A strategy by which the host chooses how sequences go on, from the candidates of all of them.
+
+    num_for_each: how many candidates of each sequence it looks at.
+    """
+
+    num_for_each: int
+
+    def go_on(self, beams: list[Sequence]) -> list[tuple[Sequence, Sequence]]:
+        """(beam, its continuation) for the next step; none when the search is over. All have candidates."""
+
+
 @dataclass(eq=False)
 class SequenceGroup:
     """A request and its sequences. Times in ns on the monotonic clock, 0: not yet.
 
-    unfinished: its sequences that have not ended. num_cached: tokens of the prompt that the cache held at the first admission.
-    allowed_bits: the request's allowed_token_ids as a mask int32 [vocabulary / 32], if it has a guide too.
-    num_looked: prompt tokens whose successor's log-probability has been asked for (see StepPlan); prompt_scores, context_logits: what came.
+    search: the strategy, if it is one that searches.
+    unfinished: its sequences that have not ended.
+    num_cached: tokens of the prompt that the cache held at the first admission.
+    allowed_bits: allowed_token_ids as a mask int32 [vocabulary / 32], if the request has a guide too.
+    num_prompt_reported: prompt tokens whose successor's log-probability, or whose logits, have been asked
+        for (see StepPlan); prompt_scores, context_logits: what came.
     """
 
     request: Request
     strategy: Strategy
+    search: Search | None
     arrival_ns: int
     unfinished: list[Sequence] = field(default_factory=list)
     first_scheduled_ns: int = 0
@@ -48,7 +79,7 @@ class SequenceGroup:
     num_cached: int = 0
     num_new_blocks: int = 0
     num_reused_blocks: int = 0
-    num_looked: int = 0
+    num_prompt_reported: int = 0
     allowed_bits: np.ndarray | None = None
     prompt_scores: list[TokenScore] = field(default_factory=list)
     context_logits: list[np.ndarray] = field(default_factory=list)
@@ -59,10 +90,11 @@ class SequenceGroup:
 
     @property
     def is_beam_search(self) -> bool:
-        return self.params.beam_width > 1
+        return self.search is not None
 
     @property
-    def looks_at_prompt(self) -> bool:
+    def reports_prompt(self) -> bool:
+        """True if what the model thinks of the prompt's own tokens is asked for."""
         return self.params.prompt_logprobs is not None or self.request.context_logits
 
     @property
@@ -77,10 +109,13 @@ class Sequence:
 
     order: (priority, arrival in the engine), unique; a preempted sequence keeps its place.
     followers: samples of the same prompt that fork from this one when its prompt has been computed.
-    is_plain: asks for nothing but tokens, and changes no logits. is_placed: its row on the device holds its tokens and blocks.
-    candidates: what a beam may go on with ([k] each), until all beams of the group know. beam_score: what beams are compared by: the sum of
-        the log-probabilities after all changes of logits; cumulative_logprob: of the model's own.
-    hashes: the hash chain of the full blocks, as far as it has been needed; num_published: how many of them can be found.
+    is_plain: asks for nothing but tokens, and changes no logits.
+    num_placed: blocks that its row on the device knows; None: the row does not have its tokens either.
+    candidates: what a beam may go on with ([k] each), until all beams of the group know.
+    cumulative_logprob: of its tokens under the model's own distribution; beam_score: the same after all
+        changes of the logits, by which beams are compared.
+    hashes: the hash chain of the full blocks, as far as it has been needed; num_published: how many of
+        them can be found.
     scores, logits: of tokens that have not been emitted.
     """
 
@@ -96,7 +131,7 @@ class Sequence:
     followers: list[Sequence] = field(default_factory=list)
     status: Status = Status.WAITING
     row: int = -1
-    is_placed: bool = False
+    num_placed: int | None = None
     num_computed: int = 0
     num_pending: int = 0
     candidates: BeamCandidates | None = None
@@ -133,18 +168,22 @@ class Sequence:
         return self.status is Status.FINISHED
 
     def child(self, place: int) -> Sequence:
-        """A beam that goes on with one of the candidates; it has no row and no blocks yet."""
+        """A beam that goes on with one of the candidates; it waits, without a row and blocks."""
         found, num_top = self.candidates, self.group.params.logprobs or 0
         assert found is not None
         logprob = float(found.logprobs[place])
-        score = TokenScore(logprob, int(found.ranks[place]), found.top_ids[:num_top].tolist(), found.top_logprobs[:num_top].tolist())
-        following = copy.copy(self)
-        following.token_ids = [*self.token_ids, int(found.ids[place])]
-        following.stops = self.stops.copy()
-        following.scores = [*self.scores, score]
-        following.cumulative_logprob = self.cumulative_logprob + logprob
-        following.beam_score = self.beam_score + float(found.scores[place])
-        following.status, following.row, following.is_placed = Status.WAITING, -1, False
-        following.candidates, following.num_computed = None, 0
-        following.blocks, following.hashes, following.num_published = [], list(self.hashes), 0
-        return following
+        top = found.top_ids[:num_top].tolist(), found.top_logprobs[:num_top].tolist()
+        return Sequence(
+            group=self.group,
+            index=self.index,
+            order=self.order,
+            token_ids=[*self.token_ids, int(found.ids[place])],
+            max_len=self.max_len,
+            stops=self.stops.copy(),
+            sampling=self.sampling,
+            is_plain=self.is_plain,
+            hashes=list(self.hashes),
+            cumulative_logprob=self.cumulative_logprob + logprob,
+            beam_score=self.beam_score + float(found.scores[place]),
+            scores=[*self.scores, TokenScore(logprob, int(found.ranks[place]), *top)],
+        )

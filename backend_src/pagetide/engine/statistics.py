@@ -6,6 +6,8 @@ from collections import deque
 from dataclasses import dataclass, field
 from typing import Any
 
+import msgspec
+
 _MAX_OBSERVATIONS = 20_000  # nobody may be there to take them
 
 
@@ -27,7 +29,9 @@ class Counters:
 
 @dataclass
 class Observations:
-    """Seconds from a request's arrival to its admission, first token and end, and between the tokens of each answer; sizes of steps."""
+    """Seconds from a request's arrival to its admission, first token and end, and between the tokens of each
+    answer; sizes of steps.
+    """
 
     queue_s: deque[float] = field(default_factory=_observations)
     ttft_s: deque[float] = field(default_factory=_observations)
@@ -35,3 +39,20 @@ class Observations:
     e2e_s: deque[float] = field(default_factory=_observations)
     step_tokens: deque[int] = field(default_factory=_observations)
     step_sequences: deque[int] = field(default_factory=_observations)
+
+    def take(self) -> dict[str, list[float]]:
+        """All observations since the last call, by name."""
+        taken = {name: list(values) for name, values in vars(self).items()}
+        for values in vars(self).values():
+            values.clear()
+        return taken
+
+
+class Statistics(msgspec.Struct, tag=True, frozen=True):
+    """One report: what the engine holds now (sequences, KV blocks), what it has counted since its start, and
+    what it has observed since the last report.
+    """
+
+    gauges: dict[str, int]
+    counters: dict[str, int]
+    observations: dict[str, list[float]]

@@ -108,13 +108,18 @@ class StepPlan:
     """One engine step. All arrays are int32.
 
     rows, starts, counts: [n] sequence i runs counts[i] tokens, beginning at position starts[i].
-    logit_index, sample_rows, sample_positions: [m] look at the logits of token logit_index for row sample_rows, whose next token stands at
-        sample_positions. The first num_sampled of them sample that token; the others are prompt tokens whose successor is known.
-        Several rows may sample from one token (parallel samples); an unfinished prompt chunk samples none.
-    block_rows, block_indices, block_ids: [d] changes to the rows' block tables. copies: [c, 2] (source, target), before anything is written.
-    is_greedy: every sampled row has temperature 0. has_penalties, has_edits, has_masks: some sampled row has them in this step.
-    guided: [g] rows whose masks the host brings to sample(). scored: [w] which of [m] return log-probabilities, with num_top alternatives.
-    beams: [b] which of [s] return their num_candidates likeliest tokens. kept: [k] which of [m] return all logits.
+    logit_index, sample_rows, sample_positions: [m] look at the logits of the step's token logit_index for
+        row sample_rows, whose next token stands at sample_positions. The first num_sampled of them sample
+        that token; the others are prompt tokens whose successor is known. Several rows may sample from one
+        token (parallel samples); an unfinished prompt chunk samples none.
+    block_rows, block_index, block_ids: [d] changes to the rows' block tables.
+    copies: [c, 2] blocks (source, target), copied before anything is written.
+    is_greedy: every sampled row has temperature 0.
+    has_penalties, has_edits, has_masks: some sampled row has them in this step.
+    guided_rows: [g] rows whose masks the host brings to sample().
+    score_index: [w] which of [m] return log-probabilities, with num_top alternatives.
+    beam_index: [b] which of [s] return their num_candidates likeliest tokens.
+    return_index: [k] which of [m] return all their logits.
     """
 
     step: int
@@ -127,19 +132,19 @@ class StepPlan:
     num_sampled: int
     admissions: tuple[Admission, ...]
     block_rows: np.ndarray
-    block_indices: np.ndarray
+    block_index: np.ndarray
     block_ids: np.ndarray
     copies: np.ndarray
     is_greedy: bool
     has_penalties: bool = False
     has_edits: bool = False
     has_masks: bool = False
-    guided: np.ndarray = field(default_factory=_no_rows)
-    scored: np.ndarray = field(default_factory=_no_rows)
+    guided_rows: np.ndarray = field(default_factory=_no_rows)
+    score_index: np.ndarray = field(default_factory=_no_rows)
     num_top: int = 0
-    beams: np.ndarray = field(default_factory=_no_rows)
+    beam_index: np.ndarray = field(default_factory=_no_rows)
     num_candidates: int = 0
-    kept: np.ndarray = field(default_factory=_no_rows)
+    return_index: np.ndarray = field(default_factory=_no_rows)
 
     @property
     def num_tokens(self) -> int:

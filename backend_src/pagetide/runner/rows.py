@@ -42,7 +42,7 @@ class Rows:
             self._write_params(plan.admissions)
             self._write_edits(plan.admissions)
         if len(plan.block_rows):
-            places = self.indices(plan.block_rows), self.indices(plan.block_indices)
+            places = self.indices(plan.block_rows), self.indices(plan.block_index)
             self.block_table[places] = self.to_device(plan.block_ids)
 
     def set_masks(self, rows: np.ndarray, masks: np.ndarray) -> None:

@@ -21,7 +21,7 @@ class Runner:
     """The model, its KV cache and the rows of one device."""
 
     def __init__(self, device: Device, decoder: Decoder, store: KVStore, ops: Ops, rows: Rows, block_size: int):
-        self._device = device
+        self.device = device
         self._decoder = decoder
         self._store = store
         self._block_size = block_size
@@ -32,10 +32,10 @@ class Runner:
         self._results: dict[int, Callable[[], list[np.ndarray]]] = {}
 
     def forward(self, plan: StepPlan) -> None:
-        self._device.queue(self._forward, plan)
+        self.device.queue(self._forward, plan)
 
     def sample(self, plan: StepPlan, masks: np.ndarray | None = None) -> None:
-        self._results[plan.step] = self._device.fetch(self._sample, plan, masks)
+        self._results[plan.step] = self.device.fetch(self._sample, plan, masks)
 
     def wait(self, plan: StepPlan) -> StepTokens:
         return read_results(plan, self._results.pop(plan.step)())
@@ -64,7 +64,7 @@ class Runner:
             self.wait(plan)
 
     def close(self) -> None:
-        self._device.close()
+        self.device.close()
 
 
 def warm_up_plan(count: int, start: int, temperature: float, block_size: int) -> StepPlan:
@@ -86,7 +86,7 @@ def warm_up_plan(count: int, start: int, temperature: float, block_size: int) ->
         num_sampled=1,
         admissions=(Admission(0, np.zeros(start + count, np.int32), params),),
         block_rows=np.zeros(num_blocks, np.int32),
-        block_indices=np.arange(num_blocks, dtype=np.int32),
+        block_index=np.arange(num_blocks, dtype=np.int32),
         block_ids=np.zeros(num_blocks, np.int32),
         copies=np.empty((0, 2), np.int32),
         is_greedy=temperature == 0,

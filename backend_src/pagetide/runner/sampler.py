@@ -21,17 +21,17 @@ class Sampler:
         self._ops = ops
 
     def __call__(self, plan: StepPlan, logits: torch.Tensor, masks: np.ndarray | None) -> list[torch.Tensor]:
-        """logits float32 [m, vocabulary], changed in place; masks of plan.guided. Returns what read_results takes."""
+        """logits float32 [m, vocabulary], changed in place; masks of plan.guided_rows. Returns what read_results takes."""
         state = self._rows
         rows = state.indices(plan.sample_rows)
         positions = state.indices(plan.sample_positions)
-        raw = self._take(logits, plan.scored, plan.adjusts_logits)
-        raw_of_beams = self._take(logits, plan.beams, will_change=True) if plan.adjusts_logits else None
-        kept = self._take(logits, plan.kept, will_change=True)  # the next step's logits take their place
+        raw = self._take(logits, plan.score_index, plan.adjusts_logits)
+        raw_of_beams = self._take(logits, plan.beam_index, will_change=True) if plan.adjusts_logits else None
+        returned = self._take(logits, plan.return_index, will_change=True)  # the next step's logits take their place
         sampled, own = logits[: plan.num_sampled], rows[: plan.num_sampled]
         places = positions[: plan.num_sampled]
         if masks is not None:
-            state.set_masks(plan.guided, masks)
+            state.set_masks(plan.guided_rows, masks)
         self._adjust(plan, sampled, own, places)
         ids = self._ops.argmax(sampled) if plan.is_greedy else self._sample(sampled, own, places)
         # A row without a token has ended, but its next step may be on its way: that reads token 0.
@@ -39,12 +39,12 @@ class Sampler:
         state.history[own, places] = known
         results = [ids]
         if raw is not None:
-            chosen = state.indices(plan.scored)
+            chosen = state.indices(plan.score_index)
             results += self._ops.score(raw, state.history[rows[chosen], positions[chosen]], plan.num_top)
-        if len(plan.beams):
-            chosen = state.indices(plan.beams)
+        if len(plan.beam_index):
+            chosen = state.indices(plan.beam_index)
             results += self._candidates(plan, sampled[chosen], known[chosen], raw_of_beams)
-        return results if kept is None else [*results, kept]
+        return results if returned is None else [*results, returned]
 
     def _candidates(self, plan: StepPlan, logits: torch.Tensor, ids: torch.Tensor, raw: torch.Tensor | None) -> list[torch.Tensor]:
         """BeamCandidates' fields. logits: of the plan's beams, after all changes; raw: before them, None if there were none."""
@@ -85,6 +85,6 @@ def read_results(plan: StepPlan, results: list[np.ndarray]) -> StepTokens:
     def take_scores() -> TokenScores:
         return TokenScores(*islice(left, 4))
 
-    scores = take_scores() if len(plan.scored) else None
-    candidates = BeamCandidates(*islice(left, 6)) if len(plan.beams) else None
+    scores = take_scores() if len(plan.score_index) else None
+    candidates = BeamCandidates(*islice(left, 6)) if len(plan.beam_index) else None
     return StepTokens(ids, scores, candidates, logits=next(left, None))

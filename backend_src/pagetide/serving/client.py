@@ -22,7 +22,8 @@ import zmq.utils.monitor
 
 import pagetide
 from pagetide.config import Settings
-from pagetide.engine.messages import ERROR_PREFIX, Cancel, FromEngine, Hello, Outputs, Ready, Refused, Statistics, Submit, ToEngine
+from pagetide.engine.messages import ERROR_PREFIX, Cancel, FromEngine, Hello, Outputs, Ready, Refused, Submit, ToEngine
+from pagetide.engine.statistics import Statistics
 from pagetide.types import EngineInfo, Output, Request
 
 log = logging.getLogger("pagetide.client")

@@ -16,7 +16,7 @@ from typing import Any
 
 import triton_python_backend_utils as pb_utils
 
-from pagetide.engine.messages import Statistics
+from pagetide.engine.statistics import Statistics
 from pagetide.serving.client import EngineSupervisor
 
 log = logging.getLogger("pagetide.metrics")
@@ -24,7 +24,6 @@ log = logging.getLogger("pagetide.metrics")
 GAUGES = {
     "running": ("pagetide_requests_running", "sequences that run"),
     "waiting": ("pagetide_requests_waiting", "sequences that wait for their turn"),
-    "swapped": ("pagetide_requests_swapped", "sequences whose blocks are in host memory"),
     "blocks_total": ("pagetide_kv_blocks_total", "KV cache blocks"),
     "blocks_used": ("pagetide_kv_blocks_used", "KV cache blocks that running sequences hold"),
     "blocks_cached": ("pagetide_kv_blocks_cached", "free KV cache blocks whose content can be found again"),
@@ -62,7 +61,6 @@ OTHER_NAMES: dict[str, dict[str, tuple[str, dict[str, str]]]] = {
     "vllm": {
         "running": ("vllm:num_requests_running", {}),
         "waiting": ("vllm:num_requests_waiting", {}),
-        "swapped": ("vllm:num_requests_swapped", {}),
         "prompt_tokens": ("vllm:prompt_tokens_total", {}),
         "generated_tokens": ("vllm:generation_tokens_total", {}),
         "preemptions": ("vllm:num_preemptions_total", {}),

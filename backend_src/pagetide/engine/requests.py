@@ -1,0 +1,215 @@
+"""The requests that have not ended: their queueing limit, deadlines, grammars, and the faults of single ones."""
+
+from __future__ import annotations
+
+import heapq
+import logging
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future, wait
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import numpy as np
+
+from pagetide.engine.groups import ModelLimits, give_guides, group_of
+from pagetide.engine.guides import GuideCompiler, GuideState
+from pagetide.engine.sequence import Sequence, SequenceGroup
+from pagetide.engine.statistics import Counters, Observations
+from pagetide.runner.plan import bits_of
+from pagetide.types import EngineError, QueueFullError, Request, RequestError
+
+log = logging.getLogger("pagetide.requests")
+
+_GUIDE_WAIT_S = 0.005
+
+
+@dataclass(frozen=True)
+class Refusal:
+    """A request that cannot be answered, found out after it had been taken.
+
+    error: RequestError if it is the client's fault.
+    """
+
+    number: int
+    error: Exception
+
+
+class Requests:
+    """Takes requests in, and keeps them until they end.
+
+    max_requests: more are refused. leave: takes a sequence that has ended out of its queue. now: in ns.
+    """
+
+    def __init__(
+        self,
+        max_requests: int,
+        limits: ModelLimits,
+        guides: GuideCompiler,
+        counters: Counters,
+        observed: Observations,
+        leave: Callable[[Sequence], None],
+        now: Callable[[], int],
+    ):
+        self._max_requests = max_requests
+        self._limits = limits
+        self._guides = guides
+        self._counters = counters
+        self._observed = observed
+        self._leave = leave
+        self._now = now
+        self._groups: dict[int, SequenceGroup] = {}
+        self._compiling: dict[int, Future[Callable[[], GuideState]]] = {}
+        self._deadlines: list[tuple[int, int]] = []  # heap of (deadline, request number)
+        self._refusals: list[Refusal] = []
+        self._arrivals = 0
+        self._end_bits = bits_of((i for i in limits.end_ids if i < limits.vocab_size), limits.vocab_size)
+
+    @property
+    def has_room(self) -> bool:
+        """True if add() does not raise QueueFullError."""
+        return len(self._groups) < self._max_requests
+
+    @property
+    def num_compiling(self) -> int:
+        """Requests that wait for their grammar."""
+        return len(self._compiling)
+
+    @property
+    def has_news(self) -> bool:
+        """True if something will come of these requests without any step."""
+        return bool(self._refusals or self._compiling)
+
+    def add(self, request: Request) -> SequenceGroup | None:
+        """Takes a request that has been checked; None: its grammar has to be compiled first.
+
+        Raises QueueFullError, RequestError, EngineError.
+        """
+        if not self.has_room:
+            limit = self._max_requests
+            raise QueueFullError(f"Exceeds maximum queue size: Maximum queue size of {limit} requests reached")
+        try:
+            group = group_of(request, self._limits, self._arrivals, self._now())
+        except RequestError:
+            raise
+        except Exception as error:
+            raise internal_error(error) from error
+        self._arrivals += len(group.unfinished)
+        self._groups[request.number] = group
+        if request.deadline_ns:
+            self._note_deadline(request)
+        if request.params.guide is None:
+            return group
+        with self.on_behalf_of(group):
+            self._compiling[request.number] = self._guides.compile(request.params.guide)
+        return None
+
+    def find(self, number: int) -> SequenceGroup | None:
+        """The unfinished request with this number."""
+        return self._groups.get(number)
+
+    def numbers_of(self, request_id: str) -> list[int]:
+        """The numbers of the unfinished requests that their client calls request_id."""
+        return [number for number, group in self._groups.items() if group.request.request_id == request_id]
+
+    def forget(self, group: SequenceGroup) -> None:
+        """The request has its last answer."""
+        self._stop_compiling(group.request.number)
+        del self._groups[group.request.number]
+        self._observed.e2e_s.append((self._now() - group.arrival_ns) / 1e9)
+
+    # -- deadlines ---------------------------------------------------------------------------------------
+
+    def _note_deadline(self, request: Request) -> None:
+        heapq.heappush(self._deadlines, (request.deadline_ns, request.number))
+        if len(self._deadlines) > 2 * len(self._groups) + 64:  # most are of requests that ended long before
+            self._deadlines = [entry for entry in self._deadlines if entry[1] in self._groups]
+            heapq.heapify(self._deadlines)
+
+    def take_late(self) -> list[int]:
+        """The numbers of the unfinished requests whose deadline has passed, each of them once."""
+        now, late = self._now(), []
+        while self._deadlines and self._deadlines[0][0] <= now:
+            _, number = heapq.heappop(self._deadlines)
+            if number in self._groups:
+                late.append(number)
+        return late
+
+    # -- what goes wrong because of one request ------------------------------------------------------------
+
+    @contextmanager
+    def on_behalf_of(self, group: SequenceGroup) -> Iterator[None]:
+        """Whatever is raised inside belongs to this request: it fails, and nobody else notices."""
+        try:
+            yield
+        except RequestError as error:
+            self._fail(group, error)
+        except (KeyboardInterrupt, SystemExit):
+            raise
+        except BaseException as error:  # a panic of a library written in Rust is no Exception
+            self._fail(group, internal_error(error))
+
+    def _fail(self, group: SequenceGroup, error: Exception) -> None:
+        """Ends a request with an error in place of its further answers."""
+        if self._groups.pop(group.request.number, None) is None:
+            return  # it has ended in another way already
+        self._counters.failed += 1
+        self._stop_compiling(group.request.number)
+        for sequence in group.unfinished:
+            self._leave(sequence)
+        group.unfinished = []
+        self._refusals.append(Refusal(group.request.number, error))
+
+    def take_refusals(self) -> list[Refusal]:
+        """The requests that turned out to be wrong since the last call; nothing more comes of them."""
+        refusals, self._refusals = self._refusals, []
+        return refusals
+
+    # -- grammars ------------------------------------------------------------------------------------------
+
+    def wait_for_guides(self) -> None:
+        """A short wait, for when nothing can be done until some grammar is compiled."""
+        wait(self._compiling.values(), _GUIDE_WAIT_S)
+
+    def take_compiled(self) -> list[SequenceGroup]:
+        """The requests whose grammars have become ready; those whose are none are refused."""
+        ready = []
+        for number in [number for number, guide in self._compiling.items() if guide.done()]:
+            guide, group = self._compiling.pop(number), self._groups[number]
+            with self.on_behalf_of(group):
+                give_guides(group, guide.result())
+                ready.append(group)
+        return ready
+
+    def _stop_compiling(self, number: int) -> None:
+        if guide := self._compiling.pop(number, None):
+            guide.cancel()
+
+    def masks(self, sequences: list[Sequence]) -> np.ndarray:
+        """Which token each of these guided sequences may sample next: int32 [g, vocabulary / 32].
+
+        All their tokens before it are known. A sequence that has ended may sample any.
+        """
+        masks = np.full((len(sequences), len(self._end_bits)), -1, np.int32)
+        for mask, sequence in zip(masks, sequences, strict=True):
+            if sequence.guide is not None and not sequence.is_finished:
+                with self.on_behalf_of(sequence.group):
+                    sequence.guide.fill(mask)
+                    self._restrict(sequence, mask)
+        return masks
+
+    def _restrict(self, sequence: Sequence, mask: np.ndarray) -> None:
+        """Further rules of the request hold as far as the grammar leaves a choice."""
+        rules = []
+        if len(sequence.token_ids) - sequence.num_prompt < sequence.group.params.min_tokens:
+            rules.append(~self._end_bits)
+        if sequence.group.allowed_bits is not None:
+            rules.append(sequence.group.allowed_bits)
+        for rule in rules:
+            if (mask & rule).any():
+                mask &= rule
+
+
+def internal_error(error: BaseException) -> EngineError:
+    """What the client is told of an error that is not its own; the log has all of it."""
+    log.error("a request has failed", exc_info=error)
+    return EngineError(f"the engine failed at this request ({type(error).__name__})")
