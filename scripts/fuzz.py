@@ -32,7 +32,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent))
 
 import numpy as np
 import tritonclient.grpc as grpc
-from pagetide.serving.contract import FIELDS, Field, tensor_fields
+from pagetide.contract.fields import FIELDS, Field, tensor_fields
 from triton_server import ROOT, Address, TritonServer, find_running, free_address
 
 ANSWER_TIMEOUT_S = 120

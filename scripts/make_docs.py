@@ -12,7 +12,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).parents[1] / "backend_src"))
 
 from pagetide.config import settings_fields
-from pagetide.serving.contract import FIELDS
+from pagetide.contract.fields import FIELDS
 
 README = Path(__file__).parents[1] / "README.md"
 

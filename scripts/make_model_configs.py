@@ -12,86 +12,23 @@ from types import MappingProxyType
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "backend_src"))
 
-from pagetide.serving.contract import tensor_fields
+from pagetide.contract.faces import (
+    CORE_NAMES,
+    PASSED,
+    POSTPROCESSING_NAMES,
+    PREPROCESSED,
+    PREPROCESSING_NAMES,
+    VLLM_INPUTS,
+    VLLM_PROMPT,
+)
+from pagetide.contract.fields import tensor_fields
+from pagetide.contract.outputs import ALL_OUTPUTS, OUTPUTS, VLLM, VLLM_OUTPUTS, OutputField
 
 REPOSITORY = Path(__file__).parents[1] / "model_repository"
 MAX_BATCH = 1024
-HEADER = "# Written by scripts/make_model_configs.py from backend_src/pagetide/serving/contract.py.\n"
+HEADER = "# Written by scripts/make_model_configs.py from backend_src/pagetide/contract/fields.py.\n"
 
-# Preprocessing and postprocessing speak TensorRT-LLM's names, whose clients chain the steps by hand.
-PREPROCESSING_NAMES = {"text_input": "QUERY", "max_tokens": "REQUEST_OUTPUT_LEN"}
-
-# Outputs of llm: (name, type, dims).
-OUTPUTS = [
-    ("output_ids", "INT32", "1, -1"),
-    ("sequence_length", "INT32", "1"),
-    ("finish_reason", "BYTES", "1"),
-    ("batch_index", "INT32", "1"),
-    ("sequence_index", "INT32", "1"),
-    ("response_index", "INT32", "1"),
-    ("num_input_tokens", "INT32", "1"),
-    ("num_output_tokens", "INT32", "1"),
-    ("num_cached_tokens", "INT32", "1"),
-    ("cum_log_probs", "FP32", "1"),
-    ("output_log_probs", "FP32", "1, -1"),
-    ("logprobs", "BYTES", "1"),
-    ("kv_cache_reused_blocks", "INT32", "1"),
-    ("kv_cache_alloc_new_blocks", "INT32", "1"),
-    ("kv_cache_alloc_total_blocks", "INT32", "1"),
-    ("arrival_time_ns", "INT64", "1"),
-    ("first_scheduled_time_ns", "INT64", "1"),
-    ("first_token_time_ns", "INT64", "1"),
-    ("last_token_time_ns", "INT64", "1"),
-    ("acceptance_rate", "FP32", "1"),
-    ("total_accepted_draft_tokens", "INT32", "1"),
-    ("total_draft_tokens", "INT32", "1"),
-    ("context_logits", "FP32", "-1, -1"),
-    ("generation_logits", "FP32", "1, -1, -1"),
-]
-# The same for the face vllm_model, whose types and shapes differ.
-VLLM_OUTPUTS = [
-    ("vllm_finish_reason", "BYTES", "-1"),
-    ("vllm_cumulative_logprob", "FP32", "-1"),
-    ("vllm_logprobs", "BYTES", "-1"),
-    ("vllm_num_input_tokens", "UINT32", "-1"),
-    ("vllm_num_output_tokens", "UINT32", "-1"),
-]
-# What postprocessing needs beside the ids: its name there by its name in llm.
-TO_POSTPROCESSING = {
-    "output_ids": ("TOKENS_BATCH", "INT32", "1, -1"),
-    "sequence_length": ("SEQUENCE_LENGTH", "INT32", "1"),
-    "text_cut": ("TEXT_CUT", "INT32", "1"),
-    "request_number": ("REQUEST_NUMBER", "UINT64", "1"),
-    "prompt_text": ("PROMPT_TEXT", "BYTES", "1"),
-    "skip_special_tokens": ("SKIP_SPECIAL_TOKENS", "BOOL", "1"),
-}
-# What only passes postprocessing, on its way from llm to a face. Were the same tensor an output of the face and an input of postprocessing,
-# Triton would count it twice when it leaves out the steps that nobody asks for, and leave out llm too, for a client who wants only ids, say.
-# And inside an ensemble only postprocessing is told of a client that has gone.
-PASSED = {"IDS": "output_ids", "LENGTH": "sequence_length"}
-PREPROCESSED = {"INPUT_ID": "input_ids", "REQUEST_INPUT_LEN": "input_lengths", "PARAMS": "PARAMS"}
 TEXT_FIELDS = {"text_input", "messages", "tools", "add_generation_prompt", "chat_template_kwargs"}
-# TensorRT-LLM's names of what its core model takes, where they differ from ours.
-CORE_NAMES = {
-    "max_tokens": "request_output_len",
-    "stream": "streaming",
-    "cancel": "stop",
-    "top_k": "runtime_top_k",
-    "top_p": "runtime_top_p",
-    "length_penalty": "len_penalty",
-}
-# What the vLLM backend's clients send: (name, type, name in preprocessing).
-VLLM_INPUTS = [
-    ("text_input", "BYTES", "VLLM_QUERY"),
-    ("stream", "BOOL", "stream"),
-    ("sampling_parameters", "BYTES", "sampling_parameters"),
-    ("exclude_input_in_output", "BOOL", "exclude_input_in_output"),
-    ("return_finish_reason", "BOOL", "return_finish_reason"),
-    ("return_cumulative_logprob", "BOOL", "return_log_probs"),
-    ("return_logprobs", "BOOL", "return_logprobs"),
-    ("return_num_input_tokens", "BOOL", "return_num_input_tokens"),
-    ("return_num_output_tokens", "BOOL", "return_num_output_tokens"),
-]
 
 
 def triton_type(dtype: str) -> str:
@@ -100,6 +37,10 @@ def triton_type(dtype: str) -> str:
 
 def tensor(name: str, dtype: str, dims: object, optional: bool = False) -> str:
     return f'  {{ name: "{name}" data_type: {triton_type(dtype)} dims: [ {dims} ]{" optional: true" if optional else ""} }}'
+
+
+def output_tensor(output: OutputField) -> str:
+    return tensor(output.name.removeprefix(VLLM), output.dtype, output.dims)
 
 
 def block(kind: str, tensors: list[str]) -> str:
@@ -118,29 +59,23 @@ def field_inputs(names: Mapping[str, str] = MappingProxyType({}), without: Conta
 
 
 def preprocessing() -> str:
-    inputs = [*field_inputs(PREPROCESSING_NAMES), tensor("VLLM_QUERY", "BYTES", 1, optional=True)]
+    inputs = [*field_inputs(PREPROCESSING_NAMES), tensor(VLLM_PROMPT, "BYTES", 1, optional=True)]
     outputs = [tensor("INPUT_ID", "INT32", -1), tensor("REQUEST_INPUT_LEN", "INT32", 1), tensor("PARAMS", "BYTES", 1)]
     return python_model("preprocessing", inputs, outputs)
-
-
-def llm_outputs() -> list[tuple[str, str, str]]:
-    known = {n for n, _, _ in OUTPUTS}
-    return OUTPUTS + [(n, dtype, dims) for n, (_, dtype, dims) in TO_POSTPROCESSING.items() if n not in known] + VLLM_OUTPUTS
 
 
 def llm(name: str, is_decoupled: bool) -> str:
     inputs = field_inputs(without=TEXT_FIELDS)
     inputs += [tensor("input_lengths", "INT32", 1, optional=True), tensor("PARAMS", "BYTES", 1, optional=True)]
-    outputs = [tensor(*output) for output in llm_outputs()]
+    outputs = [tensor(output.name, output.dtype, output.dims) for output in ALL_OUTPUTS.values()]
     return python_model(name, inputs, outputs, "model_transaction_policy { decoupled: True }\n" if is_decoupled else "")
 
 
 def postprocessing() -> str:
     # The number of beams is free: clients that chain the steps by hand may bring several.
-    inputs = [
-        tensor(n, dtype, {"TOKENS_BATCH": "-1, -1", "SEQUENCE_LENGTH": "-1"}.get(n, dims), optional=True)
-        for n, dtype, dims in TO_POSTPROCESSING.values()
-    ]
+    free = {"output_ids": "-1, -1", "sequence_length": "-1"}
+    taken = {theirs: ALL_OUTPUTS[name] for name, theirs in POSTPROCESSING_NAMES.items()}
+    inputs = [tensor(n, o.dtype, free.get(o.name, o.dims), optional=True) for n, o in taken.items()]
     warning = (
         "# Exactly one instance and no dynamic_batching: Triton pairs responses by order of arrival, and before release 26.02\n"
         "# a dynamic batcher here would keep every cancelled stream in flight for ever.\n"
@@ -157,11 +92,12 @@ def step(model: str, inputs: Mapping[str, str], outputs: Mapping[str, str]) -> s
 
 def steps(preprocessing_inputs: dict[str, str], engine: str, outputs: dict[str, str], passed: Mapping[str, str] = MappingProxyType({})) -> str:
     """The three steps of a face. outputs: names in the face by those of llm; passed: by those of postprocessing."""
-    to_post = {n: f"_{n}" for n in TO_POSTPROCESSING}
+    to_post = {n: f"_{n}" for n in POSTPROCESSING_NAMES}
+    from_llm = {theirs: to_post[n] for n, theirs in POSTPROCESSING_NAMES.items()}
     all_steps = [
         step("preprocessing", preprocessing_inputs, {theirs: f"_{theirs}" for theirs in PREPROCESSED}),
         step(engine, {ours: f"_{theirs}" for theirs, ours in PREPROCESSED.items()}, outputs | to_post),
-        step("postprocessing", {theirs: to_post[n] for n, (theirs, _, _) in TO_POSTPROCESSING.items()}, {"OUTPUT": "text_output", **passed}),
+        step("postprocessing", from_llm, {"OUTPUT": "text_output", **passed}),
     ]
     return scheduling(all_steps)
 
@@ -171,9 +107,9 @@ def scheduling(all_steps: list[str]) -> str:
 
 
 def ensemble(engine: str) -> str:
-    outputs = [tensor("text_output", "BYTES", 1)] + [tensor(*output) for output in OUTPUTS]
+    outputs = [tensor("text_output", "BYTES", 1)] + [output_tensor(output) for output in OUTPUTS]
     names = {PREPROCESSING_NAMES.get(n, n): n for n, _ in tensor_fields()}
-    direct = {n: n for n, _, _ in OUTPUTS if n not in PASSED.values()}
+    direct = {o.name: o.name for o in OUTPUTS if o.name not in PASSED.values()}
     return face(field_inputs(), outputs, steps(names, engine, direct, PASSED))
 
 
@@ -183,20 +119,20 @@ def tensorrt_llm(engine: str) -> str:
     inputs = [tensor(CORE_NAMES.get(n, n), f.dtype, f.dims, optional=True) for n, f in fields]
     inputs.append(tensor("input_lengths", "INT32", 1, optional=True))
     maps = {n: CORE_NAMES.get(n, n) for n, _ in fields} | {"input_lengths": "input_lengths"}
-    outputs = {n: n for n, _, _ in OUTPUTS}
+    outputs = {o.name: o.name for o in OUTPUTS}
     if engine == "llm_unary":
-        return face(inputs, [tensor(*o) for o in OUTPUTS], scheduling([step(engine, maps, outputs)]))
+        return face(inputs, [output_tensor(o) for o in OUTPUTS], scheduling([step(engine, maps, outputs)]))
     seen = {n: f"_{n}" for n in ("output_ids", "sequence_length", "request_number")}
-    passing = step("postprocessing", {TO_POSTPROCESSING[n][0]: name for n, name in seen.items()}, PASSED)
-    return face(inputs, [tensor(*o) for o in OUTPUTS], scheduling([step(engine, maps, outputs | seen), passing]))
+    passing = step("postprocessing", {POSTPROCESSING_NAMES[n]: name for n, name in seen.items()}, PASSED)
+    return face(inputs, [output_tensor(o) for o in OUTPUTS], scheduling([step(engine, maps, outputs | seen), passing]))
 
 
 def vllm_model() -> str:
     """The vLLM backend's model: one-dimensional tensors without a batch."""
     inputs = [tensor(n, dtype, 1, optional=n != "text_input") for n, dtype, _ in VLLM_INPUTS]
-    outputs = [tensor("text_output", "BYTES", -1)] + [tensor(n.removeprefix("vllm_"), dtype, dims) for n, dtype, dims in VLLM_OUTPUTS]
+    outputs = [tensor("text_output", "BYTES", -1)] + [output_tensor(output) for output in VLLM_OUTPUTS]
     maps = {theirs: n for n, _, theirs in VLLM_INPUTS}
-    return face(inputs, outputs, steps(maps, "llm", {n: n.removeprefix("vllm_") for n, _, _ in VLLM_OUTPUTS}), max_batch=0)
+    return face(inputs, outputs, steps(maps, "llm", {o.name: o.name.removeprefix(VLLM) for o in VLLM_OUTPUTS}), max_batch=0)
 
 
 def face(inputs: list[str], outputs: list[str], scheduling: str, max_batch: int = MAX_BATCH) -> str:

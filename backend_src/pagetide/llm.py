@@ -11,8 +11,8 @@ from typing import Any
 from tqdm.auto import tqdm
 
 from pagetide.config import make_settings
+from pagetide.contract.checks import check_request
 from pagetide.engine.assemble import assemble
-from pagetide.serving.contract import check_request
 from pagetide.text.tokens import Vocabulary, decode
 from pagetide.types import Output, Request, SamplingParams, TokenScore
 
@@ -61,9 +61,9 @@ class LLM:
     def get_tokenizer(self) -> Any:
         """The model's transformers tokenizer."""
         if self._tokenizer is None:
-            from transformers import AutoTokenizer  # slow to import; not needed for prompts of token ids
+            from transformers import PreTrainedTokenizerFast  # slow to import; not needed for token ids
 
-            self._tokenizer = AutoTokenizer.from_pretrained(self.engine.info.model)
+            self._tokenizer = PreTrainedTokenizerFast.from_pretrained(self.engine.info.model)
         return self._tokenizer
 
     def generate(

@@ -121,11 +121,11 @@ def small_gguf(tmp_path, monkeypatch) -> Path:
     file = tmp_path / "small.gguf"
     file.write_bytes(b"x")
 
-    def convert(file: Path, target: Path) -> None:
+    def convert(kind: str, file: Path, target: Path) -> None:
         for name in ("config.json", "tokenizer.json", "model.safetensors"):
             (target / name).write_text("{}")
 
-    monkeypatch.setattr("pagetide.models.gguf.convert_gguf", convert)
+    monkeypatch.setattr(source, "convert", convert)
     return file
 
 
@@ -146,11 +146,11 @@ def test_a_cache_that_cannot_be_written_is_only_warned_about(tmp_path, small_ggu
 
 
 def test_a_conversion_without_any_room_says_so_and_leaves_nothing(tmp_path, small_gguf, monkeypatch):
-    def full(file: Path, target: Path) -> None:
+    def full(kind: str, file: Path, target: Path) -> None:
         (target / "config.json").write_text("{}")
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("pagetide.models.gguf.convert_gguf", full)
+    monkeypatch.setattr(source, "convert", full)
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
     with pytest.raises(UnsupportedModelError, match="No space left on device"):
         find_model(str(small_gguf), tmp_path / "cache")

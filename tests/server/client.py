@@ -15,7 +15,7 @@ from typing import Any, ClassVar
 import numpy as np
 import tritonclient.grpc as grpc
 import tritonclient.http as http
-from pagetide.serving.contract import tensor_fields
+from pagetide.contract.fields import tensor_fields
 from triton_server import TritonServer
 from tritonclient.utils import np_to_triton_dtype
 

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 from client import generate, stream_one
-from pagetide.serving.contract import FIELDS
+from pagetide.contract.fields import FIELDS
 
 PROMPT = "The capital of France is"
 IDS = [504, 3575, 282, 4649, 314]

@@ -14,7 +14,7 @@ import tritonclient.grpc as grpc
 from client import Streams, generate, stream_one, wait_for, wait_until_idle
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from pagetide.serving.contract import FIELDS, tensor_fields
+from pagetide.contract.fields import FIELDS, tensor_fields
 from test_streams import START
 from tritonclient.utils import InferenceServerException, np_to_triton_dtype
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 from client import Streams, generate, stream_one, wait_for, wait_until_idle
@@ -98,3 +99,12 @@ def test_metrics_come_under_tensorrt_llms_names_too(narrow):
     metrics = scrape(narrow)
     assert metrics['nv_trt_llm_kv_cache_block_metrics{kv_cache_block_type="max"}'] == metrics["pagetide_kv_blocks_total"] == 4000
     assert metrics['nv_trt_llm_request_metrics{request_type="waiting"}'] == 0
+
+
+def test_torch_is_loaded_by_the_engine_only(narrow):
+    """Each of the other processes would need hundreds of megabytes for it."""
+    loaded = {"engine": False, "others": False}
+    for process in narrow.processes():
+        kind = "engine" if "pagetide.engine" in process.cmdline() else "others"
+        loaded[kind] |= "libtorch" in Path(f"/proc/{process.pid}/maps").read_text()
+    assert loaded == {"engine": True, "others": False}

@@ -10,7 +10,9 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from pagetide.serving.contract import FIELDS, MAX_WORDS, Defaults, check_params, check_request, parse, tensor_fields, timed
+from pagetide.contract.checks import check_params, check_request
+from pagetide.contract.fields import FIELDS, MAX_WORDS, tensor_fields
+from pagetide.contract.parse import Defaults, parse, timed
 from pagetide.types import EngineInfo, Guide, Request, RequestError, SamplingParams
 
 

@@ -8,7 +8,7 @@ import yaml
 from make_docs import with_tables
 from make_model_configs import configs
 from pagetide.config import settings_fields
-from pagetide.serving.contract import FIELDS
+from pagetide.contract.fields import FIELDS
 
 ROOT = Path(__file__).parents[2]
 

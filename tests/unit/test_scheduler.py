@@ -567,5 +567,5 @@ def test_random_workloads_see_their_own_context_and_leave_every_block_free(
 
 
 def fits(num_tokens: int, width: int, num_blocks: int, block_size: int) -> bool:
-    """What serving.contract checks: all beams together must find room."""
+    """What contract.checks makes sure of: all beams together must find room."""
     return width * (-(-num_tokens // block_size) + 1) <= num_blocks

@@ -14,6 +14,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from pagetide.models.config import UnsupportedModelError
+from pagetide.models.convert import convert
 
 log = logging.getLogger("pagetide.source")
 
@@ -44,13 +45,7 @@ def _embedded_file() -> Path:
 def _converted(file: Path, cache: Path) -> Path:
     if not file.is_file():
         raise UnsupportedModelError(f"there is no file {file}")
-
-    def convert(target: Path) -> None:
-        from pagetide.models.gguf import convert_gguf  # imports torch, which the stubs can do without
-
-        convert_gguf(file, target)
-
-    return _made_once(_folder_name(file), cache, convert)
+    return _made_once(_folder_name(file), cache, lambda target: convert("gguf", file, target))
 
 
 def _with_tokenizer_file(model: Path, cache: Path) -> Path:
@@ -59,20 +54,16 @@ def _with_tokenizer_file(model: Path, cache: Path) -> Path:
     if (model / "tokenizer.json").exists() or older is None:
         return model
 
-    def convert(target: Path) -> None:
-        from transformers import AutoTokenizer  # only needed for models that came before tokenizer.json
-
+    def make(target: Path) -> None:
         try:
-            AutoTokenizer.from_pretrained(str(model)).save_pretrained(str(target))
-        except Exception as error:
+            convert("tokenizer", model, target)
+        except UnsupportedModelError as error:
             raise UnsupportedModelError(f"{model} has no tokenizer.json, and none can be made from {older.name}: {error}") from error
-        if not (target / "tokenizer.json").exists():
-            raise UnsupportedModelError(f"{model} has no tokenizer.json, and none can be made from {older.name}")
         for file in model.iterdir():
             if not (target / file.name).exists():
                 (target / file.name).symlink_to(file.resolve())
 
-    return _made_once(_folder_name(older), cache, convert)
+    return _made_once(_folder_name(older), cache, make)
 
 
 def _made_once(name: str, cache: Path, make: Callable[[Path], None]) -> Path:

@@ -6,7 +6,8 @@ import json
 from pathlib import Path
 
 from pagetide.config import Settings
-from pagetide.serving.contract import Defaults, check_params
+from pagetide.contract.checks import check_params
+from pagetide.contract.parse import Defaults
 from pagetide.types import RequestError, SamplingParams
 
 # SamplingParams' name by the file's.

@@ -19,14 +19,16 @@ import numpy as np
 import triton_python_backend_utils as pb_utils
 
 from pagetide.config import settings_beside
+from pagetide.contract.checks import check_request
+from pagetide.contract.parse import ParsedRequest, parse, timed
 from pagetide.engine.parent import end_with_parent
 from pagetide.serving import triton
 from pagetide.serving.client import NOT_RUNNING, EngineClient, EngineStartError, EngineSupervisor, socket_path, wait_for_engine
-from pagetide.serving.contract import ParsedRequest, check_request, parse, timed
 from pagetide.serving.defaults import read_defaults
 from pagetide.serving.metrics import EngineMetrics
 from pagetide.serving.pacer import ResponsePacer
-from pagetide.serving.responses import ClientRequest, Prompt, TokenTexts, is_vllm_face, send
+from pagetide.serving.responses import ClientRequest, send
+from pagetide.serving.tensors import Prompt, TokenTexts, is_vllm_face
 from pagetide.types import EngineError, Output, Request, RequestError
 
 log = logging.getLogger("pagetide.llm")
@@ -125,8 +127,8 @@ class LlmModel:
             deadline_ns=parsed.deadline_ns,
             priority=parsed.priority,
             salt=parsed.salt,
-            context_logits="context_logits" in parsed.returns,
-            generation_logits="generation_logits" in parsed.returns,
+            context_logits="return_context_logits" in parsed.returns,
+            generation_logits="return_generation_logits" in parsed.returns,
         )
 
     def _read_prompts(self, request: Any) -> list[Prompt]:

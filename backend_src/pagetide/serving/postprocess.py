@@ -9,6 +9,7 @@ import numpy as np
 import triton_python_backend_utils as pb_utils
 
 from pagetide.config import settings_beside
+from pagetide.contract.faces import PASSED, POSTPROCESSING_NAMES
 from pagetide.models.source import find_model
 from pagetide.serving import triton
 from pagetide.serving.client import EngineClient, socket_path
@@ -16,8 +17,7 @@ from pagetide.text.tokens import Vocabulary, decode
 
 log = logging.getLogger("pagetide.postprocess")
 
-
-_PASSED = {"IDS": "TOKENS_BATCH", "LENGTH": "SEQUENCE_LENGTH"}
+_PASSED = {name: POSTPROCESSING_NAMES[output] for name, output in PASSED.items()}
 
 
 class PostprocessModel:

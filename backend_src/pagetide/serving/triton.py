@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import triton_python_backend_utils as pb_utils
 
-from pagetide.serving.values import integer
+from pagetide.contract.values import integer
 from pagetide.types import EngineError, QueueFullError, RequestError
 
 log = logging.getLogger("pagetide.triton")
