@@ -9,7 +9,6 @@ import pytest
 import torch
 from models import FAMILIES, greedy, write_model
 from pagetide.config import Settings
-from pagetide.kv_cache.layout import KVLayout
 from pagetide.kv_cache.store import TorchStore
 from pagetide.llm import LLM
 from pagetide.models.config import UnsupportedModelError
@@ -29,7 +28,7 @@ def prompt_logits(folder, ids: list[int], ops: str, is_compiled: bool) -> torch.
     chosen = select_ops(cpu, Settings(ops=ops))
     decoder = Decoder(config, family, Checkpoint(folder, torch.float32, cpu), chosen, layer_shape(config, size, 512, cpu), torch.float32)
     assert isinstance(decoder._layers, CompiledLayers) == is_compiled
-    store = TorchStore(KVLayout(config.num_layers, config.num_kv_heads, config.head_dim, size, torch.float32), 40, cpu)
+    store = TorchStore(decoder.kv_layout(torch.float32), 40, cpu)
     table = torch.randperm(40)[: -(-count // size)].to(torch.int32).unsqueeze(0)
     positions = torch.arange(count)
     batch = Batch(
@@ -37,6 +36,7 @@ def prompt_logits(folder, ids: list[int], ops: str, is_compiled: bool) -> torch.
         positions=positions,
         slot_mapping=table[0, positions // size].long() * size + positions % size,
         block_table=table,
+        lengths=torch.tensor([count], dtype=torch.int32),
         logit_index=positions,
         counts=np.array([count], np.int32),
         starts=np.array([0], np.int32),

@@ -26,6 +26,7 @@ from pagetide.ops.cpu.sampling import _noise, argmax, sample, score
 from pagetide.ops.cpu.sync import finish, make_sync, num_concurrent_threads, take
 from pagetide.ops.layers import Affine, ComposedLayers, EmbeddingWeights, Layers, LayerShape, LayerWeights
 from pagetide.ops.table import TORCH_LAYERS, TorchEmbedding
+from pagetide.ops.weights import DenseWeight
 from pagetide.runner.plan import Admission, LogitEdit, RowEdits, RowParams, bits_of
 from pagetide.runner.rows import Rows
 
@@ -49,13 +50,17 @@ def test_gather(sequences, block_size, seed):
     history = torch.from_numpy(rng.integers(0, 1000, (9, 101)))
     table = torch.from_numpy(rng.integers(0, 50, (9, 26)).astype(np.int32))
     rows = rng.permutation(9)[: len(counts)].astype(np.int32)
-    arguments = (history, table, *(torch.from_numpy(array) for array in (rows, starts, counts)), int(counts.sum()), block_size)
+    lengths = np.full(9, 77, np.int32)
+    lengths[rows] = starts
+    shared = *(torch.from_numpy(array) for array in (rows, counts)), int(counts.sum()), block_size
     expected = []
     for row, start, count in zip(rows, starts, counts, strict=True):
         for position in range(start, start + count):
             expected.append((int(history[row, position]), position, int(table[row, position // block_size]) * block_size + position % block_size))
     for function in (reference.gather, gather):
-        ids, positions, slots, tables = function(*arguments)
+        growing = torch.from_numpy(lengths.copy())
+        ids, positions, slots, tables, ends = function(history, table, growing, *shared)
+        assert ends.tolist() == (starts + counts).tolist() == growing.numpy()[rows].tolist() and growing.sum() == lengths.sum() + counts.sum()
         assert list(zip(ids.tolist(), positions.tolist(), slots.tolist(), strict=True)) == expected
         assert torch.equal(tables, table[torch.from_numpy(rows).long()])
 
@@ -65,7 +70,7 @@ def test_gather(sequences, block_size, seed):
 def test_embedding(tokens, vocabulary, hidden, dtype, is_tied, seed):
     torch.manual_seed(seed)
     matrices = [torch.randn(vocabulary, hidden).to(dtype) for _ in range(1 if is_tied else 2)]
-    weights = EmbeddingWeights(matrices[0], None if is_tied else matrices[1], torch.randn(hidden), 1e-5)
+    weights = EmbeddingWeights(matrices[0], None if is_tied else DenseWeight(matrices[1]), torch.randn(hidden), 1e-5)
     expected, compiled = TorchEmbedding(weights), CompiledEmbedding(weights)
     ids = torch.randint(0, vocabulary, (tokens,))
     assert torch.equal(compiled.embed(ids), expected.embed(ids))
@@ -83,7 +88,8 @@ def random_layers(shape: LayerShape, dtype: torch.dtype, window: int, has_norms:
     attended, qkv = heads.num_heads * heads.head_dim, (heads.num_heads + 2 * heads.num_kv_heads) * heads.head_dim
 
     def affine(outputs: int, inputs: int) -> Affine:
-        return Affine((torch.randn(outputs, inputs) * inputs**-0.5).to(dtype), torch.randn(outputs).to(dtype) if has_bias else None)
+        values = (torch.randn(outputs, inputs) * inputs**-0.5).to(dtype)
+        return Affine(DenseWeight(values), torch.randn(outputs).to(dtype) if has_bias else None)
 
     def norm(size: int) -> torch.Tensor:
         return torch.rand(size) + 0.5
@@ -106,12 +112,12 @@ def random_layers(shape: LayerShape, dtype: torch.dtype, window: int, has_norms:
 
 def run_steps(layers: Layers, shape: LayerShape, lengths: list[list[int]], fill: float, dtype: torch.dtype) -> list[torch.Tensor]:
     """Residuals after each step; lengths[k][i]: tokens of sequence i in step k. The cache begins with nothing but `fill`."""
-    heads, block_size = shape.heads, shape.block_size
+    block_size = shape.block_size
     totals = np.sum(lengths, axis=0)
     blocks = -(-int(totals.max()) // block_size)
     order = torch.randperm(blocks * len(totals), generator=torch.Generator().manual_seed(1)).to(torch.int32)
     table = order.view(len(totals), blocks)
-    pool = torch.full((shape.num_layers, blocks * len(totals), 2, heads.num_kv_heads, block_size * heads.head_dim), fill, dtype=dtype)
+    pool = torch.full((shape.num_layers, blocks * len(totals), *layers.block_shape), fill, dtype=dtype)
     starts, results = np.zeros(len(totals), np.int32), []
     noise = torch.Generator().manual_seed(2)
     for step in lengths:
@@ -121,7 +127,9 @@ def run_steps(layers: Layers, shape: LayerShape, lengths: list[list[int]], fill:
         owner = torch.repeat_interleave(torch.tensor(present), torch.from_numpy(counts).long())
         slots = table[owner, positions // block_size].long() * block_size + positions % block_size
         residual = torch.randn(len(positions), shape.hidden_size, generator=noise)
-        layers(residual, Batch(positions, positions, slots, table[present].contiguous(), positions, counts, starts[present]), pool)
+        ends = torch.from_numpy(starts[present] + counts)
+        places = table[present].contiguous()
+        layers(residual, Batch(positions, positions, slots, places, ends, positions, counts, starts[present]), pool)
         results.append(residual)
         starts += np.array(step, np.int32)
     return results
@@ -171,7 +179,7 @@ def rotary_like(length: int, head_dim: int) -> torch.Tensor:
 
 def single(position: int) -> Batch:
     nothing = torch.empty(0)
-    return Batch(nothing, nothing, nothing, nothing, nothing, np.ones(1, np.int32), np.array([position], np.int32))
+    return Batch(nothing, nothing, nothing, nothing, nothing, nothing, np.ones(1, np.int32), np.array([position], np.int32))
 
 
 @relaxed
@@ -184,7 +192,7 @@ def test_tasks_cover_every_query_and_key_once(sequences, shape, num_threads):
     heads = HeadShape(*shape)
     starts, counts = (np.array(values, np.int32) for values in zip(*sequences, strict=True))
     nothing = torch.empty(0)
-    work = plan_tasks(Batch(nothing, nothing, nothing, nothing, nothing, counts, starts), heads, num_threads)
+    work = plan_tasks(Batch(nothing, nothing, nothing, nothing, nothing, nothing, counts, starts), heads, num_threads)
     covered, firsts = {}, np.cumsum(counts) - counts
     for (sequence, head, first, queries, position, begin, part), end in zip(work.tasks.tolist(), work.ends.tolist(), strict=True):
         assert position - starts[sequence] == first - firsts[sequence]
@@ -302,7 +310,7 @@ def test_edits_apply_where_position_and_prefix_say_so(num_rows, vocabulary, seed
                 prefix = tuple(history[row, max(0, int(own[0]) - length) : int(own[0])].tolist())
             edits[row].append(LogitEdit(int(rng.integers(0, vocabulary)), float(rng.choice([-np.inf, 1.5, -2])), int(rng.integers(0, 60)), prefix))
     state = Rows(len(history), 40, 16, vocabulary, torch.device("cpu"))
-    admissions = tuple(Admission(row, np.zeros(1, np.int32), RowParams(edits=RowEdits.of(own))) for row, own in enumerate(edits))
+    admissions = tuple(Admission(row, 0, np.zeros(1, np.int32), RowParams(edits=RowEdits.of(own))) for row, own in enumerate(edits))
     state._write_edits(admissions)
     logits = torch.zeros(num_rows, vocabulary)
     expected, found = logits.clone(), logits.clone()

@@ -83,11 +83,11 @@ def test_the_cache_takes_the_free_memory_that_it_may(tmp_path):
 def test_the_pool_is_cupys_memory_and_copies_keep_all_layers():
     pytest.importorskip("cupy")
     device = torch.device("cuda", 0)
-    store = make_store(KVLayout(3, 2, 16, 16, torch.bfloat16), 20, device)
+    store = make_store(KVLayout(3, (2, 16, 2, 16), torch.bfloat16), 20, device)
     assert isinstance(store, CupyStore) and store.pool.data_ptr() == store._owner.data.ptr
     store.pool.copy_(torch.randn(store.pool.shape, device=device))
     before = store.pool.clone()
-    sources, targets = (torch.tensor(ids, device=device) for ids in ([3, 3, 19], [0, 7, 12]))
+    sources, targets = (torch.tensor(ids, dtype=torch.int32, device=device) for ids in ([3, 3, 19], [0, 7, 12]))
     store.copy_blocks(sources, targets)
     before[:, targets] = before[:, sources]
     assert torch.equal(store.pool, before)

@@ -40,6 +40,7 @@ class ContextRunner:
         self.block_table = np.full((max_rows, -(-max_len // block_size)), -1)
         self.slots = np.full((num_blocks, block_size), -1)
         self.seeds = [0] * max_rows
+        self.lengths = np.zeros(max_rows, int)
         self.max_tokens = max_tokens
         self.results: dict[int, StepTokens] = {}
         self.block_size = block_size
@@ -52,6 +53,7 @@ class ContextRunner:
             self.history[admission.row, : len(admission.token_ids)] = admission.token_ids
             self.block_table[admission.row] = -1
             self.seeds[admission.row] = admission.params.seed
+            self.lengths[admission.row] = admission.num_computed
         assert len({(r, i) for r, i in zip(plan.block_rows, plan.block_index, strict=True)}) == len(plan.block_rows), "a place is written twice"
         for row, index, block in zip(plan.block_rows, plan.block_index, plan.block_ids, strict=True):
             self.block_table[row, index] = block
@@ -60,6 +62,8 @@ class ContextRunner:
         for source, target in plan.copies:
             self.slots[target] = self.slots[source]
         # All writes of a step come before its reads, as in every layer of a decoder.
+        assert (self.lengths[plan.rows] == plan.starts).all(), "host and device count a row's tokens differently"
+        self.lengths[plan.rows] += plan.counts
         for row, start, count in zip(plan.rows, plan.starts, plan.counts, strict=True):
             for position in range(start, start + count):
                 self.slots[self.block_table[row, position // self.block_size], position % self.block_size] = self.history[row, position]

@@ -14,7 +14,6 @@ from pagetide.engine.engine import Engine
 from pagetide.engine.groups import ModelLimits
 from pagetide.engine.guides import GrammarCompiler
 from pagetide.engine.scheduler import Scheduler
-from pagetide.kv_cache.layout import KVLayout
 from pagetide.kv_cache.store import make_store
 from pagetide.models.config import DecoderConfig
 from pagetide.models.decoder import Decoder, layer_shape
@@ -41,7 +40,6 @@ def assemble(settings: Settings) -> Engine:
         config = replace(config, vocab_size=min(config.vocab_size, len(vocabulary.full)))
     device = select_device(settings)
     dtype = _dtype(settings, device)
-    layout = KVLayout(config.num_layers, config.num_kv_heads, config.head_dim, settings.block_size, dtype)
 
     # Nothing may compute on this thread: a second OpenMP pool would make the first one sleep between its kernels.
     def load(max_len: int) -> tuple[Ops, Decoder]:
@@ -51,6 +49,7 @@ def assemble(settings: Settings) -> Engine:
         return ops, Decoder(config, family, checkpoint, ops, shape, device.activation_dtype or dtype)
 
     ops, decoder = device.run(load, settings.max_model_len or config.max_position)
+    layout = decoder.kv_layout(dtype)
     num_blocks = settings.num_blocks or device.kv_cache_bytes(settings) // layout.block_bytes
     max_len = _max_model_len(settings, config, num_blocks)
     store = device.run(make_store, layout, num_blocks, device.torch_device)

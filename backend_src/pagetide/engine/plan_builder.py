@@ -50,7 +50,7 @@ class PlanBuilder:
         self._chunks: list[Chunk] = []
         self._samples: list[Position] = []
         self._prompt_tokens: list[Position] = []
-        self._admitted: list[Sequence] = []
+        self._admissions: list[Admission] = []
         self._blocks: list[tuple[int, int, int]] = []  # (row, index, block)
         self._copies: list[tuple[int, int]] = []  # (source, target)
 
@@ -67,7 +67,8 @@ class PlanBuilder:
         self._copies += copies
         known = sequence.num_placed
         if known is None:
-            self._admitted.append(sequence)
+            token_ids = np.array(sequence.token_ids, np.int32)
+            self._admissions.append(Admission(sequence.row, sequence.num_computed, token_ids, sequence.sampling))
             known = 0
         elif copies:
             known = min(known, sequence.blocks.index(copies[0][1]))
@@ -129,7 +130,7 @@ class PlanBuilder:
             sample_rows=positions[0],
             sample_positions=positions[2],
             num_sampled=len(self._samples),
-            admissions=tuple(Admission(s.row, np.array(s.token_ids, np.int32), s.sampling) for s in self._admitted),
+            admissions=tuple(self._admissions),
             block_rows=blocks[0],
             block_index=blocks[1],
             block_ids=blocks[2],

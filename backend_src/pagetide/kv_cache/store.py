@@ -14,10 +14,10 @@ from pagetide.kv_cache.layout import KVLayout
 class KVStore(Protocol):
     """The pool of KV blocks of one device."""
 
-    pool: torch.Tensor  # as kv_cache.layout says
+    pool: torch.Tensor  # [num_layers, num_blocks, *block_shape]
 
     def copy_blocks(self, sources: torch.Tensor, targets: torch.Tensor) -> None:
-        """Copies whole blocks, all layers, in stream order. Both int64 [num_copies]; no target is also a source."""
+        """Copies whole blocks, all layers, in stream order. Both int32 [num_copies]; no target is also a source."""
 
 
 class TorchStore:
@@ -37,7 +37,7 @@ class TorchStore:
 
 
 class CupyStore(TorchStore):
-    """The pool on CuPy's memory, without a copy: CuPy kernels and torch share it."""
+    """The pool on CuPy's memory, seen by torch without a copy. No kernel of CuPy's uses it yet."""
 
     def __init__(self, layout: KVLayout, num_blocks: int, device: torch.device):
         import cupy  # the GPU image's; absent on machines without a GPU

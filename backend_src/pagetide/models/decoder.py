@@ -6,6 +6,7 @@ from collections.abc import Iterator
 
 import torch
 
+from pagetide.kv_cache.layout import KVLayout
 from pagetide.models.config import DecoderConfig
 from pagetide.models.families import Family
 from pagetide.models.rotary import rotary_table
@@ -14,6 +15,7 @@ from pagetide.ops.attention import HeadShape
 from pagetide.ops.batch import Batch
 from pagetide.ops.layers import Affine, EmbeddingWeights, LayerShape, LayerWeights
 from pagetide.ops.table import Ops
+from pagetide.ops.weights import DenseWeight
 
 
 class Decoder:
@@ -24,8 +26,12 @@ class Decoder:
         self._layers = ops.make_layers(shape, self._read_layers())
         self._embedding = ops.make_embedding(self._read_embedding())
 
+    def kv_layout(self, dtype: torch.dtype) -> KVLayout:
+        """The cache that forward() takes, with keys and values of this type."""
+        return KVLayout(self._config.num_layers, self._layers.block_shape, dtype)
+
     def forward(self, batch: Batch, pool: torch.Tensor) -> torch.Tensor:
-        """Runs the step's tokens; their keys and values go into the pool (KVLayout). Returns logits float32 [s, vocab_size]."""
+        """Runs the step's tokens; their keys and values go into the pool. Returns logits float32 [s, vocab_size]."""
         residual = self._embedding.embed(batch.ids)
         self._layers(residual, batch, pool)
         return self._embedding.logits(residual[batch.logit_index])
@@ -36,7 +42,7 @@ class Decoder:
         size = self._config.vocab_size  # the checkpoint's matrices may be padded beyond it
         return EmbeddingWeights(
             embedding=self._checkpoint.read(f"{family.embedding}.weight")[:size],
-            head=None if is_tied else self._checkpoint.read(f"{family.head}.weight")[:size],
+            head=None if is_tied else DenseWeight(self._checkpoint.read(f"{family.head}.weight")[:size]),
             norm=self._checkpoint.read(f"{family.final_norm}.weight").to(self._activations),
             eps=self._config.norm_eps,
         )
@@ -51,9 +57,7 @@ class Decoder:
 
         def affine(*names: str) -> Affine:
             full = tuple(prefix + name for name in names)
-            weight = self._checkpoint.read_merged(full, "weight")
-            assert weight is not None, full
-            return Affine(weight, self._checkpoint.read_merged(full, "bias"))
+            return Affine(self._checkpoint.read_weight(full), self._checkpoint.read_bias(full))
 
         def norm(name: str) -> torch.Tensor:
             return self._checkpoint.read(f"{prefix}{name}.weight").to(self._activations)

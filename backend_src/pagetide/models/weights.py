@@ -8,6 +8,7 @@ import torch
 from safetensors import safe_open
 
 from pagetide.models.config import UnsupportedModelError, read_json
+from pagetide.ops.weights import DenseWeight, Weight
 
 
 def _files(model: Path) -> list[Path]:
@@ -48,8 +49,12 @@ class Checkpoint:
             raise UnsupportedModelError(f"the checkpoint has no tensor called {name}")
         return self._file_of[name].get_tensor(name).to(self._device, self._dtype)
 
-    def read_merged(self, names: tuple[str, ...], part: str) -> torch.Tensor | None:
-        """The tensors `name.part` of all names, stacked along the output dimension; None if the checkpoint has none of them."""
-        if f"{names[0]}.{part}" not in self:
+    def read_weight(self, names: tuple[str, ...]) -> Weight:
+        """The matrices of these modules as one, with the outputs of all."""
+        return DenseWeight.stacked([DenseWeight(self.read(f"{name}.weight")) for name in names])
+
+    def read_bias(self, names: tuple[str, ...]) -> torch.Tensor | None:
+        """Their biases as one; None if the checkpoint has none of them."""
+        if f"{names[0]}.bias" not in self:
             return None
-        return torch.cat([self.read(f"{name}.{part}") for name in names])
+        return torch.cat([self.read(f"{name}.bias") for name in names])

@@ -41,7 +41,10 @@ class LayerAttention:
 
 
 class AttentionBackend(Protocol):
-    """Paged attention. kv is one layer of the pool: [num_blocks, 2, num_kv_heads, block_size * head_dim]; the order inside is the backend's own."""
+    """Paged attention. kv is one layer of the pool: [num_blocks, *block_shape]."""
+
+    def block_shape(self, block_size: int) -> tuple[int, ...]:
+        """The shape of a block of block_size tokens of one layer, keys and values."""
 
     def plan(self, batch: Batch) -> Any:
         """Once per step: what attend() needs in every layer beyond the batch's tensors."""
@@ -58,6 +61,9 @@ class TorchAttention:
 
     def __init__(self, shape: HeadShape):
         self._shape = shape
+
+    def block_shape(self, block_size: int) -> tuple[int, ...]:
+        return (2, self._shape.num_kv_heads, block_size, self._shape.head_dim)
 
     def plan(self, batch: Batch) -> list[tuple[int, int]]:
         """(first token, sequence) of each sequence."""
@@ -76,10 +82,9 @@ class TorchAttention:
             q, k = reference.rms_norm(q, layer.q_norm, layer.eps), reference.rms_norm(k, layer.k_norm, layer.eps)
         cos_sin = layer.cos_sin[batch.positions]
         q, k = reference.apply_rotary(q, cos_sin), reference.apply_rotary(k, cos_sin)
-        cache = rows_of(kv, shape.head_dim)
-        block, offset = batch.slot_mapping // cache.shape[3], batch.slot_mapping % cache.shape[3]
-        cache[block, 0, :, offset] = k.to(kv.dtype)
-        cache[block, 1, :, offset] = v.to(kv.dtype)
+        block, offset = batch.slot_mapping // kv.shape[3], batch.slot_mapping % kv.shape[3]
+        kv[block, 0, :, offset] = k.to(kv.dtype)
+        kv[block, 1, :, offset] = v.to(kv.dtype)
         return q
 
     def attend(self, q: torch.Tensor, kv: torch.Tensor, layer: LayerAttention, batch: Batch, plan: list[tuple[int, int]]) -> torch.Tensor:
@@ -118,15 +123,9 @@ class TorchAttention:
 
     def _gather(self, kv: torch.Tensor, block_table: torch.Tensor, length: int, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
         """Keys and values of the first `length` tokens of each sequence: [n, num_kv_heads, length, head_dim] each."""
-        cache = rows_of(kv, self._shape.head_dim)
-        gathered = cache[block_table[:, : -(-length // cache.shape[3])].long()]  # [n, blocks, 2, heads, block_size, head_dim]
+        gathered = kv[block_table[:, : -(-length // kv.shape[3])].long()]  # [n, blocks, 2, heads, block_size, head_dim]
         keys, values = gathered.permute(2, 0, 3, 1, 4, 5).flatten(3, 4)[:, :, :, :length].to(dtype)
         return keys, values
-
-
-def rows_of(kv: torch.Tensor, head_dim: int) -> torch.Tensor:
-    """One layer of TorchAttention's cache, a token's vector after the other: [num_blocks, 2, num_kv_heads, block_size, head_dim], a view."""
-    return kv.unflatten(-1, (-1, head_dim))
 
 
 def attend_chunk(queries: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, start: int, window: int) -> torch.Tensor:

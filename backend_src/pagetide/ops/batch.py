@@ -8,18 +8,21 @@ import numpy as np
 import torch
 
 
-@dataclass
+@dataclass(frozen=True)
 class Batch:
-    """[n] sequences, [t] tokens, [s] sampled positions; a slot is a token's place in the cache (block * block_size + offset).
+    """[n] sequences, [t] tokens, [s] positions whose logits are computed. Filled once a step, changed by nobody.
 
-    counts, starts: the plan's, on the host.
+    slot_mapping: a token's place in the cache (block * block_size + offset).
+    lengths: tokens that each sequence has in the cache when the step has run.
+    counts, starts: the plan's, on the host; a sequence's tokens of this step begin at position starts[i].
     """
 
     ids: torch.Tensor  # int64 [t]
     positions: torch.Tensor  # int64 [t]
     slot_mapping: torch.Tensor  # int64 [t]
     block_table: torch.Tensor  # int32 [n, max_blocks]
-    logit_index: torch.Tensor  # int64 [s]
+    lengths: torch.Tensor  # int32 [n]
+    logit_index: torch.Tensor  # int32 [s]
     counts: np.ndarray  # int32 [n]
     starts: np.ndarray  # int32 [n]
 
@@ -28,8 +31,8 @@ class Batch:
 class LogitEdits:
     """Changes of single logits of all rows, one after the other: row r has edits starts[r] to starts[r + 1].
 
-    Edit e adds biases[e] to the logit of tokens[e] for positions below below[e], if the row's answer so far ends with
-    prefixes[prefix_starts[e] : prefix_starts[e + 1]]. All int32 but biases.
+    Edit e adds biases[e] to the logit of tokens[e] for positions below below[e], if the row's answer so far
+    ends with prefixes[prefix_starts[e] : prefix_starts[e + 1]]. All int32 but biases.
     """
 
     starts: torch.Tensor  # [max_rows + 1]

@@ -10,6 +10,7 @@ import torch
 
 from pagetide.ops.attention import AttentionBackend, HeadShape, LayerAttention
 from pagetide.ops.batch import Batch
+from pagetide.ops.weights import Weight
 
 Tensor = torch.Tensor
 
@@ -31,7 +32,7 @@ class LayerShape:
 class Affine:
     """weight [out, in], bias [out] or None."""
 
-    weight: Tensor
+    weight: Weight
     bias: Tensor | None
 
 
@@ -53,17 +54,31 @@ class LayerWeights:
 class Layers(Protocol):
     """All layers of a decoder."""
 
+    @property
+    def block_shape(self) -> tuple[int, ...]:
+        """The shape of a block of one layer of the KV pool (KVLayout)."""
+
     def __call__(self, residual: Tensor, batch: Batch, pool: Tensor) -> None:
-        """Runs the step's tokens through all layers, in place; residual [t, hidden]. Keys and values go into the pool (KVLayout)."""
+        """Runs the step's tokens through all layers, in place; residual [t, hidden].
+
+        Keys and values go into the pool [num_layers, num_blocks, *block_shape].
+        """
+
+
+class Matmul(Protocol):
+    """A matrix product with a bias; it sees the batch, since rows may have different adapters."""
+
+    def __call__(self, x: Tensor, batch: Batch) -> Tensor:
+        """[t, in] -> [t, out]"""
 
 
 @dataclass(frozen=True)
 class LayerOps:
-    """What ComposedLayers is made of; shapes are those of ops/reference.py. make_matmul: Affine -> (x [t, in] -> [t, out])."""
+    """What ComposedLayers is made of; shapes are those of ops/reference.py."""
 
     add_rms_norm: Callable[[Tensor, Tensor, Tensor, float], Tensor]
     silu_mul: Callable[[Tensor], Tensor]
-    make_matmul: Callable[[Affine], Callable[[Tensor], Tensor]]
+    make_matmul: Callable[[Affine], Matmul]
     make_attention: Callable[[HeadShape], AttentionBackend]
 
 
@@ -73,18 +88,24 @@ class ComposedLayers:
     def __init__(self, ops: LayerOps, shape: LayerShape, layers: Iterable[LayerWeights]):
         self._ops = ops
         self._eps = shape.eps
+        self._block_size = shape.block_size
         self._attention = ops.make_attention(shape.heads)
         self._layers = [_Layer(ops, shape, weights) for weights in layers]
+
+    @property
+    def block_shape(self) -> tuple[int, ...]:
+        return self._attention.block_shape(self._block_size)
 
     def __call__(self, residual: Tensor, batch: Batch, pool: Tensor) -> None:
         add_rms_norm, attention = self._ops.add_rms_norm, self._attention
         plan = attention.plan(batch)
         update = torch.zeros_like(residual)
         for layer, kv in zip(self._layers, pool, strict=True):
-            q = attention.write(layer.qkv(add_rms_norm(update, residual, layer.attention_norm, self._eps)), kv, layer.attention, batch)
-            update = layer.out(attention.attend(q, kv, layer.attention, batch, plan))
-            x = layer.gate_up(add_rms_norm(update, residual, layer.mlp_norm, self._eps))
-            update = layer.down(self._ops.silu_mul(x))
+            x = add_rms_norm(update, residual, layer.attention_norm, self._eps)
+            q = attention.write(layer.qkv(x, batch), kv, layer.attention, batch)
+            update = layer.out(attention.attend(q, kv, layer.attention, batch, plan), batch)
+            x = add_rms_norm(update, residual, layer.mlp_norm, self._eps)
+            update = layer.mlp(x, batch)
         residual += update
 
 
@@ -92,8 +113,20 @@ class _Layer:
     def __init__(self, ops: LayerOps, shape: LayerShape, weights: LayerWeights):
         self.attention_norm, self.mlp_norm = weights.attention_norm, weights.mlp_norm
         self.attention = LayerAttention(shape.cos_sin, weights.window, weights.q_norm, weights.k_norm, shape.eps)
-        affines = (weights.qkv, weights.out, weights.gate_up, weights.down)
-        self.qkv, self.out, self.gate_up, self.down = (ops.make_matmul(affine) for affine in affines)
+        self.qkv, self.out = ops.make_matmul(weights.qkv), ops.make_matmul(weights.out)
+        self.mlp = GatedMlp(ops, weights)
+
+
+class GatedMlp:
+    """SwiGLU (arXiv:2002.05202)."""
+
+    def __init__(self, ops: LayerOps, weights: LayerWeights):
+        self._silu_mul = ops.silu_mul
+        self._gate_up, self._down = ops.make_matmul(weights.gate_up), ops.make_matmul(weights.down)
+
+    def __call__(self, x: Tensor, batch: Batch) -> Tensor:
+        """[t, hidden] -> [t, hidden]"""
+        return self._down(self._silu_mul(self._gate_up(x, batch)), batch)
 
 
 class Embedding(Protocol):
@@ -111,6 +144,6 @@ class EmbeddingWeights:
     """embedding, head [vocabulary, hidden]; head is None where the embedding serves as both. norm [hidden]."""
 
     embedding: Tensor
-    head: Tensor | None
+    head: Weight | None
     norm: Tensor
     eps: float

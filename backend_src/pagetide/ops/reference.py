@@ -13,24 +13,30 @@ _MASK_32 = 0xFFFFFFFF
 def gather(
     history: torch.Tensor,
     block_table: torch.Tensor,
+    lengths: torch.Tensor,
     rows: torch.Tensor,
-    starts: torch.Tensor,
     counts: torch.Tensor,
     num_tokens: int,
     block_size: int,
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
-    """A step's tokens: sequence i has counts[i] of them, from position starts[i] of row rows[i] on; all int32 [n], num_tokens in all.
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    """A step's tokens: sequence i has the next counts[i] of row rows[i], which has lengths[rows[i]] so far.
 
-    history int64 [max_rows, max_len], block_table int32 [max_rows, max_blocks]. Returns ids, positions and slots int64 [t], and the
-    sequences' block tables int32 [n, max_blocks].
+    rows, counts int32 [n]; num_tokens in all; history int64 [max_rows, max_len], block_table int32
+    [max_rows, max_blocks], lengths int32 [max_rows], to which counts are added in place.
+    Returns ids, positions and slots int64 [t], and the sequences' block tables int32 [n, max_blocks] and new
+    lengths int32 [n].
     """
-    counts, starts, rows = counts.long(), starts.long(), rows.long()
+    counts, rows = counts.long(), rows.long()
+    starts = lengths[rows].long()
+    lengths[rows] += counts.int()
     # The first token of sequence i stands at sum(counts[:i]) in the step.
     shift = starts - (counts.cumsum(0) - counts)
-    positions = torch.arange(num_tokens, device=rows.device) + shift.repeat_interleave(counts, output_size=num_tokens)
+    positions = torch.arange(num_tokens, device=rows.device)
+    positions = positions + shift.repeat_interleave(counts, output_size=num_tokens)
     owners = rows.repeat_interleave(counts, output_size=num_tokens)
     blocks = block_table[owners, positions // block_size].long()
-    return history[owners, positions], positions, blocks * block_size + positions % block_size, block_table[rows]
+    slots = blocks * block_size + positions % block_size
+    return history[owners, positions], positions, slots, block_table[rows], lengths[rows]
 
 
 def rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:

@@ -11,7 +11,18 @@ import torch
 from pagetide.config import Settings
 from pagetide.ops import reference
 from pagetide.ops.attention import TorchAttention
-from pagetide.ops.layers import Affine, ComposedLayers, Embedding, EmbeddingWeights, LayerOps, Layers, LayerShape, LayerWeights
+from pagetide.ops.batch import Batch
+from pagetide.ops.layers import (
+    Affine,
+    ComposedLayers,
+    Embedding,
+    EmbeddingWeights,
+    LayerOps,
+    Layers,
+    LayerShape,
+    LayerWeights,
+    Matmul,
+)
 
 Tensor = torch.Tensor
 
@@ -20,7 +31,7 @@ Tensor = torch.Tensor
 class Ops:
     """Signatures and shapes are those of ops/reference.py and ops/layers.py."""
 
-    gather: Callable[..., tuple[Tensor, Tensor, Tensor, Tensor]]
+    gather: Callable[..., tuple[Tensor, Tensor, Tensor, Tensor, Tensor]]
     make_embedding: Callable[[EmbeddingWeights], Embedding]
     make_layers: Callable[[LayerShape, Iterable[LayerWeights]], Layers]
     argmax: Callable[[Tensor], Tensor]
@@ -31,14 +42,18 @@ class Ops:
     score: Callable[[Tensor, Tensor, int], list[Tensor]]
 
 
-def torch_matmul(affine: Affine) -> Callable[[Tensor], Tensor]:
+def torch_matmul(affine: Affine) -> Matmul:
     """x @ weight.T + bias in the weight's type; the result has x's."""
-    weight, bias = affine.weight, affine.bias
+    weight, bias = affine.weight.values, affine.bias
 
-    def matmul(x: Tensor) -> Tensor:
-        return torch.nn.functional.linear(x.to(weight.dtype), weight, bias).to(x.dtype)
+    def matmul(x: Tensor, batch: Batch) -> Tensor:
+        return linear(x, weight, bias)
 
     return matmul
+
+
+def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    return torch.nn.functional.linear(x.to(weight.dtype), weight, bias).to(x.dtype)
 
 
 class TorchEmbedding:
@@ -46,13 +61,14 @@ class TorchEmbedding:
 
     def __init__(self, weights: EmbeddingWeights):
         self._weights = weights
-        self._head = torch_matmul(Affine(weights.embedding if weights.head is None else weights.head, None))
+        self._head = weights.embedding if weights.head is None else weights.head.values
 
     def embed(self, ids: Tensor) -> Tensor:
         return self._weights.embedding[ids].to(self._weights.norm.dtype)
 
     def logits(self, residual: Tensor) -> Tensor:
-        return self._head(reference.rms_norm(residual, self._weights.norm, self._weights.eps)).float()
+        normed = reference.rms_norm(residual, self._weights.norm, self._weights.eps)
+        return linear(normed, self._head).float()
 
 
 TORCH_LAYERS = LayerOps(reference.add_rms_norm, reference.silu_mul, torch_matmul, TorchAttention)

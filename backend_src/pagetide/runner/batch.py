@@ -1,23 +1,32 @@
-"""Gathers the decoder's input for one step on the device, from the rows."""
+"""A step's input for the decoder, gathered on the device from the rows."""
 
 from __future__ import annotations
 
 from pagetide.ops.batch import Batch
 from pagetide.ops.table import Ops
 from pagetide.runner.plan import StepPlan
+from pagetide.runner.plan_tensors import PlanTensors
 from pagetide.runner.rows import Rows
 
 
-def make_batch(plan: StepPlan, rows: Rows, block_size: int, ops: Ops) -> Batch:
-    """Where every token of the step stands, and what it is."""
-    sequences = tuple(rows.to_device(array) for array in (plan.rows, plan.starts, plan.counts))
-    ids, positions, slots, block_table = ops.gather(rows.history, rows.block_table, *sequences, plan.num_tokens, block_size)
+def make_batch(plan: StepPlan, tensors: PlanTensors, rows: Rows, block_size: int, ops: Ops) -> Batch:
+    """Where every token of the step stands, and what it is. Afterwards the rows are as long as the step makes them."""
+    ids, positions, slots, block_table, lengths = ops.gather(
+        rows.history,
+        rows.block_table,
+        rows.lengths,
+        tensors.rows,
+        tensors.counts,
+        plan.num_tokens,
+        block_size,
+    )
     return Batch(
         ids=ids,
         positions=positions,
         slot_mapping=slots,
         block_table=block_table,
-        logit_index=rows.indices(plan.logit_index),
+        lengths=lengths,
+        logit_index=tensors.logit_index,
         counts=plan.counts,
         starts=plan.starts,
     )

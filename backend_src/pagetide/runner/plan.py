@@ -96,9 +96,10 @@ class RowParams:
 
 @dataclass(frozen=True)
 class Admission:
-    """A sequence takes a row: its tokens so far (int32 [len]) and its parameters."""
+    """A sequence takes a row: its tokens so far (int32 [len]), of which num_computed are in the cache, and its parameters."""
 
     row: int
+    num_computed: int
     token_ids: np.ndarray
     params: RowParams
 

@@ -7,14 +7,17 @@ import torch
 
 from pagetide.ops.batch import LogitEdits
 from pagetide.runner.plan import NO_EDITS, Admission, StepPlan, bits_of
+from pagetide.runner.plan_tensors import PlanTensors
 
 _FLOATS = ("temperature", "top_p", "min_p", "repetition_penalty", "presence_penalty", "frequency_penalty")
 _INTEGERS = ("top_k", "seed", "num_prompt")
 
 
 class Rows:
-    """history int64 [max_rows, max_len]: all tokens of each row, sampled ones too, so that the next step finds its input on the device.
+    """history int64 [max_rows, max_len]: all tokens of each row, sampled ones too, so that the next step finds
+    its input on the device.
 
+    lengths int32 [max_rows]: how many of them are in the cache, or on the way there.
     block_table int32 [max_rows, max_blocks]; params: tensors [max_rows] by RowParams' names; masks int32 [max_rows, vocabulary / 32]: bit i of
     word w says whether token 32 * w + i may be sampled, where is_masked [max_rows] is true; edits: of all rows.
     """
@@ -24,6 +27,7 @@ class Rows:
         self._vocab_size = vocab_size
         max_blocks = -(-max_len // block_size)
         self.history = torch.zeros((max_rows, max_len + 1), dtype=torch.int64, device=device)
+        self.lengths = torch.zeros(max_rows, dtype=torch.int32, device=device)
         self.block_table = torch.zeros((max_rows, max_blocks), dtype=torch.int32, device=device)
         self._floats = torch.zeros((max_rows, len(_FLOATS)), dtype=torch.float32, device=device)
         self._integers = torch.zeros((max_rows, len(_INTEGERS)), dtype=torch.int64, device=device)
@@ -34,31 +38,31 @@ class Rows:
         self._edits_of = [NO_EDITS] * max_rows
         self.edits = self._gather_edits()
 
-    def apply(self, plan: StepPlan) -> None:
+    def apply(self, plan: StepPlan, tensors: PlanTensors) -> None:
         """Admits the plan's sequences and changes block tables."""
         for admission in plan.admissions:
-            self.history[admission.row, : len(admission.token_ids)] = self.indices(admission.token_ids)
+            self.history[admission.row, : len(admission.token_ids)] = self.to_device(admission.token_ids)
         if plan.admissions:
-            self._write_params(plan.admissions)
+            self._write_numbers(plan.admissions)
             self._write_edits(plan.admissions)
         if len(plan.block_rows):
-            places = self.indices(plan.block_rows), self.indices(plan.block_index)
-            self.block_table[places] = self.to_device(plan.block_ids)
+            self.block_table[tensors.block_rows, tensors.block_index] = tensors.block_ids
 
-    def set_masks(self, rows: np.ndarray, masks: np.ndarray) -> None:
+    def set_masks(self, rows: torch.Tensor, masks: np.ndarray) -> None:
         """Says which tokens these rows may sample: int32 [len(rows), vocabulary / 32]."""
-        places = self.indices(rows)
-        self.masks[places] = self.to_device(masks)
-        self.is_masked[places] = True
+        self.masks[rows] = self.to_device(masks)
+        self.is_masked[rows] = True
 
-    def _write_params(self, admissions: tuple[Admission, ...]) -> None:
-        rows = self.to_device(np.array([a.row for a in admissions], np.int64))
+    def _write_numbers(self, admissions: tuple[Admission, ...]) -> None:
+        rows = self.to_device(np.array([a.row for a in admissions]))
+        self.lengths[rows] = self.to_device(np.array([a.num_computed for a in admissions], np.int32))
         for state, names in ((self._floats, _FLOATS), (self._integers, _INTEGERS)):
-            state[rows] = torch.tensor([[getattr(a.params, name) for name in names] for a in admissions], dtype=state.dtype, device=self._device)
+            values = [[getattr(a.params, name) for name in names] for a in admissions]
+            state[rows] = torch.tensor(values, dtype=state.dtype, device=self._device)
         self.is_masked[rows] = False
         for admission in admissions:
             if admission.params.allowed:
-                self.set_masks(np.array([admission.row]), bits_of(admission.params.allowed, self._vocab_size)[None])
+                self.set_masks(torch.tensor([admission.row], device=self._device), bits_of(admission.params.allowed, self._vocab_size)[None])
 
     def _write_edits(self, admissions: tuple[Admission, ...]) -> None:
         before = [self._edits_of[a.row] for a in admissions]
@@ -89,7 +93,3 @@ class Rows:
         host = torch.from_numpy(np.ascontiguousarray(array))
         # Even a copy to where it is already would hand the interpreter to the host's thread, which keeps it for a while.
         return host if self._device.type == "cpu" else host.to(self._device, non_blocking=True)
-
-    def indices(self, array: np.ndarray) -> torch.Tensor:
-        """The array on the device as int64, which torch takes as an index."""
-        return self.to_device(array.astype(np.int64))

@@ -13,6 +13,7 @@ from pagetide.ops.table import Ops
 from pagetide.runner.batch import make_batch
 from pagetide.runner.device import Device
 from pagetide.runner.plan import Admission, RowParams, StepPlan, StepTokens
+from pagetide.runner.plan_tensors import PlanTensors, upload
 from pagetide.runner.rows import Rows
 from pagetide.runner.sampler import Sampler, read_results
 
@@ -28,6 +29,7 @@ class Runner:
         self._rows = rows
         self._ops = ops
         self._sampler = Sampler(self._rows, ops)
+        self._tensors: PlanTensors | None = None
         self._logits: torch.Tensor | None = None
         self._results: dict[int, Callable[[], list[np.ndarray]]] = {}
 
@@ -42,18 +44,19 @@ class Runner:
 
     @torch.inference_mode()
     def _forward(self, plan: StepPlan) -> None:
-        self._rows.apply(plan)
+        self._tensors = tensors = upload(plan, self.device.torch_device)
+        self._rows.apply(plan, tensors)
         if len(plan.copies):
-            copies = self._rows.indices(plan.copies)
-            self._store.copy_blocks(copies[:, 0], copies[:, 1])
-        batch = make_batch(plan, self._rows, self._block_size, self._ops)
+            self._store.copy_blocks(tensors.copies[:, 0], tensors.copies[:, 1])
+        batch = make_batch(plan, tensors, self._rows, self._block_size, self._ops)
         self._logits = self._decoder.forward(batch, self._store.pool)
 
     @torch.inference_mode()
     def _sample(self, plan: StepPlan, masks: np.ndarray | None) -> list[torch.Tensor]:
-        assert self._logits is not None
-        logits, self._logits = self._logits, None
-        return self._sampler(plan, logits, masks)
+        assert self._logits is not None and self._tensors is not None
+        logits, tensors = self._logits, self._tensors
+        self._logits = self._tensors = None
+        return self._sampler(plan, tensors, logits, masks)
 
     def warm_up(self, num_tokens: int) -> None:
         """Runs a prompt chunk of num_tokens and one token of decode, so that no request waits for compilers. Writes to block 0 only."""
@@ -84,7 +87,7 @@ def warm_up_plan(count: int, start: int, temperature: float, block_size: int) ->
         sample_rows=ints(0),
         sample_positions=ints(start + count),
         num_sampled=1,
-        admissions=(Admission(0, np.zeros(start + count, np.int32), params),),
+        admissions=(Admission(0, start, np.zeros(start + count, np.int32), params),),
         block_rows=np.zeros(num_blocks, np.int32),
         block_index=np.arange(num_blocks, dtype=np.int32),
         block_ids=np.zeros(num_blocks, np.int32),

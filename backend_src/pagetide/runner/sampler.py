@@ -10,6 +10,7 @@ import torch
 from pagetide.ops import reference
 from pagetide.ops.table import Ops
 from pagetide.runner.plan import BeamCandidates, StepPlan, StepTokens, TokenScores
+from pagetide.runner.plan_tensors import PlanTensors
 from pagetide.runner.rows import Rows
 
 
@@ -20,18 +21,17 @@ class Sampler:
         self._rows = rows
         self._ops = ops
 
-    def __call__(self, plan: StepPlan, logits: torch.Tensor, masks: np.ndarray | None) -> list[torch.Tensor]:
+    def __call__(self, plan: StepPlan, tensors: PlanTensors, logits: torch.Tensor, masks: np.ndarray | None) -> list[torch.Tensor]:
         """logits float32 [m, vocabulary], changed in place; masks of plan.guided_rows. Returns what read_results takes."""
         state = self._rows
-        rows = state.indices(plan.sample_rows)
-        positions = state.indices(plan.sample_positions)
-        raw = self._take(logits, plan.score_index, plan.adjusts_logits)
-        raw_of_beams = self._take(logits, plan.beam_index, will_change=True) if plan.adjusts_logits else None
-        returned = self._take(logits, plan.return_index, will_change=True)  # the next step's logits take their place
+        rows, positions = tensors.sample_rows, tensors.sample_positions
+        raw = _take(logits, tensors.score_index, plan.adjusts_logits)
+        raw_of_beams = _take(logits, tensors.beam_index, will_change=True) if plan.adjusts_logits else None
+        returned = _take(logits, tensors.return_index, will_change=True)  # the next step's logits take their place
         sampled, own = logits[: plan.num_sampled], rows[: plan.num_sampled]
         places = positions[: plan.num_sampled]
         if masks is not None:
-            state.set_masks(plan.guided_rows, masks)
+            state.set_masks(tensors.guided_rows, masks)
         self._adjust(plan, sampled, own, places)
         ids = self._ops.argmax(sampled) if plan.is_greedy else self._sample(sampled, own, places)
         # A row without a token has ended, but its next step may be on its way: that reads token 0.
@@ -39,10 +39,10 @@ class Sampler:
         state.history[own, places] = known
         results = [ids]
         if raw is not None:
-            chosen = state.indices(plan.score_index)
+            chosen = tensors.score_index
             results += self._ops.score(raw, state.history[rows[chosen], positions[chosen]], plan.num_top)
         if len(plan.beam_index):
-            chosen = state.indices(plan.beam_index)
+            chosen = tensors.beam_index
             results += self._candidates(plan, sampled[chosen], known[chosen], raw_of_beams)
         return results if returned is None else [*results, returned]
 
@@ -55,12 +55,6 @@ class Sampler:
         top = self._ops.score(raw, ids, plan.num_top)[2:]
         logprobs, ranks = reference.score_many(raw, tokens)
         return [tokens, scores, logprobs, ranks, *top]
-
-    def _take(self, logits: torch.Tensor, index: np.ndarray, will_change: bool) -> torch.Tensor | None:
-        """Some rows as the model gave them."""
-        if not len(index):
-            return None
-        return logits if len(index) == len(logits) and not will_change else logits[self._rows.indices(index)]
 
     def _adjust(self, plan: StepPlan, logits: torch.Tensor, rows: torch.Tensor, positions: torch.Tensor) -> None:
         state = self._rows
@@ -75,6 +69,13 @@ class Sampler:
     def _sample(self, logits: torch.Tensor, rows: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
         names = ("temperature", "top_k", "top_p", "min_p", "seed")
         return self._ops.sample(logits, *(self._rows.params[name][rows] for name in names), positions)
+
+
+def _take(logits: torch.Tensor, index: torch.Tensor, will_change: bool) -> torch.Tensor | None:
+    """Some rows as the model gave them."""
+    if not len(index):
+        return None
+    return logits if len(index) == len(logits) and not will_change else logits[index]
 
 
 def read_results(plan: StepPlan, results: list[np.ndarray]) -> StepTokens:

@@ -39,7 +39,7 @@ class CompiledEmbedding:
     def __init__(self, weights: EmbeddingWeights):
         self._vocab_size, self._hidden_size = weights.embedding.shape
         self._norm, self._eps = weights.norm.float().numpy(), np.float32(weights.eps)
-        self._head = pack(weights.embedding if weights.head is None else weights.head)
+        self._head = pack(weights.embedding if weights.head is None else weights.head.values)
         self._embedding = None if weights.head is None else weights.embedding
         self._num_threads = num_concurrent_threads()
         self._logits = torch.empty(0)

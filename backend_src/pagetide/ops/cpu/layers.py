@@ -124,6 +124,11 @@ class CompiledLayers:
         self._activations: Activations | None = None
         self._scratch = make_scratch(self._num_threads, shape.heads.head_dim, activation_type(self._weights.qkv))
 
+    @property
+    def block_shape(self) -> tuple[int, ...]:
+        heads = self._shape.heads
+        return (2, heads.num_kv_heads, self._shape.block_size * heads.head_dim)
+
     def __call__(self, residual: torch.Tensor, batch: Batch, pool: torch.Tensor) -> None:
         shape = self._shape
         t = len(residual)
@@ -173,9 +178,9 @@ def _packed(layer: LayerWeights) -> Iterator[tuple[str, torch.Tensor]]:
     yield "windows", torch.tensor(layer.window)
     for name in ("qkv", "out", "down"):
         affine = getattr(layer, name)
-        yield name, pack(affine.weight)
+        yield name, pack(affine.weight.values)
         yield f"{name}_bias", _floats(affine.bias)
-    yield "gate_up", pack(_interleaved(layer.gate_up.weight))
+    yield "gate_up", pack(_interleaved(layer.gate_up.weight.values))
     bias = layer.gate_up.bias
     yield "gate_up_bias", _floats(None if bias is None else _interleaved(bias))
 
