@@ -32,6 +32,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "backend_src"))
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "clients"))
 
+import host
 import streams
 from triton_server import ROOT, TritonServer, free_address
 
@@ -534,6 +535,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--features", action="store_true", help="what each sampling feature costs a step, and nothing else")
     parser.add_argument("--streams", nargs="*", type=int, metavar="USERS", help="how streams flow for so many users (1 4 8 32), and nothing else")
     parser.add_argument("--chunks", nargs="?", type=int, const=8, metavar="USERS", help="what a chunk costs and where, and nothing else")
+    parser.add_argument("--host", action="store_true", help="the host's time for each step, without a model, and nothing else")
     parser.add_argument("--seconds", type=float, default=10, help="of each run of --streams and --chunks")
     parser.add_argument(
         "--against", nargs="+", choices=("openvino", "vllm", "llamacpp"), help="other engines (scripts/peers.sh installs them) in turn with ours"
@@ -577,6 +579,11 @@ def main() -> int:
         ways = measure_chunks(arguments.chunks, arguments.seconds)
         print(streams.cost_table(ways))
         print(json.dumps({"machine": versions(), "chunks": {name: streams.as_json([row]) for name, row in ways.items()}}))
+        return 0
+    if arguments.host:
+        times = host.measure([32, 256])
+        print(host.table(times))
+        print(json.dumps({"machine": versions(), "host_us": times}))
         return 0
     if arguments.features:
         costs = feature_costs(max(arguments.repeats, 3))

@@ -63,8 +63,11 @@ class BlockManager:
 
         Returns the block copies (source, target) that must run before the write, or None, with nothing changed, if blocks are lacking.
         """
-        num_new = max(self.num_blocks_for(num_tokens) - len(sequence.blocks), 0)
+        num_blocks = len(sequence.blocks)
+        num_new = max(-(-num_tokens // self.block_size) - num_blocks, 0)
         writes_at = sequence.num_computed // self.block_size
+        if not num_new and writes_at == num_blocks - 1 and self._references[sequence.blocks[-1]] == 1:
+            return []
         shared = [i for i in range(writes_at, len(sequence.blocks)) if self._references[sequence.blocks[i]] > 1]
         if num_new + len(shared) > self.num_free:
             return None

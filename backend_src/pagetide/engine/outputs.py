@@ -22,13 +22,16 @@ class SampledToken(NamedTuple):
 
     sequence: Sequence
     token: int
-    score: TokenScore | None
-    candidates: BeamCandidates | None
-    logits: np.ndarray | None
+    score: TokenScore | None = None
+    candidates: BeamCandidates | None = None
+    logits: np.ndarray | None = None
 
 
 def sampled_tokens(plan: StepPlan, sequences: StepSequences, tokens: StepTokens) -> list[SampledToken]:
     """A step's tokens in the plan's order. What the step has to say of prompts goes to their groups at once."""
+    sampled = zip(sequences.sampling, tokens.ids.tolist(), strict=True)
+    if not (len(plan.score_index) or len(plan.beam_index) or len(plan.return_index)):
+        return [SampledToken(*one) for one in sampled]
     scores = dict(zip(plan.score_index.tolist(), _rows_of_scores(tokens.scores), strict=True))
     returned: Seq[np.ndarray] = () if tokens.logits is None else list(tokens.logits)
     logits = dict(zip(plan.return_index.tolist(), returned, strict=True))
@@ -40,12 +43,22 @@ def sampled_tokens(plan: StepPlan, sequences: StepSequences, tokens: StepTokens)
         if sequence.request.context_logits:
             sequence.group.context_logits.append(logits[at])
     found = []
-    for at, (sequence, token) in enumerate(zip(sequences.sampling, tokens.ids.tolist(), strict=True)):
+    for at, (sequence, token) in enumerate(sampled):
         # The logits behind the prompt's last token belong to the prompt, too.
         if at in logits and sequence.request.context_logits and samples_first(sequence):
             sequence.group.context_logits.append(logits[at])
         found.append(SampledToken(sequence, token, scores.get(at), candidates.get(at), logits.get(at)))
     return found
+
+
+def keep_report(sampled: SampledToken) -> None:
+    """Keeps the token's score and logits until the token is shown."""
+    sequence, score = sampled.sequence, sampled.score
+    if score is not None:
+        sequence.cumulative_logprob += score.logprob
+        sequence.scores.append(with_top(score, sequence.group.params.logprobs or 0))
+    if sequence.request.generation_logits and sampled.logits is not None:
+        sequence.logits.append(sampled.logits)
 
 
 def _rows_of_scores(scores: TokenScores | None) -> list[TokenScore]:
@@ -98,6 +111,11 @@ class OutputQueue:
 
     def _add(self, sequence: Sequence, index: int, ids: list[int], reason: str) -> None:
         group = sequence.group
+        if not (group.reports_tokens or group.reports_prompt):
+            cut = sequence.stops.num_cut if reason else 0
+            plain = Output(group.request.number, index, ids, cut, reason, group.num_cached, timings=group.timings)
+            self._outputs.append(plain)
+            return
         scores, sequence.scores = sequence.scores[: len(ids)], sequence.scores[len(ids) :]
         logits, sequence.logits = sequence.logits[: len(ids)], sequence.logits[len(ids) :]
         prompt_scores, context_logits = _of_prompt(group, index)

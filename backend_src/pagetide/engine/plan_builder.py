@@ -64,8 +64,10 @@ class PlanBuilder:
         copies: (source, target) of the blocks that have taken the place of others, from the one that is
         written next on.
         """
-        self._copies += copies
         known = sequence.num_placed
+        if known == len(sequence.blocks) and not copies:
+            return
+        self._copies += copies
         if known is None:
             token_ids = np.array(sequence.token_ids, np.int32)
             self._admissions.append(Admission(sequence.row, sequence.num_computed, token_ids, sequence.sampling))
@@ -79,7 +81,8 @@ class PlanBuilder:
     def add_chunk(self, sequence: Sequence, count: int) -> None:
         """The next count tokens of a sequence that has been placed."""
         self._chunks.append(Chunk(sequence, sequence.num_computed, count))
-        self._report_prompt(sequence, count)
+        if sequence.group.reports_prompt:
+            self._report_prompt(sequence, count)
         self.budget -= count
         self._num_tokens += count
         sequence.num_computed += count
@@ -87,8 +90,6 @@ class PlanBuilder:
     def _report_prompt(self, sequence: Sequence, count: int) -> None:
         """Asks for what the model thinks of the prompt's own tokens, once for each: a preempted prompt runs again."""
         group = sequence.group
-        if not group.reports_prompt:
-            return
         start = sequence.num_computed
         last = min(start + count, sequence.num_prompt - 1)
         for position in range(max(start, group.num_prompt_reported), last):
@@ -98,9 +99,8 @@ class PlanBuilder:
 
     def add_sample(self, sequence: Sequence) -> None:
         """The last token of the last chunk samples the sequence's next token."""
+        self._samples.append(Position(sequence, self._num_tokens - 1, sequence.num_wanted))
         sequence.num_pending += 1
-        # num_wanted counts that token; it stands at the position before.
-        self._samples.append(Position(sequence, self._num_tokens - 1, sequence.num_wanted - 1))
 
     def sequences(self) -> StepSequences:
         sampling = [sequence for sequence, _, _ in self._samples]

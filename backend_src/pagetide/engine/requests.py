@@ -141,15 +141,15 @@ class Requests:
         """Whatever is raised inside belongs to this request: it fails, and nobody else notices."""
         try:
             yield
-        except RequestError as error:
-            self._fail(group, error)
-        except (KeyboardInterrupt, SystemExit):
-            raise
         except BaseException as error:  # a panic of a library written in Rust is no Exception
-            self._fail(group, internal_error(error))
+            self.fail(group, error)
 
-    def _fail(self, group: SequenceGroup, error: Exception) -> None:
-        """Ends a request with an error in place of its further answers."""
+    def fail(self, group: SequenceGroup, error: BaseException) -> None:
+        """Ends a request with an error in place of its further answers; raises what is meant for the process."""
+        if isinstance(error, KeyboardInterrupt | SystemExit):
+            raise error
+        if not isinstance(error, RequestError):
+            error = internal_error(error)
         if self._groups.pop(group.request.number, None) is None:
             return  # it has ended in another way already
         self._counters.failed += 1

@@ -17,7 +17,7 @@ from pagetide.config import Settings
 from pagetide.engine.blocks import BlockManager
 from pagetide.engine.groups import ModelLimits
 from pagetide.engine.guides import GuideCompiler
-from pagetide.engine.outputs import OutputQueue, SampledToken, sampled_tokens, with_top
+from pagetide.engine.outputs import OutputQueue, SampledToken, keep_report, sampled_tokens
 from pagetide.engine.plan_builder import PlanBuilder, StepSequences
 from pagetide.engine.requests import Requests
 from pagetide.engine.sequence import Answer, Search, Sequence, SequenceGroup, Status
@@ -226,9 +226,12 @@ class Scheduler:
         """Schedules count tokens of a sequence that has the blocks for them."""
         step.place(sequence, copies)
         step.add_chunk(sequence, count)
-        self.blocks.publish(sequence)
-        if sequence.num_computed == sequence.num_wanted:
+        if sequence.num_computed // self.blocks.block_size > sequence.num_published:
+            self.blocks.publish(sequence)
+        if sequence.num_computed == len(sequence.token_ids) + sequence.num_pending:
             step.add_sample(sequence)
+            if not sequence.followers:
+                return
             for follower in sequence.followers:
                 self.blocks.fork(sequence, follower)
                 follower.num_computed = sequence.num_computed
@@ -266,40 +269,40 @@ class Scheduler:
     def commit(self, plan: StepPlan, tokens: StepTokens) -> None:
         """Takes a step's tokens in the order of its samples; sequences end here."""
         searching: dict[SequenceGroup, Search] = {}
+        now = self._now()
         for sampled in sampled_tokens(plan, self._in_flight.pop(plan.step), tokens):
             sequence, group = sampled.sequence, sampled.sequence.group
             sequence.num_pending -= 1
             # The step was launched before the host knew that the sequence had ended.
             if sequence.is_finished:
                 continue
-            self._note_token(group)
+            self._note_token(group, now)
             if group.search is not None:
                 sequence.candidates = sampled.candidates
                 searching[group] = group.search
                 continue
-            with self.requests.on_behalf_of(group):
+            try:
                 self._append(sampled)
+            except BaseException as error:  # as on_behalf_of, which takes too long for each token
+                self.requests.fail(group, error)
         for group, search in searching.items():
             with self.requests.on_behalf_of(group):
                 self._go_on(group, search)
 
-    def _note_token(self, group: SequenceGroup) -> None:
-        group.last_token_ns = self._now()
+    def _note_token(self, group: SequenceGroup, now: int) -> None:
+        group.last_token_ns = now
         if not group.first_token_ns:
-            group.first_token_ns = group.last_token_ns
+            group.first_token_ns = now
             self.observed.ttft_s.append((group.first_token_ns - group.arrival_ns) / 1e9)
 
     def _append(self, sampled: SampledToken) -> None:
-        sequence, token, score, _, logits = sampled
+        sequence, token = sampled.sequence, sampled.token
         if token == NO_TOKEN:
             raise RequestError(no_token_left(sequence))
         sequence.token_ids.append(token)
         self.counters.generated_tokens += 1
-        if score is not None:
-            sequence.cumulative_logprob += score.logprob
-            sequence.scores.append(with_top(score, sequence.group.params.logprobs or 0))
-        if sequence.request.generation_logits and logits is not None:
-            sequence.logits.append(logits)
+        if sequence.group.reports_tokens:
+            keep_report(sampled)
         reason = sequence.stops.push(token)
         if sequence.guide is not None and not reason:
             sequence.guide.advance(token)
@@ -308,10 +311,14 @@ class Scheduler:
         if reason:
             self._end(sequence.group, [sequence], reason)
             return
+        if len(sequence.token_ids) // self.blocks.block_size > sequence.num_published:
+            self._publish(sequence)
+        if sequence.group.streams:
+            self.outputs.add_tokens(sequence)
+
+    def _publish(self, sequence: Sequence) -> None:
         if sequence.status is Status.RUNNING:
             self.blocks.publish(sequence)
-        if sequence.request.stream and not sequence.group.params.picks_best:
-            self.outputs.add_tokens(sequence)
 
     def _go_on(self, group: SequenceGroup, search: Search) -> None:
         """The next step of a search, once the candidates of all its sequences are there."""

@@ -56,7 +56,7 @@ class Search(Strategy, Protocol):
         """(beam, its continuation) for the next step; none when the search is over. All have candidates."""
 
 
-@dataclass(eq=False)
+@dataclass(eq=False, slots=True)
 class SequenceGroup:
     """A request and its sequences. Times in ns on the monotonic clock, 0: not yet.
 
@@ -64,6 +64,9 @@ class SequenceGroup:
     unfinished: its sequences that have not ended.
     num_cached: tokens of the prompt that the cache held at the first admission.
     allowed_bits: allowed_token_ids as a mask int32 [vocabulary / 32], if the request has a guide too.
+    streams: its tokens are shown as they come.
+    reports_tokens: log-probabilities or logits of the answer's tokens are needed.
+    reports_prompt: what the model thinks of the prompt's own tokens is asked for.
     num_prompt_reported: prompt tokens whose successor's log-probability, or whose logits, have been asked
         for (see StepPlan); prompt_scores, context_logits: what came.
     """
@@ -83,19 +86,19 @@ class SequenceGroup:
     allowed_bits: np.ndarray | None = None
     prompt_scores: list[TokenScore] = field(default_factory=list)
     context_logits: list[np.ndarray] = field(default_factory=list)
+    params: SamplingParams = field(init=False)
+    is_beam_search: bool = field(init=False)
+    streams: bool = field(init=False)
+    reports_tokens: bool = field(init=False)
+    reports_prompt: bool = field(init=False)
 
-    @property
-    def params(self) -> SamplingParams:
-        return self.request.params
-
-    @property
-    def is_beam_search(self) -> bool:
-        return self.search is not None
-
-    @property
-    def reports_prompt(self) -> bool:
-        """True if what the model thinks of the prompt's own tokens is asked for."""
-        return self.params.prompt_logprobs is not None or self.request.context_logits
+    def __post_init__(self) -> None:
+        request = self.request
+        self.params = request.params
+        self.is_beam_search = self.search is not None
+        self.streams = request.stream and not request.params.picks_best
+        self.reports_tokens = request.params.logprobs is not None or request.params.picks_best or request.generation_logits
+        self.reports_prompt = request.params.prompt_logprobs is not None or request.context_logits
 
     @property
     def timings(self) -> Timings:
@@ -103,7 +106,7 @@ class SequenceGroup:
         return Timings(*times, self.num_reused_blocks, self.num_new_blocks)
 
 
-@dataclass(eq=False)
+@dataclass(eq=False, slots=True)
 class Sequence:
     """One sample or beam of a request. Counts are in tokens.
 
@@ -142,14 +145,12 @@ class Sequence:
     beam_score: float = 0.0
     scores: list[TokenScore] = field(default_factory=list)
     logits: list[np.ndarray] = field(default_factory=list)
+    request: Request = field(init=False)
+    num_prompt: int = field(init=False)
 
-    @property
-    def request(self) -> Request:
-        return self.group.request
-
-    @property
-    def num_prompt(self) -> int:
-        return len(self.group.request.prompt_ids)
+    def __post_init__(self) -> None:
+        self.request = self.group.request
+        self.num_prompt = len(self.request.prompt_ids)
 
     @property
     def num_wanted(self) -> int:
@@ -161,7 +162,7 @@ class Sequence:
         """False while all its tokens are there or on the way, or its next one has to be chosen by the host."""
         if self.group.is_beam_search and (self.num_pending or self.candidates is not None):
             return False
-        return self.num_wanted < self.max_len
+        return len(self.token_ids) + self.num_pending < self.max_len
 
     @property
     def is_finished(self) -> bool:

@@ -155,8 +155,9 @@ class StopChecker:
 
         After the last call `num_cut` tells how many bytes at the end of their text do not count.
         """
-        num_held = 0 if is_last else self._num_held_bytes()
-        if not num_held and (is_last or not any(self._matched)):
+        is_free = not any(self._matched) and not (self._held and self._held[-1] >= 0x80)
+        num_held = 0 if is_last or is_free else self._num_held_bytes()
+        if is_last or (not num_held and not any(self._matched)):
             ids, self._held_ids, self._held = self._held_ids, [], bytearray()
             return ids
         return self._take_before(len(self._held) - num_held)
