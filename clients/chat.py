@@ -14,7 +14,12 @@ import tritonclient.grpc as grpc
 from grpc_stream import tensor
 
 
-def answer(client: grpc.InferenceServerClient, responses: queue.Queue, messages: list[dict[str, str]], options: argparse.Namespace) -> Iterator[str]:
+def answer(
+    client: grpc.InferenceServerClient,
+    responses: queue.Queue,
+    messages: list[dict[str, str]],
+    options: argparse.Namespace,
+) -> Iterator[str]:
     """Sends the whole conversation; yields the pieces of the next message."""
     inputs = [
         tensor("messages", json.dumps(messages)),
@@ -33,7 +38,9 @@ def answer(client: grpc.InferenceServerClient, responses: queue.Queue, messages:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--url", default="127.0.0.1:8001")
     parser.add_argument("--system", help="instructions that stand before the conversation")
     parser.add_argument("--max-tokens", type=int, default=300)

@@ -18,7 +18,9 @@ SUBJECTS = ["tides", "lighthouses", "sea glass", "whales", "harbours", "storms",
 
 
 async def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--url", default="127.0.0.1:8001")
     parser.add_argument("--count", type=int, default=16)
     parser.add_argument("--max-tokens", type=int, default=40)
@@ -27,7 +29,11 @@ async def main() -> None:
 
     async def requests() -> AsyncIterator[dict[str, Any]]:
         for number, prompt in enumerate(prompts):
-            inputs = [tensor("text_input", prompt), tensor("max_tokens", arguments.max_tokens), tensor("stream", True)]
+            inputs = [
+                tensor("text_input", prompt),
+                tensor("max_tokens", arguments.max_tokens),
+                tensor("stream", True),
+            ]
             yield {"model_name": "ensemble", "inputs": inputs, "request_id": str(number)}
 
     answers, num_done, begin = [""] * len(prompts), 0, time.monotonic()

@@ -1,6 +1,7 @@
 """Streams an answer over gRPC.
 
-python clients/grpc_stream.py "Why does the tide rise?" [--url 127.0.0.1:8001] [--max-tokens 200] [--temperature 0.7]
+python clients/grpc_stream.py "Why does the tide rise?" [--url 127.0.0.1:8001] [--max-tokens 200]
+[--temperature 0.7]
 """
 
 from __future__ import annotations
@@ -51,7 +52,9 @@ def stream_chat(url: str, message: str, max_tokens: int, temperature: float) -> 
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("message")
     parser.add_argument("--url", default="127.0.0.1:8001")
     parser.add_argument("--max-tokens", type=int, default=200)

@@ -1,6 +1,7 @@
 """One whole answer over HTTP with plain infer(), from the model that answers each request once.
 
-python clients/http_unary.py "The tide rises because" [--url 127.0.0.1:8000] [--max-tokens 50] [--temperature 0.7]
+python clients/http_unary.py "The tide rises because" [--url 127.0.0.1:8000] [--max-tokens 50]
+[--temperature 0.7]
 """
 
 from __future__ import annotations
@@ -12,7 +13,9 @@ import tritonclient.http as http
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("prompt")
     parser.add_argument("--url", default="127.0.0.1:8000")
     parser.add_argument("--max-tokens", type=int, default=50)

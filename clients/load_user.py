@@ -1,9 +1,13 @@
-"""A user who sends one prompt after the other and remembers when each chunk of the answer came, by the clock of the thread that received it.
+"""A user who sends one prompt after the other and remembers when each chunk of the answer came, by the
+clock of the thread that received it.
 
-As a program it speaks for many users, in a process of its own, whose threads no event loop delays (clients/locustfile.py starts it):
+As a program it speaks for many users, in a process of its own, whose threads no event loop delays
+(clients/locustfile.py starts it):
 
-python clients/load_user.py 127.0.0.1:8001    reads lines of JSON {"user", "words", "max_tokens"} or {"user", "leaves": true},
-                                              writes lines of JSON {"user", "sent", "chunks": [[when, tokens], ...], "error"}; times in seconds
+python clients/load_user.py 127.0.0.1:8001
+
+reads   lines of JSON {"user", "words", "max_tokens"} or {"user", "leaves": true}
+writes  lines of JSON {"user", "sent", "chunks": [[when, tokens], ...], "error"}; times in seconds
 """
 
 from __future__ import annotations
@@ -20,7 +24,20 @@ from typing import Any
 import tritonclient.grpc as grpc
 from grpc_stream import tensor
 
-WORDS = ["tide", "moon", "harbour", "wind", "salt", "rope", "light", "wave", "sand", "storm", "ferry", "whale"]
+WORDS = [
+    "tide",
+    "moon",
+    "harbour",
+    "wind",
+    "salt",
+    "rope",
+    "light",
+    "wave",
+    "sand",
+    "storm",
+    "ferry",
+    "whale",
+]
 
 
 def random_prompt(rng: random.Random, num_words: int) -> str:
@@ -29,7 +46,10 @@ def random_prompt(rng: random.Random, num_words: int) -> str:
 
 @dataclass
 class Answer:
-    """Times in seconds of a monotonic clock. chunks: when each came, and how many tokens it brought. error: empty if there was none."""
+    """Times in seconds of a monotonic clock. chunks: when each came, and how many tokens it brought.
+
+    error: empty if there was none.
+    """
 
     sent: float
     chunks: list[tuple[float, int]] = field(default_factory=list)
@@ -37,15 +57,27 @@ class Answer:
 
 
 class LoadUser:
-    """A connection of its own, on which one prompt at a time is answered. on_end runs on a thread of tritonclient.
+    """A connection of its own, on which one prompt at a time is answered.
+
+    on_end runs on a thread of tritonclient.
 
     outputs: which ones are asked for beside sequence_length; None: all.
     """
 
-    def __init__(self, url: str, on_end: Callable[[Answer], None], stream: bool = True, outputs: list[str] | None = None):
+    def __init__(
+        self,
+        url: str,
+        on_end: Callable[[Answer], None],
+        stream: bool = True,
+        outputs: list[str] | None = None,
+    ):
         self._on_end = on_end
         self._stream = stream
-        self._outputs = None if outputs is None else [grpc.InferRequestedOutput(name) for name in ("sequence_length", *outputs)]
+        self._outputs = (
+            None
+            if outputs is None
+            else [grpc.InferRequestedOutput(name) for name in ("sequence_length", *outputs)]
+        )
         self._answer = Answer(0.0)
         self._leaves = False
         self._client = grpc.InferenceServerClient(url)
@@ -53,7 +85,13 @@ class LoadUser:
 
     def send(self, prompt: str, max_tokens: int) -> None:
         """Greedy, to the whole length."""
-        values = {"text_input": prompt, "max_tokens": max_tokens, "ignore_eos": True, "temperature": 0.0, "stream": self._stream}
+        values = {
+            "text_input": prompt,
+            "max_tokens": max_tokens,
+            "ignore_eos": True,
+            "temperature": 0.0,
+            "stream": self._stream,
+        }
         inputs = [tensor(name, value) for name, value in values.items()]
         self._answer = Answer(time.monotonic())
         self._client.async_stream_infer("ensemble", inputs, outputs=self._outputs)
@@ -83,7 +121,9 @@ def main() -> None:
     lock = threading.Lock()
 
     def report(number: int, answer: Answer) -> None:
-        line = json.dumps({"user": number, "sent": answer.sent, "chunks": answer.chunks, "error": answer.error})
+        line = json.dumps(
+            {"user": number, "sent": answer.sent, "chunks": answer.chunks, "error": answer.error}
+        )
         with lock:
             print(line, flush=True)
 

@@ -8,8 +8,9 @@ locust -f clients/locustfile.py --headless -u 32 -r 8 -t 60s --stop-timeout 60 -
    chunks per answer        a count, in the columns of times
    answer                   from sending to the last chunk; its length is the number of tokens
 
-Times are taken where the bytes arrive: by plain threads in a process beside Locust (clients/load_user.py), since Locust's greenlets would look at a
-clock only when it is their turn. `--processes -1` runs one Locust, and one such process, on each core: for hundreds of users.
+Times are taken where the bytes arrive: by plain threads in a process beside Locust (clients/load_user.py),
+since Locust's greenlets would look at a clock only when it is their turn. `--processes -1` runs one Locust,
+and one such process, on each core: for hundreds of users.
 """
 
 from __future__ import annotations
@@ -45,7 +46,9 @@ class Connections:
 
     def __init__(self, url: str):
         command = [sys.executable, str(Path(__file__).with_name("load_user.py")), url]
-        self._process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, bufsize=1)
+        self._process = subprocess.Popen(
+            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, bufsize=1
+        )
         self._answers: dict[int, Queue] = {}
         gevent.spawn(self._read)
 
@@ -96,7 +99,10 @@ class StreamingUser(User):
     @task
     def complete(self) -> None:
         options = self.environment.parsed_options
-        num_words, max_tokens = random.randint(options.min_words, options.max_words), random.randint(options.min_tokens, options.max_tokens)
+        num_words, max_tokens = (
+            random.randint(options.min_words, options.max_words),
+            random.randint(options.min_tokens, options.max_tokens),
+        )
         answer = self.connections.ask(self.number, num_words, max_tokens)
         times = [when for when, _ in answer["chunks"]]
         num_tokens = sum(count for _, count in answer["chunks"])
@@ -115,5 +121,10 @@ class StreamingUser(User):
 
     def report(self, name: str, seconds: float, length: int = 0, error: Exception | None = None) -> None:
         self.environment.events.request.fire(
-            request_type="gRPC", name=name, response_time=1000 * seconds, response_length=length, exception=error, context={}
+            request_type="gRPC",
+            name=name,
+            response_time=1000 * seconds,
+            response_length=length,
+            exception=error,
+            context={},
         )

@@ -1,10 +1,13 @@
-"""Measures Pagetide on fixed workloads, alone and through Triton, beside transformers and the machine's limits, all in one run.
+"""Measures Pagetide on fixed workloads, alone and through Triton, beside transformers and the machine's
+limits, all in one run.
 
    single  1 x (128 tokens in, 128 out)      mixed   64 x (16..512 in, 16..256 out), seeded
    batch  64 x (128, 128)                    prefix  64 x (512 shared + 32 own, 64)
-Greedy, exact lengths, all submitted at once, at most 32 running. Figures are output tokens a second, engines in turn in one run.
+Greedy, exact lengths, all submitted at once, at most 32 running. Figures are output tokens a second,
+engines in turn in one run.
 
-python scripts/benchmark.py [--engine] [--server] [--features] [--workloads single batch] [--repeats 2] [--json FILE] [--plot FILE]
+python scripts/benchmark.py [--engine] [--server] [--features] [--workloads single batch] [--repeats 2]
+[--json FILE] [--plot FILE]
 """
 
 from __future__ import annotations
@@ -58,7 +61,9 @@ class Figures:
 
 
 def workload(name: str, seed: int = 0) -> list[Job]:
-    """The jobs of a workload; another seed gives other tokens of the same lengths, so that no run finds another's prefix."""
+    """The jobs of a workload; another seed gives other tokens of the same lengths, so that no run finds
+    another's prefix.
+    """
     lengths, tokens = random.Random(7), random.Random(f"{name}{seed}")
 
     def ids(count: int) -> list[int]:
@@ -77,10 +82,12 @@ def workload(name: str, seed: int = 0) -> list[Job]:
 WORKLOADS = ("single", "batch", "mixed", "prefix")
 
 
-# -- engines: each runs all workloads in a process of its own ---------------------------------------------------------
+# -- engines: each runs all workloads in a process of its own ----------------------------------------------
 
 
-def run_pagetide(jobs_of: Callable[[str], list[Job]], names: Iterable[str], **settings: Any) -> Iterator[tuple[str, Figures]]:
+def run_pagetide(
+    jobs_of: Callable[[str], list[Job]], names: Iterable[str], **settings: Any
+) -> Iterator[tuple[str, Figures]]:
     """The engine without a server."""
     from pagetide.llm import LLM
     from pagetide.types import Request, SamplingParams
@@ -102,20 +109,31 @@ def run_pagetide(jobs_of: Callable[[str], list[Job]], names: Iterable[str], **se
         yield name, figures(time.perf_counter() - begin, first, last, counts)
 
 
-def run_transformers(jobs_of: Callable[[str], list[Job]], names: list[str], dtype: str) -> Iterator[tuple[str, Figures]]:
+def run_transformers(
+    jobs_of: Callable[[str], list[Job]], names: list[str], dtype: str
+) -> Iterator[tuple[str, Figures]]:
     """transformers' generate in static batches of 32: each batch runs until its longest answer is there."""
     import torch
     from pagetide.models.source import find_model
     from transformers import AutoModelForCausalLM
 
-    model = AutoModelForCausalLM.from_pretrained(str(find_model("", Path(CACHE))), dtype=getattr(torch, dtype)).eval()
+    model = AutoModelForCausalLM.from_pretrained(
+        str(find_model("", Path(CACHE))), dtype=getattr(torch, dtype)
+    ).eval()
 
     def generate(batch: list[Job]) -> None:
         longest, new = max(len(job.prompt) for job in batch), max(job.num_tokens for job in batch)
         ids = torch.tensor([[0] * (longest - len(job.prompt)) + job.prompt for job in batch])
         mask = torch.tensor([[0] * (longest - len(job.prompt)) + [1] * len(job.prompt) for job in batch])
         with torch.inference_mode():
-            out = model.generate(ids, attention_mask=mask, do_sample=False, max_new_tokens=new, min_new_tokens=new, pad_token_id=0)
+            out = model.generate(
+                ids,
+                attention_mask=mask,
+                do_sample=False,
+                max_new_tokens=new,
+                min_new_tokens=new,
+                pad_token_id=0,
+            )
         assert out.shape[1] == longest + new
 
     for name in ["single", *names]:
@@ -134,7 +152,9 @@ def run_transformers(jobs_of: Callable[[str], list[Job]], names: list[str], dtyp
         yield name, Figures(count / seconds, first, tpot)
 
 
-def run_server(jobs_of: Callable[[str], list[Job]], names: list[str], stream: bool) -> Iterator[tuple[str, Figures]]:
+def run_server(
+    jobs_of: Callable[[str], list[Job]], names: list[str], stream: bool
+) -> Iterator[tuple[str, Figures]]:
     """Through Triton's ensemble over gRPC."""
     with started_server() as server:
         for name in ["single", *names]:
@@ -216,7 +236,9 @@ class Answers:
         return time.perf_counter() - self._begin
 
 
-def figures(seconds: float, first: dict[Any, float], last: dict[Any, float], counts: dict[Any, int]) -> Figures:
+def figures(
+    seconds: float, first: dict[Any, float], last: dict[Any, float], counts: dict[Any, int]
+) -> Figures:
     rates = [(last[n] - first[n]) / (counts[n] - 1) for n in first if counts[n] > 1]
     ttft = statistics.median(first.values()) if first else None
     return Figures(sum(counts.values()) / seconds, ttft, statistics.median(rates) if rates else None)
@@ -225,13 +247,25 @@ def figures(seconds: float, first: dict[Any, float], last: dict[Any, float], cou
 PEERS = ROOT / ".peers"  # where scripts/peers.sh installs other engines
 
 
-def run_peer(jobs_of: Callable[[str], list[Job]], names: list[str], peer: str) -> Iterator[tuple[str, Figures]]:
+def run_peer(
+    jobs_of: Callable[[str], list[Job]], names: list[str], peer: str
+) -> Iterator[tuple[str, Figures]]:
     """Another engine, in the environment that scripts/peers.sh has made for it."""
-    command = [str(PEERS / peer / "bin" / "python"), str(ROOT / "scripts" / "peer_engines.py"), peer, str(PEERS), "bfloat16"]
+    command = [
+        str(PEERS / peer / "bin" / "python"),
+        str(ROOT / "scripts" / "peer_engines.py"),
+        peer,
+        str(PEERS),
+        "bfloat16",
+    ]
     with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as process:
         assert process.stdin is not None and process.stdout is not None
         for name in ["single", *names]:
-            print(json.dumps([asdict(job) | {"at": 0.0} for job in jobs_of(name)]), file=process.stdin, flush=True)
+            print(
+                json.dumps([asdict(job) | {"at": 0.0} for job in jobs_of(name)]),
+                file=process.stdin,
+                flush=True,
+            )
             result = json.loads(process.stdout.readline())
             first, last, counts = (dict(enumerate(result[key])) for key in ("first", "last", "counts"))
             yield name, figures(result["seconds"], first, last, counts)
@@ -240,7 +274,9 @@ def run_peer(jobs_of: Callable[[str], list[Job]], names: list[str], peer: str) -
 
 ENGINES: dict[str, Callable[..., Iterator[tuple[str, Figures]]]] = {
     "pagetide": run_pagetide,
-    "pagetide, static batches, contiguous KV": lambda jobs, names: run_pagetide(jobs, names, batching="static", kv_reservation="contiguous"),
+    "pagetide, static batches, contiguous KV": lambda jobs, names: run_pagetide(
+        jobs, names, batching="static", kv_reservation="contiguous"
+    ),
     "pagetide float32": lambda jobs, names: run_pagetide(jobs, names, dtype="float32"),
     "transformers bfloat16": lambda jobs, names: run_transformers(jobs, names, "bfloat16"),
     "transformers float32": lambda jobs, names: run_transformers(jobs, names, "float32"),
@@ -252,7 +288,7 @@ ENGINES: dict[str, Callable[..., Iterator[tuple[str, Figures]]]] = {
 }
 
 
-# -- how streams flow -----------------------------------------------------------------------------------------------------
+# -- how streams flow --------------------------------------------------------------------------------------
 
 
 def run_streams_alone(seconds: float) -> None:
@@ -267,13 +303,17 @@ def run_streams_alone(seconds: float) -> None:
 def measure_streams(users: list[int], seconds: float) -> list[streams.StreamFigures]:
     """Engine alone and server take turns for each number of users."""
     command = [sys.executable, __file__, "--streams-alone", "--seconds", str(seconds)]
-    alone = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True)
+    alone = subprocess.Popen(
+        command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True
+    )
     assert alone.stdin is not None and alone.stdout is not None
     rows = []
     with started_server() as server:
         for count in users:
             print(f"{count} users ...", file=sys.stderr, flush=True)
-            row = streams.measure(server, count, seconds, lambda: metric_of(server, "pagetide_step_tokens_count"))
+            row = streams.measure(
+                server, count, seconds, lambda: metric_of(server, "pagetide_step_tokens_count")
+            )
             print(count, file=alone.stdin, flush=True)
             row.engine_tokens_per_s = json.loads(alone.stdout.readline())
             rows.append(row)
@@ -286,7 +326,9 @@ def measure_chunks(users: int, seconds: float) -> dict[str, streams.StreamFigure
     """What a chunk costs, and where, by what its client asks for."""
     with started_server() as server:
         return {
-            name: streams.measure(server, users, seconds, lambda: metric_of(server, "pagetide_step_tokens_count"), outputs)
+            name: streams.measure(
+                server, users, seconds, lambda: metric_of(server, "pagetide_step_tokens_count"), outputs
+            )
             for name, outputs in streams.WAYS.items()
         }
 
@@ -298,7 +340,7 @@ def metric_of(server: TritonServer, name: str) -> float:
     return float(found[1])
 
 
-# -- what features cost ---------------------------------------------------------------------------------------------------
+# -- what features cost ------------------------------------------------------------------------------------
 
 FEATURES: dict[str, dict[str, Any]] = {
     "temperature": {"temperature": 0.8},
@@ -316,7 +358,9 @@ FEATURES: dict[str, dict[str, Any]] = {
 
 
 def feature_costs(repeats: int) -> dict[str, list[float]]:
-    """Time per step of 32 decoding sequences, as a ratio to plain greedy ones just before: all with one feature, and each with another."""
+    """Time per step of 32 decoding sequences, as a ratio to plain greedy ones just before: all with one
+    feature, and each with another.
+    """
     from pagetide.llm import LLM
     from pagetide.types import Guide, Request, SamplingParams
 
@@ -341,7 +385,9 @@ def feature_costs(repeats: int) -> dict[str, list[float]]:
         return statistics.median(times[2:])
 
     mixed = list(itertools.islice(itertools.cycle(FEATURES.values()), MAX_RUNNING))
-    batches = {"each request another one": mixed} | {name: [rule] * MAX_RUNNING for name, rule in FEATURES.items()}
+    batches = {"each request another one": mixed} | {
+        name: [rule] * MAX_RUNNING for name, rule in FEATURES.items()
+    }
     step_seconds(mixed)  # compiles kernels and grammars
     ratios: dict[str, list[float]] = {name: [] for name in batches}
     for _ in range(repeats):
@@ -357,11 +403,13 @@ def report_costs(ratios: dict[str, list[float]]) -> str:
     return "\n".join(lines)
 
 
-# -- limits of the machine --------------------------------------------------------------------------------------------
+# -- limits of the machine ---------------------------------------------------------------------------------
 
 
 def machine_limits() -> dict[str, float]:
-    """What memory and matrix products allow: read bandwidth in GB/s, products in GFLOP/s (bfloat16 and float32), weights of a step in MB."""
+    """What memory and matrix products allow: read bandwidth in GB/s, products in GFLOP/s (bfloat16 and
+    float32), weights of a step in MB.
+    """
     import numba
     import numpy as np
     import torch
@@ -388,7 +436,9 @@ def machine_limits() -> dict[str, float]:
     limits = {"read_gb_s": array.nbytes / best(lambda: read(array)) / 1e9}
     for name, dtype in (("bfloat16", torch.bfloat16), ("float32", torch.float32)):
         a, b = torch.randn(512, 1024).to(dtype), torch.randn(4096, 1024).to(dtype)
-        limits[f"{name}_gflop_s"] = 2 * 512 * 1024 * 4096 / best(lambda a=a, b=b: torch.nn.functional.linear(a, b)) / 1e9
+        limits[f"{name}_gflop_s"] = (
+            2 * 512 * 1024 * 4096 / best(lambda a=a, b=b: torch.nn.functional.linear(a, b)) / 1e9
+        )
     _, config = read_model(find_model("", Path(CACHE)))
     heads = (2 * config.num_heads + 2 * config.num_kv_heads) * config.head_dim * config.hidden_size
     layer = heads + 3 * config.hidden_size * config.intermediate_size
@@ -397,17 +447,22 @@ def machine_limits() -> dict[str, float]:
     return limits
 
 
-# -- the run ----------------------------------------------------------------------------------------------------------
+# -- the run -----------------------------------------------------------------------------------------------
 
 
 def run_one(engine: str, names: Iterable[str], seed: int) -> None:
-    """In a process of its own: prints a JSON line for each workload, and the peak memory of the process and its children."""
+    """In a process of its own: prints a JSON line for each workload, and the peak memory of the process and
+    its children.
+    """
     measured = ENGINES[engine](lambda name: workload(name, next(seeds)), names)
     seeds = iter(range(seed * 1000, seed * 1000 + 1000))
     next(measured)
     for name, result in measured:
         print(json.dumps({"workload": name, **asdict(result)}), flush=True)
-    peak = max(resource.getrusage(who).ru_maxrss for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)) / 1024
+    peak = (
+        max(resource.getrusage(who).ru_maxrss for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN))
+        / 1024
+    )
     print(json.dumps({"peak_mb": peak}), flush=True)
 
 
@@ -422,12 +477,16 @@ def measure(engine: str, names: list[str], seed: int) -> tuple[dict[str, Figures
 def served_shares(names: list[str], repeats: int) -> dict[str, dict[str, list[float]]]:
     """Tokens/s through Triton as shares of the engine alone, by workload and kind of answer.
 
-    Engine and server are both there and take turns, since a machine's speed changes over minutes; the idle one takes no time.
+    Engine and server are both there and take turns, since a machine's speed changes over minutes; the idle
+    one takes no time.
     """
     shares: dict[str, dict[str, list[float]]] = {name: {"streams": [], "whole answers": []} for name in names}
     command = [sys.executable, __file__, "--run-one", "pagetide", "--on-demand"]
     seeds = itertools.count(500_000)
-    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as engine, started_server() as server:
+    with (
+        subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as engine,
+        started_server() as server,
+    ):
 
         def alone(name: str) -> float:
             assert engine.stdin is not None and engine.stdout is not None
@@ -441,7 +500,9 @@ def served_shares(names: list[str], repeats: int) -> dict[str, dict[str, list[fl
             for _ in range(repeats):
                 for kind, found in shares[name].items():
                     before = alone(name)
-                    served = run_served(server, workload(name, next(seeds)), stream=kind == "streams").tokens_per_s
+                    served = run_served(
+                        server, workload(name, next(seeds)), stream=kind == "streams"
+                    ).tokens_per_s
                     found.append(2 * served / (before + alone(name)))
         assert engine.stdin is not None
         engine.stdin.close()
@@ -449,16 +510,36 @@ def served_shares(names: list[str], repeats: int) -> dict[str, dict[str, list[fl
 
 
 def report_shares(shares: dict[str, dict[str, list[float]]]) -> str:
-    lines = ["| through Triton, share of the engine alone | " + " | ".join(shares) + " |", "|" + " --- |" * (len(shares) + 1)]
+    lines = [
+        "| through Triton, share of the engine alone | " + " | ".join(shares) + " |",
+        "|" + " --- |" * (len(shares) + 1),
+    ]
     for kind in ("streams", "whole answers"):
-        lines.append(f"| {kind} | " + " | ".join(f"{statistics.median(by_kind[kind]):.0%}" for by_kind in shares.values()) + " |")
+        lines.append(
+            f"| {kind} | "
+            + " | ".join(f"{statistics.median(by_kind[kind]):.0%}" for by_kind in shares.values())
+            + " |"
+        )
     return "\n".join(lines)
 
 
-def report(results: dict[str, dict[str, list[Figures]]], peaks: dict[str, float], names: list[str], limits: dict[str, float]) -> str:
+def report(
+    results: dict[str, dict[str, list[Figures]]],
+    peaks: dict[str, float],
+    names: list[str],
+    limits: dict[str, float],
+) -> str:
     """A table: tokens/s by engine and workload, in brackets the ratio to the faster transformers."""
     base = {
-        name: max((median_rate(runs[name]) for engine, runs in results.items() if engine.startswith("transformers")), default=None) for name in names
+        name: max(
+            (
+                median_rate(runs[name])
+                for engine, runs in results.items()
+                if engine.startswith("transformers")
+            ),
+            default=None,
+        )
+        for name in names
     }
     header = ["engine", *names, "TTFT ms", "TPOT ms", "peak MB"]
     lines = [f"| {' | '.join(header)} |", "|" + " --- |" * len(header)]
@@ -478,8 +559,10 @@ def report(results: dict[str, dict[str, list[Figures]]], peaks: dict[str, float]
         share = f" Decode of `single` runs at {1 / tpot / limits['max_single_tokens_s']:.0%} of it."
     lines.append("")
     lines.append(
-        f"Limits: memory read {limits['read_gb_s']:.0f} GB/s, so at most {limits['max_single_tokens_s']:.0f} tokens/s for one sequence "
-        f"({limits['weights_mb']:.0f} MB of weights a step).{share} Matrix products: {limits['bfloat16_gflop_s']:.0f} GFLOP/s in bfloat16, "
+        f"Limits: memory read {limits['read_gb_s']:.0f} GB/s, so at most "
+        f"{limits['max_single_tokens_s']:.0f} tokens/s for one sequence "
+        f"({limits['weights_mb']:.0f} MB of weights a step).{share} Matrix products: "
+        f"{limits['bfloat16_gflop_s']:.0f} GFLOP/s in bfloat16, "
         f"{limits['float32_gflop_s']:.0f} in float32 (torch)."
     )
     return "\n".join(lines)
@@ -495,7 +578,9 @@ def draw(results: dict[str, dict[str, list[Figures]]], names: list[str], file: P
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
-    figure, axes = plt.subplots(1, len(names), figsize=(3.2 * len(names), 0.5 * len(results) + 1.6), sharey=True)
+    figure, axes = plt.subplots(
+        1, len(names), figsize=(3.2 * len(names), 0.5 * len(results) + 1.6), sharey=True
+    )
     engines = list(results)[::-1]
     for axis, name in zip([axes] if len(names) == 1 else axes, names, strict=True):
         bars = axis.barh(engines, [median_rate(results[engine][name]) for engine in engines])
@@ -516,7 +601,10 @@ def versions() -> dict[str, str]:
     import transformers
 
     cpu = Path("/proc/cpuinfo").read_text(encoding="utf-8")
-    name = next((line.split(":", 1)[1].strip() for line in cpu.splitlines() if line.startswith("model name")), platform.processor())
+    name = next(
+        (line.split(":", 1)[1].strip() for line in cpu.splitlines() if line.startswith("model name")),
+        platform.processor(),
+    )
     has_bf16 = "avx512_bf16" in cpu
     return {
         "processor": name,
@@ -529,20 +617,55 @@ def versions() -> dict[str, str]:
 
 
 def parse_arguments() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--engine", action="store_true", help="the engine alone (the default, with transformers and static batching beside it)")
-    parser.add_argument("--server", action="store_true", help="through Triton too, taking turns with the engine alone")
-    parser.add_argument("--features", action="store_true", help="what each sampling feature costs a step, and nothing else")
-    parser.add_argument("--streams", nargs="*", type=int, metavar="USERS", help="how streams flow for so many users (1 4 8 32), and nothing else")
-    parser.add_argument("--chunks", nargs="?", type=int, const=8, metavar="USERS", help="what a chunk costs and where, and nothing else")
-    parser.add_argument("--host", action="store_true", help="the host's time for each step, without a model, and nothing else")
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "--engine",
+        action="store_true",
+        help="the engine alone (the default, with transformers and static batching beside it)",
+    )
+    parser.add_argument(
+        "--server", action="store_true", help="through Triton too, taking turns with the engine alone"
+    )
+    parser.add_argument(
+        "--features", action="store_true", help="what each sampling feature costs a step, and nothing else"
+    )
+    parser.add_argument(
+        "--streams",
+        nargs="*",
+        type=int,
+        metavar="USERS",
+        help="how streams flow for so many users (1 4 8 32), and nothing else",
+    )
+    parser.add_argument(
+        "--chunks",
+        nargs="?",
+        type=int,
+        const=8,
+        metavar="USERS",
+        help="what a chunk costs and where, and nothing else",
+    )
+    parser.add_argument(
+        "--host", action="store_true", help="the host's time for each step, without a model, and nothing else"
+    )
     parser.add_argument("--seconds", type=float, default=10, help="of each run of --streams and --chunks")
     parser.add_argument(
-        "--against", nargs="+", choices=("openvino", "vllm", "llamacpp"), help="other engines (scripts/peers.sh installs them) in turn with ours"
+        "--against",
+        nargs="+",
+        choices=("openvino", "vllm", "llamacpp"),
+        help="other engines (scripts/peers.sh installs them) in turn with ours",
     )
-    parser.add_argument("--only", nargs="+", choices=ENGINES, metavar="ENGINE", help=f"run just these: {', '.join(ENGINES)}")
+    parser.add_argument(
+        "--only", nargs="+", choices=ENGINES, metavar="ENGINE", help=f"run just these: {', '.join(ENGINES)}"
+    )
     parser.add_argument("--workloads", nargs="+", choices=WORKLOADS, default=list(WORKLOADS))
-    parser.add_argument("--repeats", type=int, default=1, help="rounds in which all engines take their turn; medians are shown")
+    parser.add_argument(
+        "--repeats",
+        type=int,
+        default=1,
+        help="rounds in which all engines take their turn; medians are shown",
+    )
     parser.add_argument("--json", type=Path, help="write all figures to this file")
     parser.add_argument("--plot", type=Path, help="draw a plot into this file")
     parser.add_argument("--streams-alone", action="store_true", help=argparse.SUPPRESS)
@@ -557,7 +680,12 @@ def engines_of(arguments: argparse.Namespace) -> list[str]:
         return arguments.only
     if arguments.against:
         return ["pagetide", *arguments.against, "transformers bfloat16"]
-    alone = ["pagetide", "pagetide, static batches, contiguous KV", "transformers bfloat16", "transformers float32"]
+    alone = [
+        "pagetide",
+        "pagetide, static batches, contiguous KV",
+        "transformers bfloat16",
+        "transformers float32",
+    ]
     return [] if arguments.server and not arguments.engine else alone
 
 
@@ -578,7 +706,14 @@ def main() -> int:
     if arguments.chunks is not None:
         ways = measure_chunks(arguments.chunks, arguments.seconds)
         print(streams.cost_table(ways))
-        print(json.dumps({"machine": versions(), "chunks": {name: streams.as_json([row]) for name, row in ways.items()}}))
+        print(
+            json.dumps(
+                {
+                    "machine": versions(),
+                    "chunks": {name: streams.as_json([row]) for name, row in ways.items()},
+                }
+            )
+        )
         return 0
     if arguments.host:
         times = host.measure([32, 256])
@@ -596,7 +731,12 @@ def main() -> int:
     for repeat in range(arguments.repeats):
         for engine in engines:
             begin = time.perf_counter()
-            print(f"round {repeat + 1} of {arguments.repeats}: {engine} ...", end=" ", file=sys.stderr, flush=True)
+            print(
+                f"round {repeat + 1} of {arguments.repeats}: {engine} ...",
+                end=" ",
+                file=sys.stderr,
+                flush=True,
+            )
             try:
                 found, peak = measure(engine, arguments.workloads, repeat)
             except subprocess.CalledProcessError as error:
@@ -619,7 +759,10 @@ def main() -> int:
         "limits": limits,
         "peak_mb": peaks,
         "served_shares": shares,
-        "results": {engine: {name: [asdict(run) for run in runs] for name, runs in by_name.items()} for engine, by_name in results.items()},
+        "results": {
+            engine: {name: [asdict(run) for run in runs] for name, runs in by_name.items()}
+            for engine, by_name in results.items()
+        },
     }
     if arguments.json:
         arguments.json.write_text(json.dumps(summary, indent=1))

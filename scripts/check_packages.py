@@ -1,4 +1,5 @@
-"""Prints the pinned packages that are missing here, have another version, or have lost files: one NAME==VERSION per line.
+"""Prints the pinned packages that are missing here, have another version, or have lost files: one
+NAME==VERSION per line.
 
 check_packages.py LOCK_FILE [NAME==VERSION ...]; needs nothing but pip's own copy of `packaging`.
 """

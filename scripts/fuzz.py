@@ -1,12 +1,13 @@
-"""Sends seeded random requests, made from the contract's table, to a running server, and checks every answer against what the table promises.
+"""Sends seeded random requests, made from the contract's table, to a running server, and checks every
+answer against what the table promises.
 
-Every field, in and out of its range, combined; nasty texts; clients that cancel or leave at random moments. Afterwards the engine must be the
-same process, nothing may run, no block be used, and memory be flat.
+Every field, in and out of its range, combined; nasty texts; clients that cancel or leave at random moments.
+Afterwards the engine must be the same process, nothing may run, no block be used, and memory be flat.
 
 python scripts/fuzz.py [--seconds 600] [--clients 8] [--seed 0] [--http-port 8000]
 
-Without the port of a server that serve.sh has started it starts one of its own. Ends with status 1 and the requests that went wrong, as
-JSON that can be sent again.
+Without the port of a server that serve.sh has started it starts one of its own. Ends with status 1 and the
+requests that went wrong, as JSON that can be sent again.
 """
 
 from __future__ import annotations
@@ -57,7 +58,11 @@ TEXTS = [
 ]
 GUIDES = [
     ("json", ""),
-    ("json_schema", '{"type": "object", "properties": {"a": {"type": "integer"}}, "required": ["a"], "additionalProperties": false}'),
+    (
+        "json_schema",
+        '{"type": "object", "properties": {"a": {"type": "integer"}}, "required": ["a"], '
+        '"additionalProperties": false}',
+    ),
     ("json_schema", '{"type": "array", "items": {"type": "string", "maxLength": 4}, "maxItems": 2}'),
     ("regex", "[a-z]{2,5}(-[0-9]+)?"),
     ("choice", '["Paris", "Rome", "漢字", "a \\"b\\""]'),
@@ -74,9 +79,11 @@ BAD_GUIDES = [
     ("structural_tag", "{}"),
     ("nothing", "x"),
 ]
-# Errors that a request may get although each of its values is allowed: rules that exclude each other, and a server that is full.
+# Errors that a request may get although each of its values is allowed: rules that exclude each other, and a
+# server that is full.
 TOGETHER = re.compile(
-    r"no token is left|Exceeds maximum queue size|guided_decoding_guide|must be at most|give one of them|must be at least|leave one"
+    r"no token is left|Exceeds maximum queue size|guided_decoding_guide|must be at most|give one "
+    r"of them|must be at least|leave one"
     r"|must be 1 with guided decoding|the beams may need"
 )
 
@@ -97,14 +104,16 @@ class Report:
 
     def note_time(self, seconds: float, way: str, wish: Wish) -> None:
         with self.lock:
-            self.slowest = sorted([*self.slowest, (seconds, f"{way} {json.dumps(wish.values)[:300]}")], reverse=True)[:5]
+            self.slowest = sorted(
+                [*self.slowest, (seconds, f"{way} {json.dumps(wish.values)[:300]}")], reverse=True
+            )[:5]
 
     def fail(self, what: str, request: Any, answer: Any) -> None:
         with self.lock:
             self.failures.append({"what": what, "request": request, "answer": repr(answer)[:600]})
 
 
-# -- requests ------------------------------------------------------------------------------------------------------------
+# -- requests ----------------------------------------------------------------------------------------------
 
 
 @dataclass
@@ -122,15 +131,23 @@ def make_wish(rng: random.Random) -> Wish:
         wish.values["input_ids"] = [rng.randrange(49_152) for _ in range(rng.choice([1, 2, 15, 16, 17, 300]))]
     elif rng.random() < 0.15:
         text = wish.values.pop("text_input")
-        wish.values["messages"] = json.dumps([{"role": "user", "content": rng.choice([text, [{"type": "text", "text": text}]])}])
+        wish.values["messages"] = json.dumps(
+            [{"role": "user", "content": rng.choice([text, [{"type": "text", "text": text}]])}]
+        )
     names = [
-        f for f in FIELDS if not f.is_prompt and not f.is_unsupported and f.name not in ("max_tokens", "tools", "cancel", "chat_template_kwargs")
+        f
+        for f in FIELDS
+        if not f.is_prompt
+        and not f.is_unsupported
+        and f.name not in ("max_tokens", "tools", "cancel", "chat_template_kwargs")
     ]
     for one in rng.sample(names, rng.choice([0, 1, 1, 2, 3, 5, 8])):
         is_wrong = rng.random() < 0.06
         values = wrong_values(one, rng) if is_wrong else allowed_values(one, rng)
         wish.values.update(values)
-        wish.wrong = [name for name in wish.wrong if name not in values] + ([one.name] if is_wrong and values else [])
+        wish.wrong = [name for name in wish.wrong if name not in values] + (
+            [one.name] if is_wrong and values else []
+        )
     if rng.random() < 0.12:
         kind, text = rng.choice(BAD_GUIDES if (is_wrong := rng.random() < 0.2) else GUIDES)
         wish.values |= {"guided_decoding_guide_type": kind, "guided_decoding_guide": text, "max_tokens": 40}
@@ -155,7 +172,9 @@ def allowed_values(one: Field, rng: random.Random) -> dict[str, Any]:
         "bad_words": lambda: rng.choice([[""], ["the", "Paris"], ["🌊"], [" a b c" * 100]]),
         "stop_token_ids": lambda: rng.sample(range(49_152), rng.choice([0, 1, 1024])),
         "allowed_token_ids": lambda: rng.sample(range(49_152), rng.choice([1, 2, 500, 20_000])),
-        "logit_bias": lambda: json.dumps({str(rng.randrange(49_152)): rng.choice([-100, 0, 100]) for _ in range(rng.choice([0, 1, 1024]))}),
+        "logit_bias": lambda: json.dumps(
+            {str(rng.randrange(49_152)): rng.choice([-100, 0, 100]) for _ in range(rng.choice([0, 1, 1024]))}
+        ),
         "cache_salt": lambda: rng.choice(["", "s", "🌊" * 500]),
         "timeout_ms": lambda: rng.choice([0, 1, 5, 60_000, 2**31 - 1]),
         "logprobs": lambda: rng.choice([0, 1, 20]),
@@ -165,15 +184,27 @@ def allowed_values(one: Field, rng: random.Random) -> dict[str, Any]:
     }
     if name in ("embedding_bias_words", "embedding_bias_weights"):
         words = rng.choice([["a"], ["", "the"], ["🌊", "Paris", " "]])
-        return {"embedding_bias_words": words, "embedding_bias_weights": [rng.choice([-1000, 0, 1000]) for _ in words]}
-    if name in ("guided_decoding_guide", "guided_decoding_guide_type", "return_context_logits", "return_generation_logits"):
+        return {
+            "embedding_bias_words": words,
+            "embedding_bias_weights": [rng.choice([-1000, 0, 1000]) for _ in words],
+        }
+    if name in (
+        "guided_decoding_guide",
+        "guided_decoding_guide_type",
+        "return_context_logits",
+        "return_generation_logits",
+    ):
         return {}
     if name in special:
         return {rng.choice(json_names(one)): special[name]()}
     if one.dtype == "BOOL":
         return {name: rng.random() < 0.5}
     assert one.low is not None and one.high is not None, name
-    within = rng.uniform(one.low, min(one.high, one.low + 3)) if one.dtype == "FP32" else rng.randint(int(one.low), int(one.high))
+    within = (
+        rng.uniform(one.low, min(one.high, one.low + 3))
+        if one.dtype == "FP32"
+        else rng.randint(int(one.low), int(one.high))
+    )
     return {rng.choice(json_names(one)): rng.choice([one.low, one.high, within])}
 
 
@@ -184,7 +215,13 @@ def json_names(one: Field) -> list[str]:
 def wrong_values(one: Field, rng: random.Random) -> dict[str, Any]:
     """The field with a value that it may not have."""
     if one.low is not None and one.high is not None and one.name not in ("lora_task_id", "seed"):
-        return {one.name: rng.choice([one.low - 1, one.high * 2 + 1] if one.dtype == "FP32" or one.high < 2**30 else [int(one.low) - 1])}
+        return {
+            one.name: rng.choice(
+                [one.low - 1, one.high * 2 + 1]
+                if one.dtype == "FP32" or one.high < 2**30
+                else [int(one.low) - 1]
+            )
+        }
     wrong: dict[str, Any] = {
         "stop_words": ["x"] * 65,
         "bad_words": ["y" * 1025],
@@ -198,7 +235,7 @@ def wrong_values(one: Field, rng: random.Random) -> dict[str, Any]:
     return {one.name: wrong[one.name]} if one.name in wrong else {}
 
 
-# -- answers -------------------------------------------------------------------------------------------------------------
+# -- answers -----------------------------------------------------------------------------------------------
 
 
 def check_error(wish: Wish, message: str) -> str:
@@ -216,7 +253,9 @@ def check_answers(wish: Wish, answers: list[dict[str, Any]]) -> str:
     """answers: for each sequence its ids, text, reason and log-probabilities, in their order."""
     values = wish.values
     # A grammar is compiled beside other work: the time may be up before it turns out to be none.
-    is_too_early = wish.wrong == ["guided_decoding_guide"] and all(answer["reason"] == "timeout" for answer in answers)
+    is_too_early = wish.wrong == ["guided_decoding_guide"] and all(
+        answer["reason"] == "timeout" for answer in answers
+    )
     if wish.wrong and not is_too_early:
         return f"{', '.join(wish.wrong)} should have been refused"
     count = values.get("num_return_sequences", values.get("n", 1))
@@ -239,8 +278,21 @@ def check_answers(wish: Wish, answers: list[dict[str, Any]]) -> str:
 
 def check_guided(values: dict[str, Any], answer: dict[str, Any]) -> str:
     """A whole answer is one of its grammar, unless something else has cut or decorated it."""
-    others = {"stop_words", "stop", "stop_token_ids", "include_stop_str_in_output", "skip_special_tokens", "exclude_input_in_output", "end_id"}
-    if "guided_decoding_guide" not in values or others & values.keys() or answer["reason"] != "stop" or not answer["ids"]:
+    others = {
+        "stop_words",
+        "stop",
+        "stop_token_ids",
+        "include_stop_str_in_output",
+        "skip_special_tokens",
+        "exclude_input_in_output",
+        "end_id",
+    }
+    if (
+        "guided_decoding_guide" not in values
+        or others & values.keys()
+        or answer["reason"] != "stop"
+        or not answer["ids"]
+    ):
         return ""
     kind, guide, text = values["guided_decoding_guide_type"], values["guided_decoding_guide"], answer["text"]
     if kind == "regex":
@@ -255,7 +307,7 @@ def check_guided(values: dict[str, Any], answer: dict[str, Any]) -> str:
     return ""
 
 
-# -- ways to send --------------------------------------------------------------------------------------------------------
+# -- ways to send ------------------------------------------------------------------------------------------
 
 
 class Client:
@@ -272,7 +324,9 @@ class Client:
         while time.monotonic() < until:
             self._count += 1
             wish = make_wish(self._rng)
-            way = self._rng.choices([self._unary, self._stream, self._leave_http, self._cancel], [50, 35, 8, 7])[0]
+            way = self._rng.choices(
+                [self._unary, self._stream, self._leave_http, self._cancel], [50, 35, 8, 7]
+            )[0]
             begin = time.monotonic()
             try:
                 way(wish)
@@ -285,7 +339,9 @@ class Client:
         url = f"http://{self._address.http}/v2/models/ensemble_unary/generate"
         body = json.dumps(as_body(wish.values)).encode()
         try:
-            with urllib.request.urlopen(urllib.request.Request(url, body), timeout=ANSWER_TIMEOUT_S) as answer:
+            with urllib.request.urlopen(
+                urllib.request.Request(url, body), timeout=ANSWER_TIMEOUT_S
+            ) as answer:
                 found = json.loads(answer.read(), parse_constant=lambda constant: 1 / 0)
         except urllib.error.HTTPError as error:
             self._judge(wish, check_error(wish, json.loads(error.read())["error"]), "refused", error)
@@ -312,7 +368,9 @@ class Client:
             client.start_stream(receive)
             try:
                 inputs, parameters = as_tensors(values)
-                client.async_stream_infer("ensemble", inputs, request_id=f"{self._number}-{self._count}", parameters=parameters)
+                client.async_stream_infer(
+                    "ensemble", inputs, request_id=f"{self._number}-{self._count}", parameters=parameters
+                )
                 if not done.wait(ANSWER_TIMEOUT_S):
                     self._judge(wish, "no answer", "", parts)
                     return
@@ -322,13 +380,21 @@ class Client:
         if errors:
             self._judge(wish, check_error(wish, errors[0]), "refused", errors)
         else:
-            self._judge(wish, check_answers(wish, answers_of_stream(parts)), "streamed", [p.get_response() for p in parts[:3]])
+            self._judge(
+                wish,
+                check_answers(wish, answers_of_stream(parts)),
+                "streamed",
+                [p.get_response() for p in parts[:3]],
+            )
 
     def _leave_http(self, wish: Wish) -> None:
         """Leaves generate_stream after some bytes, or before any."""
         data = json.dumps(as_body(long(wish.values))).encode()
-        head = f"POST /v2/models/ensemble/generate_stream HTTP/1.1\r\nHost: x\r\nContent-Length: {len(data)}\r\n\r\n"
-        with socket.create_connection((self._address.host, self._address.http_port), timeout=ANSWER_TIMEOUT_S) as connection:
+        head = "POST /v2/models/ensemble/generate_stream HTTP/1.1\r\nHost: x\r\n"
+        head += f"Content-Length: {len(data)}\r\n\r\n"
+        with socket.create_connection(
+            (self._address.host, self._address.http_port), timeout=ANSWER_TIMEOUT_S
+        ) as connection:
             connection.sendall(head.encode() + data[: self._rng.choice([len(data), len(data) // 2])])
             time.sleep(self._rng.uniform(0, 0.1))
         self._report.count("left")
@@ -355,7 +421,9 @@ class Client:
 
 
 def long(values: dict[str, Any]) -> dict[str, Any]:
-    """A stream that would go on for some time; several sequences are told of their client only when they say something, which may be at the end."""
+    """A stream that would go on for some time; several sequences are told of their client only when they
+    say something, which may be at the end.
+    """
     is_single = not {"n", "num_return_sequences", "best_of", "beam_width"} & values.keys()
     return {**values, "max_tokens": 2000 if is_single else 60, "stream": True}
 
@@ -365,7 +433,10 @@ NUMPY = {"BYTES": np.object_, "FP32": np.float32, "UINT64": np.uint64, "BOOL": n
 
 
 def as_body(values: dict[str, Any]) -> dict[str, Any]:
-    """A JSON body of generate. An empty list has no JSON form there: it is left out, and so is an empty text in a list of one."""
+    """A JSON body of generate.
+
+    An empty list has no JSON form there: it is left out, and so is an empty text in a list of one.
+    """
     return {name: value for name, value in values.items() if value != []}
 
 
@@ -391,9 +462,15 @@ def as_tensors(values: dict[str, Any]) -> tuple[list[grpc.InferInput], dict[str,
 
 
 def answers_of_json(found: dict[str, Any]) -> Any:
-    """The rows of a unary answer. One row comes as plain values, several as lists; output_ids of all rows in one list, padded."""
+    """The rows of a unary answer.
+
+    One row comes as plain values, several as lists; output_ids of all rows in one list, padded.
+    """
     reasons = found["finish_reason"] if isinstance(found["finish_reason"], list) else [found["finish_reason"]]
-    columns = {name: found[name] if isinstance(found[name], list) else [found[name]] for name in ("text_output", "sequence_length", "output_ids")}
+    columns = {
+        name: found[name] if isinstance(found[name], list) else [found[name]]
+        for name in ("text_output", "sequence_length", "output_ids")
+    }
     width = len(columns["output_ids"]) // len(reasons)
     cumulative = found.get("cum_log_probs", 0.0)
     logprobs = cumulative if isinstance(cumulative, list) else [cumulative] * len(reasons)
@@ -418,17 +495,24 @@ def answers_of_stream(parts: list[Any]) -> list[dict[str, Any]]:
     return [answers[index] for index in sorted(answers)]
 
 
-# -- the server ----------------------------------------------------------------------------------------------------------
+# -- the server --------------------------------------------------------------------------------------------
 
 
 def metrics(address: Address) -> dict[str, float]:
     with urllib.request.urlopen(f"http://{address.metrics}/metrics", timeout=30) as answer:
-        return {name: float(value) for name, value in re.findall(r"^(pagetide_\w+)\{.*\} (\S+)$", answer.read().decode(), re.MULTILINE)}
+        return {
+            name: float(value)
+            for name, value in re.findall(
+                r"^(pagetide_\w+)\{.*\} (\S+)$", answer.read().decode(), re.MULTILINE
+            )
+        }
 
 
 def engine_and_memory(server: TritonServer) -> tuple[list[int], float]:
     processes = server.processes()
-    return [p.pid for p in processes if "pagetide.engine" in p.cmdline()], sum(p.memory_info().rss for p in processes) / 2**20
+    return [p.pid for p in processes if "pagetide.engine" in p.cmdline()], sum(
+        p.memory_info().rss for p in processes
+    ) / 2**20
 
 
 def wait_until_idle(address: Address, report: Report) -> None:
@@ -475,28 +559,47 @@ def run(server: TritonServer, seconds: float, clients: int, seed: int) -> Report
 def send(address: Address, report: Report, clients: int, seconds: float) -> None:
     until = time.monotonic() + seconds
     offset = sum(report.outcomes.values())  # other requests than before
-    threads = [threading.Thread(target=Client(address, report, offset + i).run, args=(until,)) for i in range(clients)]
+    threads = [
+        threading.Thread(target=Client(address, report, offset + i).run, args=(until,))
+        for i in range(clients)
+    ]
     for thread in threads:
         thread.start()
     for thread in threads:
         while thread.is_alive():
             thread.join(15)
-            print(f"{max(0, until - time.monotonic()):4.0f} s left: {dict(report.outcomes)}, {len(report.failures)} wrong", file=sys.stderr)
+            print(
+                f"{max(0, until - time.monotonic()):4.0f} s left: {dict(report.outcomes)}, "
+                f"{len(report.failures)} wrong",
+                file=sys.stderr,
+            )
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--seconds", type=float, default=600)
     parser.add_argument("--clients", type=int, default=8)
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--http-port", type=int, help="of a server that serve.sh has started; without it one is started")
+    parser.add_argument(
+        "--http-port", type=int, help="of a server that serve.sh has started; without it one is started"
+    )
     arguments = parser.parse_args()
     server = find_running(arguments.http_port) if arguments.http_port else None
     if arguments.http_port and server is None:
         parser.error(f"no server was started on port {arguments.http_port}")
     own = server is None
     if server is None:
-        server = TritonServer(free_address(), {"cache_dir": str(ROOT / ".cache"), "check_integrity": True, "num_blocks": 600, "max_model_len": 4096})
+        server = TritonServer(
+            free_address(),
+            {
+                "cache_dir": str(ROOT / ".cache"),
+                "check_integrity": True,
+                "num_blocks": 600,
+                "max_model_len": 4096,
+            },
+        )
         server.start()
         server.wait_until_ready()
     try:
@@ -507,7 +610,16 @@ def main() -> int:
         report.fail("the server did not stop by itself", None, None)
     for failure in report.failures[:20]:
         print(json.dumps(failure, default=repr))
-    print(json.dumps({"seed": arguments.seed, "seconds": arguments.seconds, "outcomes": report.outcomes, "wrong": len(report.failures)}))
+    print(
+        json.dumps(
+            {
+                "seed": arguments.seed,
+                "seconds": arguments.seconds,
+                "outcomes": report.outcomes,
+                "wrong": len(report.failures),
+            }
+        )
+    )
     return 1 if report.failures else 0
 
 

@@ -1,6 +1,8 @@
-"""The host's time for each step: scheduling, taking tokens and making outputs, on a device that computes nothing.
+"""The host's time for each step: scheduling, taking tokens and making outputs, on a device that computes
+nothing.
 
-Called by scripts/benchmark.py --host. What a step of the model costs beside it is left out, the host's work of the runner too.
+Called by scripts/benchmark.py --host. What a step of the model costs beside it is left out, the host's work
+of the runner too.
 """
 
 from __future__ import annotations
@@ -73,7 +75,9 @@ def decode_steps(num_sequences: int, stream: bool, **params: object) -> float:
     for number in range(num_sequences):
         prompt = rng.integers(3, VOCABULARY, NUM_PROMPT).tolist()
         engine.add(Request(number=number, prompt_ids=prompt, params=asked, stream=stream))
-    while len(scheduler.running) < num_sequences or any(s.num_computed < NUM_PROMPT for s in scheduler.running):
+    while len(scheduler.running) < num_sequences or any(
+        s.num_computed < NUM_PROMPT for s in scheduler.running
+    ):
         engine.step()
     times = []
     for _ in range(NUM_STEPS):
@@ -92,11 +96,20 @@ CASES: dict[str, dict[str, object]] = {
 
 def measure(sizes: list[int]) -> dict[str, dict[int, float]]:
     """Microseconds by case and number of sequences."""
-    return {name: {size: decode_steps(size, stream=True, **params) for size in sizes} for name, params in CASES.items()}
+    return {
+        name: {size: decode_steps(size, stream=True, **params) for size in sizes}
+        for name, params in CASES.items()
+    }
 
 
 def table(times: dict[str, dict[int, float]]) -> str:
     sizes = list(next(iter(times.values())))
-    lines = ["| host, us for each step | " + " | ".join(f"{size} sequences" for size in sizes) + " |", "| --- |" + " --- |" * len(sizes)]
-    lines += [f"| {name} | " + " | ".join(f"{by_size[size]:.0f}" for size in sizes) + " |" for name, by_size in times.items()]
+    lines = [
+        "| host, us for each step | " + " | ".join(f"{size} sequences" for size in sizes) + " |",
+        "| --- |" + " --- |" * len(sizes),
+    ]
+    lines += [
+        f"| {name} | " + " | ".join(f"{by_size[size]:.0f}" for size in sizes) + " |"
+        for name, by_size in times.items()
+    ]
     return "\n".join(lines)

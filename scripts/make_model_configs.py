@@ -1,4 +1,6 @@
-"""Writes model_repository/*/config.pbtxt from the contract's table. A test keeps the files and the table together.
+"""Writes model_repository/*/config.pbtxt from the contract's table.
+
+A test keeps the files and the table together.
 
 python scripts/make_model_configs.py [--check]
 """
@@ -36,7 +38,8 @@ def triton_type(dtype: str) -> str:
 
 
 def tensor(name: str, dtype: str, dims: object, optional: bool = False) -> str:
-    return f'  {{ name: "{name}" data_type: {triton_type(dtype)} dims: [ {dims} ]{" optional: true" if optional else ""} }}'
+    rest = " optional: true" if optional else ""
+    return f'  {{ name: "{name}" data_type: {triton_type(dtype)} dims: [ {dims} ]{rest} }}'
 
 
 def output_tensor(output: OutputField) -> str:
@@ -55,20 +58,33 @@ def python_model(name: str, inputs: list[str], outputs: list[str], extra: str = 
 
 def field_inputs(names: Mapping[str, str] = MappingProxyType({}), without: Container[str] = ()) -> list[str]:
     """Every field of the contract as an input, under another name where names has one."""
-    return [tensor(names.get(n, n), f.dtype, f.dims, optional=True) for n, f in tensor_fields() if n not in without]
+    return [
+        tensor(names.get(n, n), f.dtype, f.dims, optional=True)
+        for n, f in tensor_fields()
+        if n not in without
+    ]
 
 
 def preprocessing() -> str:
     inputs = [*field_inputs(PREPROCESSING_NAMES), tensor(VLLM_PROMPT, "BYTES", 1, optional=True)]
-    outputs = [tensor("INPUT_ID", "INT32", -1), tensor("REQUEST_INPUT_LEN", "INT32", 1), tensor("PARAMS", "BYTES", 1)]
+    outputs = [
+        tensor("INPUT_ID", "INT32", -1),
+        tensor("REQUEST_INPUT_LEN", "INT32", 1),
+        tensor("PARAMS", "BYTES", 1),
+    ]
     return python_model("preprocessing", inputs, outputs)
 
 
 def llm(name: str, is_decoupled: bool) -> str:
     inputs = field_inputs(without=TEXT_FIELDS)
-    inputs += [tensor("input_lengths", "INT32", 1, optional=True), tensor("PARAMS", "BYTES", 1, optional=True)]
+    inputs += [
+        tensor("input_lengths", "INT32", 1, optional=True),
+        tensor("PARAMS", "BYTES", 1, optional=True),
+    ]
     outputs = [tensor(output.name, output.dtype, output.dims) for output in ALL_OUTPUTS.values()]
-    return python_model(name, inputs, outputs, "model_transaction_policy { decoupled: True }\n" if is_decoupled else "")
+    return python_model(
+        name, inputs, outputs, "model_transaction_policy { decoupled: True }\n" if is_decoupled else ""
+    )
 
 
 def postprocessing() -> str:
@@ -77,10 +93,15 @@ def postprocessing() -> str:
     taken = {theirs: ALL_OUTPUTS[name] for name, theirs in POSTPROCESSING_NAMES.items()}
     inputs = [tensor(n, o.dtype, free.get(o.name, o.dims), optional=True) for n, o in taken.items()]
     warning = (
-        "# Exactly one instance and no dynamic_batching: Triton pairs responses by order of arrival, and before release 26.02\n"
+        "# Exactly one instance and no dynamic_batching: Triton pairs responses by order of "
+        "arrival, and before release 26.02\n"
         "# a dynamic batcher here would keep every cancelled stream in flight for ever.\n"
     )
-    outputs = [tensor("OUTPUT", "BYTES", 1), tensor("IDS", "INT32", "-1, -1"), tensor("LENGTH", "INT32", "-1")]
+    outputs = [
+        tensor("OUTPUT", "BYTES", 1),
+        tensor("IDS", "INT32", "-1, -1"),
+        tensor("LENGTH", "INT32", "-1"),
+    ]
     return warning + python_model("postprocessing", inputs, outputs)
 
 
@@ -90,8 +111,16 @@ def step(model: str, inputs: Mapping[str, str], outputs: Mapping[str, str]) -> s
     return f'    {{\n      model_name: "{model}"\n      model_version: -1\n' + "\n".join(lines) + "\n    }"
 
 
-def steps(preprocessing_inputs: dict[str, str], engine: str, outputs: dict[str, str], passed: Mapping[str, str] = MappingProxyType({})) -> str:
-    """The three steps of a face. outputs: names in the face by those of llm; passed: by those of postprocessing."""
+def steps(
+    preprocessing_inputs: dict[str, str],
+    engine: str,
+    outputs: dict[str, str],
+    passed: Mapping[str, str] = MappingProxyType({}),
+) -> str:
+    """The three steps of a face.
+
+    outputs: names in the face by those of llm; passed: by those of postprocessing.
+    """
     to_post = {n: f"_{n}" for n in POSTPROCESSING_NAMES}
     from_llm = {theirs: to_post[n] for n, theirs in POSTPROCESSING_NAMES.items()}
     all_steps = [
@@ -124,7 +153,9 @@ def tensorrt_llm(engine: str) -> str:
         return face(inputs, [output_tensor(o) for o in OUTPUTS], scheduling([step(engine, maps, outputs)]))
     seen = {n: f"_{n}" for n in ("output_ids", "sequence_length", "request_number")}
     passing = step("postprocessing", {POSTPROCESSING_NAMES[n]: name for n, name in seen.items()}, PASSED)
-    return face(inputs, [output_tensor(o) for o in OUTPUTS], scheduling([step(engine, maps, outputs | seen), passing]))
+    return face(
+        inputs, [output_tensor(o) for o in OUTPUTS], scheduling([step(engine, maps, outputs | seen), passing])
+    )
 
 
 def vllm_model() -> str:
@@ -132,12 +163,22 @@ def vllm_model() -> str:
     inputs = [tensor(n, dtype, 1, optional=n != "text_input") for n, dtype, _ in VLLM_INPUTS]
     outputs = [tensor("text_output", "BYTES", -1)] + [output_tensor(output) for output in VLLM_OUTPUTS]
     maps = {theirs: n for n, _, theirs in VLLM_INPUTS}
-    return face(inputs, outputs, steps(maps, "llm", {o.name: o.name.removeprefix(VLLM) for o in VLLM_OUTPUTS}), max_batch=0)
+    return face(
+        inputs,
+        outputs,
+        steps(maps, "llm", {o.name: o.name.removeprefix(VLLM) for o in VLLM_OUTPUTS}),
+        max_batch=0,
+    )
 
 
 def face(inputs: list[str], outputs: list[str], scheduling: str, max_batch: int = MAX_BATCH) -> str:
     # Without a name, so that the folder may be copied under another one.
-    return f'{HEADER}platform: "ensemble"\nmax_batch_size: {max_batch}\n' + block("input", inputs) + block("output", outputs) + scheduling
+    return (
+        f'{HEADER}platform: "ensemble"\nmax_batch_size: {max_batch}\n'
+        + block("input", inputs)
+        + block("output", outputs)
+        + scheduling
+    )
 
 
 def configs() -> dict[str, str]:

@@ -1,10 +1,13 @@
-"""Runs other engines on the benchmark's workloads, each in the environment that scripts/peers.sh has made for it.
+"""Runs other engines on the benchmark's workloads, each in the environment that scripts/peers.sh has made
+for it.
 
 python peer_engines.py ENGINE PEERS_DIRECTORY DTYPE    started by benchmark.py; imports nothing of Pagetide
 
-Reads one workload a line, as JSON: [{"prompt": [token ids], "num_tokens": n, "at": seconds after the beginning}, ...], greedy, exactly n tokens each.
-Prints a line for each: {"seconds": ..., "first": [seconds of each job's first token], "last": [...], "counts": [tokens of each job]}.
-Settings are those that each engine's own documentation asks for; at most 32 sequences run at the same time.
+Reads one workload a line, as JSON: [{"prompt": [token ids], "num_tokens": n, "at": seconds after the
+beginning}, ...], greedy, exactly n tokens each.
+Prints a line for each: {"seconds": ..., "first": [seconds of each job's first token], "last": [...],
+"counts": [tokens of each job]}. Settings are those that each engine's own documentation asks for; at most
+32 sequences run at the same time.
 """
 
 from __future__ import annotations
@@ -47,7 +50,9 @@ class OpenVino:
         scheduler.enable_prefix_caching = True
         precision = {"bfloat16": "bf16", "float32": "f32"}[dtype]
         properties = {"INFERENCE_PRECISION_HINT": precision, "KV_CACHE_PRECISION": precision}
-        self._pipeline = openvino_genai.ContinuousBatchingPipeline(str(peers / "openvino" / "model"), scheduler, "CPU", properties)
+        self._pipeline = openvino_genai.ContinuousBatchingPipeline(
+            str(peers / "openvino" / "model"), scheduler, "CPU", properties
+        )
         self._handles: dict[int, Any] = {}
         self._counts: dict[int, int] = {}
 
@@ -59,7 +64,9 @@ class OpenVino:
         config.max_new_tokens = config.min_new_tokens = num_tokens
         config.ignore_eos = True
         config.do_sample = False
-        self._handles[number] = self._pipeline.add_request(number, openvino.Tensor(np.array([prompt], np.int64)), config)
+        self._handles[number] = self._pipeline.add_request(
+            number, openvino.Tensor(np.array([prompt], np.int64)), config
+        )
         self._counts[number] = 0
 
     def step(self) -> Iterator[tuple[int, int]]:
@@ -81,7 +88,14 @@ class Vllm:
 
         self._params = SamplingParams
         model = next((peers.parent / ".cache" / "models").glob("*/config.json")).parent
-        llm = LLM(model=str(model), dtype=dtype, max_num_seqs=MAX_RUNNING, max_model_len=CONTEXT, enable_prefix_caching=True, disable_log_stats=True)
+        llm = LLM(
+            model=str(model),
+            dtype=dtype,
+            max_num_seqs=MAX_RUNNING,
+            max_model_len=CONTEXT,
+            enable_prefix_caching=True,
+            disable_log_stats=True,
+        )
         self._engine = llm.llm_engine
 
     def add(self, number: int, prompt: list[int], num_tokens: int) -> None:
@@ -115,7 +129,9 @@ def run_stepped(engine: Stepped, jobs: list[dict[str, Any]], begin_number: int) 
 
 
 class LlamaCpp:
-    """llama-server, asked over HTTP; it streams where times of tokens matter, since its streams cost it 5 % of a batch."""
+    """llama-server, asked over HTTP; it streams where times of tokens matter, since its streams cost it 5 %
+    of a batch.
+    """
 
     def __init__(self, peers: Path, dtype: str):
         assert dtype == "bfloat16", "peers.sh makes a bfloat16 file"
@@ -123,7 +139,17 @@ class LlamaCpp:
             free.bind(("127.0.0.1", 0))
             self._port = free.getsockname()[1]
         program = peers / "llamacpp" / "build" / "bin" / "llama-server"
-        options = ["--parallel", MAX_RUNNING, "--ctx-size", MAX_RUNNING * 1024, "--threads", os.cpu_count(), "--port", self._port, "--no-webui"]
+        options = [
+            "--parallel",
+            MAX_RUNNING,
+            "--ctx-size",
+            MAX_RUNNING * 1024,
+            "--threads",
+            os.cpu_count(),
+            "--port",
+            self._port,
+            "--no-webui",
+        ]
         command = [str(program), "--model", str(peers / "llamacpp" / "model.gguf"), *map(str, options)]
         self._server = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
         while True:
@@ -151,7 +177,9 @@ class LlamaCpp:
                 "stream": streams,
             }
             request = urllib.request.Request(
-                f"http://127.0.0.1:{self._port}/completion", json.dumps(body).encode(), {"Content-Type": "application/json"}
+                f"http://127.0.0.1:{self._port}/completion",
+                json.dumps(body).encode(),
+                {"Content-Type": "application/json"},
             )
             with urllib.request.urlopen(request, timeout=900) as answer:
                 if not streams:
@@ -170,7 +198,12 @@ class LlamaCpp:
             thread.start()
         for thread in threads:
             thread.join()
-        return {"seconds": time.perf_counter() - begin, "first": first if streams else [], "last": last, "counts": counts}
+        return {
+            "seconds": time.perf_counter() - begin,
+            "first": first if streams else [],
+            "last": last,
+            "counts": counts,
+        }
 
     def close(self) -> None:
         self._server.terminate()
@@ -187,7 +220,9 @@ def main() -> None:
         jobs = json.loads(line)
         result = engine.run(jobs) if isinstance(engine, LlamaCpp) else run_stepped(engine, jobs, number)
         number += len(jobs)
-        assert result["counts"] == [job["num_tokens"] for job in jobs], "an answer has another number of tokens than was asked for"
+        assert result["counts"] == [job["num_tokens"] for job in jobs], (
+            "an answer has another number of tokens than was asked for"
+        )
         print(json.dumps(result), file=answers, flush=True)
     if isinstance(engine, LlamaCpp):
         engine.close()

@@ -1,4 +1,7 @@
-"""Starts Pagetide on Triton, streams one completion, tells how to send requests, and serves until Ctrl-C. Run by serve.sh."""
+"""Starts Pagetide on Triton, streams one completion, tells how to send requests, and serves until Ctrl-C.
+
+Run by serve.sh.
+"""
 
 from __future__ import annotations
 
@@ -28,26 +31,41 @@ PYTHON = """.venv/bin/python clients/grpc_stream.py --url {grpc} "Why does the t
 
 
 def parse_arguments() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(prog="serve.sh", description=__doc__, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    parser = argparse.ArgumentParser(
+        prog="serve.sh", description=__doc__, formatter_class=argparse.ArgumentDefaultsHelpFormatter
+    )
     parser.add_argument("--host", default="127.0.0.1", help="address to listen on; 0.0.0.0 for all")
     parser.add_argument("--http-port", type=int, default=8000)
     parser.add_argument("--grpc-port", type=int, default=8001)
     parser.add_argument("--metrics-port", type=int, default=8002)
-    parser.add_argument("--detach", action="store_true", help="return once the server is ready; scripts/stop.sh ends it")
-    parser.add_argument("--torch-index", metavar="URL", help="package index for torch at set-up, for example one with CPU builds")
+    parser.add_argument(
+        "--detach", action="store_true", help="return once the server is ready; scripts/stop.sh ends it"
+    )
+    parser.add_argument(
+        "--torch-index",
+        metavar="URL",
+        help="package index for torch at set-up, for example one with CPU builds",
+    )
     settings = parser.add_argument_group("settings of the engine")
     for field in settings_fields():
         flag = f"--{field.name.replace('_', '-')}"
         if field.type is bool:
-            settings.add_argument(flag, action=argparse.BooleanOptionalAction, default=field.default, help=field.description)
+            settings.add_argument(
+                flag, action=argparse.BooleanOptionalAction, default=field.default, help=field.description
+            )
         else:
             default = str(ROOT / ".cache") if field.name == "cache_dir" else field.default
-            settings.add_argument(flag, type=field.type, choices=field.choices or None, default=default, help=field.description)
+            settings.add_argument(
+                flag, type=field.type, choices=field.choices or None, default=default, help=field.description
+            )
     return parser.parse_args()
 
 
 def settings_of(arguments: argparse.Namespace) -> dict[str, Any]:
-    """The settings, checked before anything starts. A relative model path counts from here, not from the server's folder."""
+    """The settings, checked before anything starts.
+
+    A relative model path counts from here, not from the server's folder.
+    """
     values = {field.name: getattr(arguments, field.name) for field in settings_fields()}
     if values["model"] and Path(values["model"]).expanduser().exists():
         values["model"] = str(Path(values["model"]).expanduser().resolve())
@@ -128,7 +146,9 @@ def main() -> int:
     try:
         settings = settings_of(arguments)
         if find_running(address.http_port):
-            raise ServerError(f"a server started here already listens on port {address.http_port}; scripts/stop.sh ends it")
+            raise ServerError(
+                f"a server started here already listens on port {address.http_port}; scripts/stop.sh ends it"
+            )
         server = TritonServer(address, settings)
         server.start(ends_with_parent=not arguments.detach)
         try:
@@ -141,11 +161,20 @@ def main() -> int:
         return 1
     show_one_completion(address)
     commands = f"{CURL.format(http=address.http)}\n\n{PYTHON.format(grpc=address.grpc)}"
-    console.print(Panel(Text(commands), title="send requests", expand=False) if console.is_terminal else commands, markup=False)
+    console.print(
+        Panel(Text(commands), title="send requests", expand=False) if console.is_terminal else commands,
+        markup=False,
+    )
     if arguments.detach:
-        console.print(f"serving on http://{address.http}, gRPC {address.grpc}, metrics http://{address.metrics}/metrics; scripts/stop.sh ends it")
+        console.print(
+            f"serving on http://{address.http}, gRPC {address.grpc}, metrics "
+            f"http://{address.metrics}/metrics; scripts/stop.sh ends it"
+        )
         return 0
-    console.print(f"serving on http://{address.http}, gRPC {address.grpc}, metrics http://{address.metrics}/metrics; Ctrl-C ends it")
+    console.print(
+        f"serving on http://{address.http}, gRPC {address.grpc}, metrics "
+        f"http://{address.metrics}/metrics; Ctrl-C ends it"
+    )
     return serve_until_stopped(server)
 
 

@@ -12,11 +12,18 @@ def main() -> int:
     parser = argparse.ArgumentParser(prog="stop.sh", description=__doc__)
     parser.add_argument("--http-port", type=int, help="only the server with this HTTP port")
     arguments = parser.parse_args()
-    ports = [arguments.http_port] if arguments.http_port else sorted(int(f.name) for f in RUN.glob("*") if f.name.isdigit())
+    ports = (
+        [arguments.http_port]
+        if arguments.http_port
+        else sorted(int(f.name) for f in RUN.glob("*") if f.name.isdigit())
+    )
     servers = [server for port in ports if (server := find_running(port))]
     for server in servers:
         is_clean = server.stop()
-        print(f"stopped the server on port {server.address.http_port}" + ("" if is_clean else "; some processes had to be killed"))
+        print(
+            f"stopped the server on port {server.address.http_port}"
+            + ("" if is_clean else "; some processes had to be killed")
+        )
     if not servers:
         print("no server of this folder is running")
     return 0

@@ -1,11 +1,13 @@
-"""Measures how streams flow: users who send one prompt after the other, over gRPC through `ensemble`, beside the engine alone under the same load.
+"""Measures how streams flow: users who send one prompt after the other, over gRPC through `ensemble`,
+beside the engine alone under the same load.
 
-   users   closed loop; each prompt has 10 to 60 words, each answer 16 to 64 tokens, greedy, to its whole length
-   gap     time between two chunks of one answer, at the client; TTFT: from sending to the first chunk, at the client
+   users   closed loop; each prompt has 10 to 60 words, each answer 16 to 64 tokens, greedy, at full length
+   gap     time between two chunks of one answer, at the client; TTFT: from sending to the first chunk
    fair    the worst stream's longest gap as a multiple of all streams' p99
    cost    processor time for each chunk, by process
 
-Called by scripts/benchmark.py --streams and --chunks. Times are those of a plain tritonclient in threads; the first seconds of a run are left out.
+Called by scripts/benchmark.py --streams and --chunks. Times are those of a plain tritonclient in threads;
+the first seconds of a run are left out.
 """
 
 from __future__ import annotations
@@ -69,13 +71,21 @@ class User:
     def run(self, until: float) -> None:
         while time.monotonic() < until and not self.error:
             self._done.clear()
-            self._connection.send(random_prompt(self._rng, self._rng.randint(10, 60)), self._rng.randint(16, 64))
+            self._connection.send(
+                random_prompt(self._rng, self._rng.randint(10, 60)), self._rng.randint(16, 64)
+            )
             if not self._done.wait(300):
                 self.answers.append(Answer(0.0, error="no answer within 300 s"))
         self._connection.close()
 
 
-def measure(server: TritonServer, users: int, seconds: float, steps: Callable[[], float], outputs: list[str] | None = None) -> StreamFigures:
+def measure(
+    server: TritonServer,
+    users: int,
+    seconds: float,
+    steps: Callable[[], float],
+    outputs: list[str] | None = None,
+) -> StreamFigures:
     """Runs the users. steps: how many steps the engine has made; outputs: as LoadUser's."""
     everyone = [User(server.address.grpc, i, outputs) for i in range(users)]
     begin = time.monotonic() + WARM_UP_S
@@ -94,9 +104,14 @@ def measure(server: TritonServer, users: int, seconds: float, steps: Callable[[]
     return evaluate(everyone, users, begin, end, after - before, 1000 * seconds / max(num_steps, 1))
 
 
-def evaluate(everyone: list[User], users: int, begin: float, end: float, used: Counter[str], step_ms: float) -> StreamFigures:
+def evaluate(
+    everyone: list[User], users: int, begin: float, end: float, used: Counter[str], step_ms: float
+) -> StreamFigures:
     answers = [answer for user in everyone for answer in user.answers if answer.sent >= begin - WARM_UP_S / 2]
-    own = [[1000 * (b[0] - a[0]) for a, b in pairwise(answer.chunks) if begin <= b[0] <= end] for answer in answers]
+    own = [
+        [1000 * (b[0] - a[0]) for a, b in pairwise(answer.chunks) if begin <= b[0] <= end]
+        for answer in answers
+    ]
     gaps = sorted(gap for some in own for gap in some) or [0.0]
     ttft = sorted(1000 * (answer.chunks[0][0] - answer.sent) for answer in answers)
     inside = [chunk for answer in answers for chunk in answer.chunks if begin <= chunk[0] <= end]
@@ -124,7 +139,14 @@ def processor_times(server: TritonServer) -> Counter[str]:
     times: Counter[str] = Counter()
     for process in [*server.processes(), psutil.Process()]:
         line = " ".join(process.cmdline())
-        names = ("preprocessing", "postprocessing", "llm_unary", "models/llm/", "pagetide.engine", "tritonserver")
+        names = (
+            "preprocessing",
+            "postprocessing",
+            "llm_unary",
+            "models/llm/",
+            "pagetide.engine",
+            "tritonserver",
+        )
         name = next((name for name in names if name in line), "client")
         used = process.cpu_times()
         times[{"models/llm/": "llm", "pagetide.engine": "engine"}.get(name, name)] += used.user + used.system
@@ -163,13 +185,15 @@ def engine_alone(users: int, seconds: float, llm: Any) -> float:
 
 def table(rows: list[StreamFigures]) -> str:
     lines = [
-        "| users | tokens/s | of the engine alone | chunks per answer | gap p50 / p99 ms | worst stream / p99 | TTFT p50 / p90 ms | step ms |",
+        "| users | tokens/s | of the engine alone | chunks per answer | gap p50 / p99 ms | worst "
+        "stream / p99 | TTFT p50 / p90 ms | step ms |",
         "| --- | --- | --- | --- | --- | --- | --- | --- |",
     ]
     for row in rows:
         share = f"{100 * row.share:.0f} %" if row.share else ""
         lines.append(
-            f"| {row.users} | {row.tokens_per_s:.0f} | {share} | {row.chunks_per_answer:.1f} | {row.gap_p50:.0f} / {row.gap_p99:.0f} "
+            f"| {row.users} | {row.tokens_per_s:.0f} | {share} | {row.chunks_per_answer:.1f} | "
+            f"{row.gap_p50:.0f} / {row.gap_p99:.0f} "
             f"| {row.unfairness:.1f} | {row.ttft_p50:.0f} / {row.ttft_p90:.0f} | {row.step_ms:.1f} |"
         )
     return "\n".join(lines)
@@ -177,12 +201,22 @@ def table(rows: list[StreamFigures]) -> str:
 
 # What a client asks for beside the length.
 WAYS: dict[str, list[str] | None] = {"no text": [], "its text": ["text_output"], "all outputs": None}
-PROCESSES = {"llm": "stub of llm", "postprocessing": "stub of postprocessing", "tritonserver": "core and front end", "client": "client"}
+PROCESSES = {
+    "llm": "stub of llm",
+    "postprocessing": "stub of postprocessing",
+    "tritonserver": "core and front end",
+    "client": "client",
+}
 
 
 def cost_table(rows: dict[str, StreamFigures]) -> str:
-    """Processor time for each chunk, by what was asked for and where it was spent: all but the engine's would not be there without a server."""
-    lines = [f"| ms for each chunk | {' | '.join(PROCESSES.values())} | together |", "| --- |" + " --- |" * (len(PROCESSES) + 1)]
+    """Processor time for each chunk, by what was asked for and where it was spent: all but the engine's
+    would not be there without a server.
+    """
+    lines = [
+        f"| ms for each chunk | {' | '.join(PROCESSES.values())} | together |",
+        "| --- |" + " --- |" * (len(PROCESSES) + 1),
+    ]
     for name, row in rows.items():
         times = [row.processor_ms.get(process, 0.0) for process in PROCESSES]
         lines.append(f"| {name} | " + " | ".join(f"{value:.2f}" for value in (*times, sum(times))) + " |")

@@ -1,6 +1,8 @@
-"""Starts and stops a Triton server on this repository's models: the container's own binary, or the one in the nvidia-pytriton wheel.
+"""Starts and stops a Triton server on this repository's models: the container's own binary, or the one in
+the nvidia-pytriton wheel.
 
-Each server has a folder .run/PORT with its settings, its log and what is needed to stop it. Used by serve.py, the tests and the benchmark.
+Each server has a folder .run/PORT with its settings, its log and what is needed to stop it. Used by
+serve.py, the tests and the benchmark.
 """
 
 from __future__ import annotations
@@ -95,7 +97,10 @@ class TritonServer:
         return int(json.loads((self.folder / "server.json").read_text())["pid"])
 
     def start(self, ends_with_parent: bool = True) -> None:
-        """Starts the server; wait_until_ready() tells when it serves. Raises ServerError if it cannot be started here."""
+        """Starts the server; wait_until_ready() tells when it serves.
+
+        Raises ServerError if it cannot be started here.
+        """
         self._check_machine()
         shutil.rmtree(self.folder, ignore_errors=True)
         self._make_repository()
@@ -110,7 +115,11 @@ class TritonServer:
                 start_new_session=True,  # Ctrl-C is for the start script, which stops the server in order
                 preexec_fn=_end_with_parent if ends_with_parent else None,
             )
-        facts = {"pid": self._process.pid, "started": psutil.Process(self._process.pid).create_time(), **asdict(self.address)}
+        facts = {
+            "pid": self._process.pid,
+            "started": psutil.Process(self._process.pid).create_time(),
+            **asdict(self.address),
+        }
         (self.folder / "server.json").write_text(json.dumps(facts))
 
     def _check_machine(self) -> None:
@@ -120,10 +129,16 @@ class TritonServer:
                 try:
                     probe.bind((self.address.host, port))
                 except OSError as error:
-                    raise ServerError(f"port {port} on {self.address.host} cannot be used ({error.strerror}); choose others, see --help") from None
+                    raise ServerError(
+                        f"port {port} on {self.address.host} cannot be used ({error.strerror}); "
+                        "choose others, see --help"
+                    ) from None
         shared = shutil.disk_usage("/dev/shm").free / 2**20
         if shared < MIN_SHARED_MEMORY_MB:
-            raise ServerError(f"/dev/shm has {shared:.0f} MB free, Triton's models need {MIN_SHARED_MEMORY_MB}; with Docker: --shm-size=1g")
+            raise ServerError(
+                f"/dev/shm has {shared:.0f} MB free, Triton's models need {MIN_SHARED_MEMORY_MB}; "
+                "with Docker: --shm-size=1g"
+            )
 
     def _make_repository(self) -> None:
         """The repository's models by link, beside the settings of this server."""
@@ -157,7 +172,10 @@ class TritonServer:
         """The wheel's server, with the stub of this Python's version beside the Python backend."""
         spec = importlib.util.find_spec("pytriton")
         if spec is None or spec.origin is None:
-            raise ServerError("there is no tritonserver on the PATH, and the wheel nvidia-pytriton is not installed; run scripts/setup.sh")
+            raise ServerError(
+                "there is no tritonserver on the PATH, and the wheel nvidia-pytriton is not "
+                "installed; run scripts/setup.sh"
+            )
         package = Path(spec.origin).parent
         triton = package / "tritonserver"
         backend = self.folder / "backends" / "python"
@@ -168,7 +186,11 @@ class TritonServer:
             raise ServerError(f"the wheel nvidia-pytriton has no stub for Python {version}")
         for file in (*(triton / "backends" / "python").glob("*.*"), stub):
             (backend / file.name).symlink_to(file)
-        libraries = [str(package.parent / "nvidia_pytriton.libs"), sysconfig.get_config_var("LIBDIR") or "", os.environ.get("LD_LIBRARY_PATH", "")]
+        libraries = [
+            str(package.parent / "nvidia_pytriton.libs"),
+            sysconfig.get_config_var("LIBDIR") or "",
+            os.environ.get("LD_LIBRARY_PATH", ""),
+        ]
         environment = {
             **os.environ,
             "LD_LIBRARY_PATH": os.pathsep.join(filter(None, libraries)),
@@ -177,7 +199,7 @@ class TritonServer:
         }
         return triton / "bin" / "tritonserver", environment
 
-    # -- while it runs -------------------------------------------------------------------------------------------------
+    # -- while it runs -------------------------------------------------------------------------------------
 
     def is_alive(self) -> bool:
         return self._process is not None and self._process.poll() is None
@@ -194,7 +216,9 @@ class TritonServer:
         deadline = time.monotonic() + timeout_s
         while not self.is_ready():
             if not self.is_alive():
-                raise ServerError(f"Triton ended while it started: {self.failure()}\nThe whole log: {self.log}")
+                raise ServerError(
+                    f"Triton ended while it started: {self.failure()}\nThe whole log: {self.log}"
+                )
             if "failed to load '" in self.log.read_text(errors="replace"):
                 self.stop()
                 raise ServerError(f"Triton could not start: {self.failure()}\nThe whole log: {self.log}")
@@ -218,14 +242,18 @@ class TritonServer:
             return []
 
     def stop(self) -> bool:
-        """Ends the server and waits for it; True if it ended by itself within its time-out, False if it had to be killed."""
+        """Ends the server and waits for it; True if it ended by itself within its time-out, False if it had
+        to be killed.
+        """
         processes = self.processes()
         if processes:
             processes[0].send_signal(signal.SIGTERM)
         if self._process is not None:
             with contextlib.suppress(subprocess.TimeoutExpired):
                 self._process.wait(EXIT_TIMEOUT_S + 15)
-        _, left = psutil.wait_procs(processes, timeout=5 if self._process is not None else EXIT_TIMEOUT_S + 15)
+        _, left = psutil.wait_procs(
+            processes, timeout=5 if self._process is not None else EXIT_TIMEOUT_S + 15
+        )
         for process in left:
             process.kill()
         psutil.wait_procs(left, timeout=5)
@@ -244,7 +272,9 @@ def find_running(http_port: int) -> TritonServer | None:
         return None
     if not is_same:
         return None
-    return TritonServer(Address(facts["host"], facts["http_port"], facts["grpc_port"], facts["metrics_port"]), {})
+    return TritonServer(
+        Address(facts["host"], facts["http_port"], facts["grpc_port"], facts["metrics_port"]), {}
+    )
 
 
 def _end_with_parent() -> None:

@@ -1,4 +1,7 @@
-"""Pagetide: an LLM engine for NVIDIA Triton Inference Server. LLM and SamplingParams are loaded when they are first used."""
+"""Pagetide: an LLM engine for NVIDIA Triton Inference Server.
+
+LLM and SamplingParams are loaded when they are first used.
+"""
 
 import contextlib
 import ctypes
@@ -6,8 +9,9 @@ from typing import Any
 
 __all__ = ["LLM", "SamplingParams"]
 
-# torch brings an OpenMP runtime of its own, Numba takes the system's: two pools of threads that spin against each other on the same cores.
-# Where the system's is loaded first, torch takes it too. Where there is none, or torch was imported before, both work, but slower together.
+# torch brings an OpenMP runtime of its own, Numba takes the system's: two pools of threads that spin
+# against each other on the same cores. Where the system's is loaded first, torch takes it too. Where there
+# is none, or torch was imported before, both work, but slower together.
 with contextlib.suppress(OSError):
     ctypes.CDLL("libgomp.so.1.0.0")
 

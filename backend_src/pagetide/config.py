@@ -1,6 +1,9 @@
-"""All settings: one frozen object whose fields carry type, bounds and a sentence. Flags and documentation are made from it.
+"""All settings: one frozen object whose fields carry type, bounds and a sentence.
 
-A server reads them from `pagetide.json` in its model repository; `scripts/serve.sh` writes that file from its options.
+Flags and documentation are made from it.
+
+A server reads them from `pagetide.json` in its model repository; `scripts/serve.sh` writes that file from
+its options.
 """
 
 from __future__ import annotations
@@ -23,44 +26,100 @@ class SettingsError(ValueError):
 class Settings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """Everything that a person can choose; every default works."""
 
-    model: Annotated[str, Meta(description="Hugging Face directory or hub id, or a .gguf file; empty: the embedded SmolLM2-135M-Instruct")] = ""
-    dtype: Annotated[Literal["auto", "bfloat16", "float16", "float32"], Meta(description="type of weights and KV cache; auto: bfloat16")] = "auto"
-    device: Annotated[Literal["auto", "cpu", "cuda"], Meta(description="auto: a GPU if there is one")] = "auto"
+    model: Annotated[
+        str,
+        Meta(
+            description=(
+                "Hugging Face directory or hub id, or a .gguf file; empty: the embedded SmolLM2-135M-Instruct"
+            )
+        ),
+    ] = ""
+    dtype: Annotated[
+        Literal["auto", "bfloat16", "float16", "float32"],
+        Meta(description="type of weights and KV cache; auto: bfloat16"),
+    ] = "auto"
+    device: Annotated[Literal["auto", "cpu", "cuda"], Meta(description="auto: a GPU if there is one")] = (
+        "auto"
+    )
     max_model_len: Annotated[
-        int, Meta(ge=0, description="longest prompt plus answer in tokens; 0: the model's own, as far as the cache holds it")
+        int,
+        Meta(
+            ge=0,
+            description=(
+                "longest prompt plus answer in tokens; 0: the model's own, as far as the cache holds it"
+            ),
+        ),
     ] = 0
     max_num_seqs: Annotated[int, Meta(ge=1, le=4096, description="sequences that run at the same time")] = 32
     max_num_batched_tokens: Annotated[int, Meta(ge=1, description="token budget of one engine step")] = 512
-    max_queued_requests: Annotated[int, Meta(ge=1, description="requests that wait or run before new ones are refused")] = 4096
-    max_output_tokens: Annotated[int, Meta(ge=1, description="cap on max_tokens where a request names none")] = 4096
+    max_queued_requests: Annotated[
+        int, Meta(ge=1, description="requests that wait or run before new ones are refused")
+    ] = 4096
+    max_output_tokens: Annotated[
+        int, Meta(ge=1, description="cap on max_tokens where a request names none")
+    ] = 4096
     block_size: Annotated[int, Meta(ge=1, le=256, description="tokens in a KV cache block")] = 16
-    num_blocks: Annotated[int, Meta(ge=0, description="KV cache blocks; 0: as many as kv_cache_gb or gpu_memory_fraction allow")] = 0
+    num_blocks: Annotated[
+        int, Meta(ge=0, description="KV cache blocks; 0: as many as kv_cache_gb or gpu_memory_fraction allow")
+    ] = 0
     kv_cache_gb: Annotated[float, Meta(gt=0, description="KV cache on a CPU, in GiB")] = 2.0
-    gpu_memory_fraction: Annotated[float, Meta(gt=0, le=1, description="share of a GPU's free memory that the KV cache takes after loading")] = 0.85
-    enable_prefix_caching: Annotated[bool, Meta(description="share cached blocks between prompts that begin alike")] = True
+    gpu_memory_fraction: Annotated[
+        float,
+        Meta(gt=0, le=1, description="share of a GPU's free memory that the KV cache takes after loading"),
+    ] = 0.85
+    enable_prefix_caching: Annotated[
+        bool, Meta(description="share cached blocks between prompts that begin alike")
+    ] = True
     batching: Annotated[
-        Literal["continuous", "static"], Meta(description="static: a batch ends before the next begins (the benchmark's baseline)")
+        Literal["continuous", "static"],
+        Meta(description="static: a batch ends before the next begins (the benchmark's baseline)"),
     ] = "continuous"
     kv_reservation: Annotated[
-        Literal["paged", "contiguous"], Meta(description="contiguous: blocks for the longest possible answer at once (the benchmark's baseline)")
+        Literal["paged", "contiguous"],
+        Meta(
+            description=(
+                "contiguous: blocks for the longest possible answer at once (the benchmark's baseline)"
+            )
+        ),
     ] = "paged"
-    ops: Annotated[Literal["auto", "reference"], Meta(description="reference: plain torch operations instead of the device's kernels")] = "auto"
+    ops: Annotated[
+        Literal["auto", "reference"],
+        Meta(description="reference: plain torch operations instead of the device's kernels"),
+    ] = "auto"
     num_threads: Annotated[int, Meta(ge=0, description="CPU threads of the engine; 0: one for each core")] = 0
-    check_integrity: Annotated[bool, Meta(description="check the block accounting after every step (for tests)")] = False
+    check_integrity: Annotated[
+        bool, Meta(description="check the block accounting after every step (for tests)")
+    ] = False
     default_sampling: Annotated[
-        Literal["vllm", "trtllm"], Meta(description="trtllm: requests without top_k, top_p, min_p and seed are greedy, as in TensorRT-LLM")
+        Literal["vllm", "trtllm"],
+        Meta(
+            description="trtllm: requests without top_k, top_p, min_p and seed are greedy, as in TensorRT-LLM"
+        ),
     ] = "vllm"
     generation_config: Annotated[
-        Literal["model", "none"], Meta(description="model: sampling defaults of the model's generation_config.json, as in vLLM")
+        Literal["model", "none"],
+        Meta(description="model: sampling defaults of the model's generation_config.json, as in vLLM"),
     ] = "model"
-    chat_template: Annotated[str, Meta(description="Jinja chat template, or the file that holds it, in place of the model's own")] = ""
-    allow_logits: Annotated[bool, Meta(description="allow return_context_logits and return_generation_logits, whose answers are large")] = False
+    chat_template: Annotated[
+        str, Meta(description="Jinja chat template, or the file that holds it, in place of the model's own")
+    ] = ""
+    allow_logits: Annotated[
+        bool,
+        Meta(description="allow return_context_logits and return_generation_logits, whose answers are large"),
+    ] = False
     metric_names: Annotated[
-        Literal["pagetide", "vllm", "trtllm"], Meta(description="vllm, trtllm: metrics under the names of that engine's dashboards too")
+        Literal["pagetide", "vllm", "trtllm"],
+        Meta(description="vllm, trtllm: metrics under the names of that engine's dashboards too"),
     ] = "pagetide"
-    exclude_input_in_output: Annotated[bool, Meta(description="default of the request field of this name")] = True
-    engine_start_timeout_s: Annotated[float, Meta(gt=0, description="seconds that the engine may take to load")] = 600.0
-    cache_dir: Annotated[str, Meta(description="converted models are kept here; ~ is expanded")] = "~/.cache/pagetide"
+    exclude_input_in_output: Annotated[
+        bool, Meta(description="default of the request field of this name")
+    ] = True
+    engine_start_timeout_s: Annotated[
+        float, Meta(gt=0, description="seconds that the engine may take to load")
+    ] = 600.0
+    cache_dir: Annotated[str, Meta(description="converted models are kept here; ~ is expanded")] = (
+        "~/.cache/pagetide"
+    )
 
     @property
     def cache_path(self) -> Path:
@@ -75,7 +134,9 @@ def make_settings(**values: Any) -> Settings:
     try:
         return msgspec.convert(values, Settings, strict=True)
     except msgspec.ValidationError as error:
-        raise SettingsError(str(error).replace("Object contains unknown field", "There is no setting called")) from None
+        raise SettingsError(
+            str(error).replace("Object contains unknown field", "There is no setting called")
+        ) from None
 
 
 def read_settings(file: Path) -> Settings:
@@ -110,5 +171,13 @@ def settings_fields() -> list[SettingsField]:
     for name, hint in get_type_hints(Settings, include_extras=True).items():
         kind, meta = get_args(hint)
         is_choice = get_origin(kind) is Literal
-        fields.append(SettingsField(name, str if is_choice else kind, get_args(kind) if is_choice else (), getattr(defaults, name), meta.description))
+        fields.append(
+            SettingsField(
+                name,
+                str if is_choice else kind,
+                get_args(kind) if is_choice else (),
+                getattr(defaults, name),
+                meta.description,
+            )
+        )
     return fields

@@ -1,4 +1,6 @@
-"""The engine without a server: LLM(model).generate(prompts, SamplingParams(...)), with the names that vLLM's users know."""
+"""The engine without a server: LLM(model).generate(prompts, SamplingParams(...)), with the names that
+vLLM's users know.
+"""
 
 from __future__ import annotations
 
@@ -21,7 +23,10 @@ Prompt = str | Seq[int]
 
 @dataclass
 class CompletionOutput:
-    """One answer to a prompt. finish_reason: `stop` or `length`. logprobs: one for each token, if asked for."""
+    """One answer to a prompt. finish_reason: `stop` or `length`.
+
+    logprobs: one for each token, if asked for.
+    """
 
     index: int
     text: str = ""
@@ -48,7 +53,8 @@ class RequestOutput:
 class LLM:
     """A model with an engine in this process.
 
-    model: as the setting of that name; every other setting can be given by name too, for example dtype, max_num_seqs, max_model_len.
+    model: as the setting of that name; every other setting can be given by name too, for example dtype,
+    max_num_seqs, max_model_len.
     Raises SettingsError, UnsupportedModelError.
     """
 
@@ -77,13 +83,19 @@ class LLM:
         sampling_params: for all prompts, or one for each. Raises RequestError before anything runs.
         """
         listed = _as_list(prompts)
-        params = list(sampling_params) if isinstance(sampling_params, Seq) else [sampling_params or SamplingParams()] * len(listed)
+        params = (
+            list(sampling_params)
+            if isinstance(sampling_params, Seq)
+            else [sampling_params or SamplingParams()] * len(listed)
+        )
         if len(params) != len(listed):
             raise ValueError(f"there are {len(listed)} prompts but {len(params)} sampling_params")
         requests = [self._make_request(prompt, one) for prompt, one in zip(listed, params, strict=True)]
         results = {
             request.number: RequestOutput(
-                prompt if isinstance(prompt, str) else None, request.prompt_ids, [CompletionOutput(i) for i in range(request.params.n)]
+                prompt if isinstance(prompt, str) else None,
+                request.prompt_ids,
+                [CompletionOutput(i) for i in range(request.params.n)],
             )
             for prompt, request in zip(listed, requests, strict=True)
         }
@@ -91,7 +103,11 @@ class LLM:
         return list(results.values())
 
     def _make_request(self, prompt: Prompt, params: SamplingParams) -> Request:
-        ids = self.get_tokenizer()(prompt).input_ids if isinstance(prompt, str) else [int(token) for token in prompt]
+        ids = (
+            self.get_tokenizer()(prompt).input_ids
+            if isinstance(prompt, str)
+            else [int(token) for token in prompt]
+        )
         self._num_requests += 1
         request = Request(number=self._num_requests, prompt_ids=ids, params=params)
         check_request(request, self.engine.info)
@@ -100,7 +116,9 @@ class LLM:
     def _run(self, requests: list[Request], results: dict[int, RequestOutput], use_tqdm: bool) -> None:
         engine, waiting = self.engine, deque(requests)
         skips = {request.number: request.params.skip_special_tokens for request in requests}
-        with tqdm(total=sum(request.params.n for request in requests), disable=not use_tqdm, unit="sequence") as progress:
+        with tqdm(
+            total=sum(request.params.n for request in requests), disable=not use_tqdm, unit="sequence"
+        ) as progress:
             try:
                 while waiting or engine.has_work:
                     while waiting and engine.has_room:

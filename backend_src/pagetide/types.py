@@ -1,6 +1,7 @@
 """What crosses the borders between layers and processes: requests in, outputs out. All frozen.
 
-These are msgspec structs, so that the same objects are passed in memory (offline) and as MessagePack (engine process).
+These are msgspec structs, so that the same objects are passed in memory (offline) and as MessagePack
+(engine process).
 """
 
 from __future__ import annotations
@@ -24,7 +25,10 @@ class EngineError(RuntimeError):
 
 
 class Guide(msgspec.Struct, frozen=True):
-    """What a guided answer must look like. kind: one of GUIDE_KINDS; text: the schema, expression or grammar (empty for `json`)."""
+    """What a guided answer must look like.
+
+    kind: one of GUIDE_KINDS; text: the schema, expression or grammar (empty for `json`).
+    """
 
     kind: str
     text: str = ""
@@ -36,23 +40,29 @@ GUIDE_KINDS = ("json", "json_schema", "regex", "ebnf_grammar", "choice", "struct
 class SamplingParams(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     """How the tokens of one prompt are chosen, and when to stop. Names and defaults are vLLM's.
 
-    n: number of answers. best_of: samples of which the n with the highest log-probability are returned; None: n.
+    n: number of answers. best_of: samples of which the n with the highest log-probability are returned;
+    None: n.
     temperature: 0 (and all below MIN_TEMPERATURE) is greedy; 1 samples from the model's own distribution.
     top_k: keep the k most likely tokens; 0 and -1 keep all.
     top_p: keep the smallest set of tokens whose probabilities add up to top_p.
     min_p: keep tokens at least min_p times as likely as the most likely one.
-    repetition_penalty: divides the positive and multiplies the negative logits of tokens in prompt or answer.
-    presence_penalty, frequency_penalty: taken from the logits of tokens in the answer: once, and for each occurrence.
+    repetition_penalty: divides the positive and multiplies the negative logits of tokens in prompt or
+    answer.
+    presence_penalty, frequency_penalty: taken from the logits of tokens in the answer: once, and for each
+    occurrence.
     seed: the same seed and prompt give the same tokens in any company; None draws one.
     max_tokens: at most so many new tokens; None: the rest of the context, as far as the settings allow.
     min_tokens: end-of-sequence tokens and stop texts do not count before so many new tokens.
-    stop, stop_token_ids: texts and tokens that end the answer; cut off its text unless include_stop_str_in_output.
+    stop, stop_token_ids: texts and tokens that end the answer; cut off its text unless
+    include_stop_str_in_output.
     ignore_eos: go on after an end-of-sequence token.
     end_id: the end-of-sequence token; None: the model's own, -1: none.
     bad_words: texts that are never said. allowed_token_ids: nothing else is said.
     logit_bias: added to the logits of tokens, by id; word_bias: to those of all tokens of a text.
-    logprobs: log-probabilities of the sampled tokens and of so many likeliest ones; prompt_logprobs: the same for the prompt; None: off.
-    beam_width: beam search of so many beams, 1: none; length_penalty: a beam's score is divided by its length to this power;
+    logprobs: log-probabilities of the sampled tokens and of so many likeliest ones; prompt_logprobs: the
+    same for the prompt; None: off.
+    beam_width: beam search of so many beams, 1: none; length_penalty: a beam's score is divided by its
+    length to this power;
         early_stopping: end as soon as beam_width beams have ended.
     guide: what the answer must look like.
     skip_special_tokens: special tokens do not show in the text.
@@ -107,10 +117,13 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=Tr
 class Request(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     """One prompt on its way through the engine.
 
-    number: unique among all clients of an engine; request_id: the client's own name, not necessarily unique.
+    number: unique among all clients of an engine; request_id: the client's own name, not necessarily
+    unique.
     stream: outputs as tokens come; otherwise one output per sequence, at its end.
-    arrival_ns, deadline_ns: on the monotonic clock that all processes of a machine share; 0: now, and never.
-    priority: lower runs sooner and is preempted later. salt: prompts with different salts share no cached blocks.
+    arrival_ns, deadline_ns: on the monotonic clock that all processes of a machine share; 0: now, and
+    never.
+    priority: lower runs sooner and is preempted later. salt: prompts with different salts share no cached
+    blocks.
     context_logits, generation_logits: return the logits of the prompt's, and of the sampled positions.
     """
 
@@ -128,7 +141,9 @@ class Request(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
 
 
 class TokenScore(msgspec.Struct, frozen=True, array_like=True):
-    """Log-probability of a token under the model's own distribution, its rank there (1: the likeliest), and the likeliest tokens."""
+    """Log-probability of a token under the model's own distribution, its rank there (1: the likeliest), and
+    the likeliest tokens.
+    """
 
     logprob: float
     rank: int
@@ -137,7 +152,9 @@ class TokenScore(msgspec.Struct, frozen=True, array_like=True):
 
 
 class Timings(msgspec.Struct, frozen=True, array_like=True):
-    """What happened to a request when (ns on the monotonic clock, 0: not yet), and how many KV blocks its prompt took."""
+    """What happened to a request when (ns on the monotonic clock, 0: not yet), and how many KV blocks its
+    prompt took.
+    """
 
     arrival_ns: int = 0
     first_scheduled_ns: int = 0
@@ -150,10 +167,13 @@ class Timings(msgspec.Struct, frozen=True, array_like=True):
 class Output(msgspec.Struct, frozen=True, array_like=True):
     """New tokens of one sequence.
 
-    index: which of the request's answers. ids: the new token ids. scores: one for each of them, if asked for.
-    num_cut: bytes at the end of the tokens' text that do not belong to the answer (a stop text, and what came after it).
+    index: which of the request's answers. ids: the new token ids. scores: one for each of them, if asked
+    for.
+    num_cut: bytes at the end of the tokens' text that do not belong to the answer (a stop text, and what
+    came after it).
     finish_reason: empty, or in the last output of a sequence `stop`, `length`, `cancelled` or `timeout`.
-    prompt_scores, context_logits: in the first output of answer 0; one score for each token of the prompt but the first.
+    prompt_scores, context_logits: in the first output of answer 0; one score for each token of the prompt
+    but the first.
     context_logits, generation_logits: float32 bytes [prompt tokens, vocabulary], [ids, vocabulary].
     """
 
@@ -172,7 +192,10 @@ class Output(msgspec.Struct, frozen=True, array_like=True):
 
 
 class EngineInfo(msgspec.Struct, frozen=True):
-    """What clients of an engine need to know of it. model: the model directory. device: cpu or cuda. num_blocks, block_size: KV cache."""
+    """What clients of an engine need to know of it. model: the model directory. device: cpu or cuda.
+
+    num_blocks, block_size: KV cache.
+    """
 
     model: str
     vocab_size: int

@@ -1,4 +1,6 @@
-"""Small random-weight models of every family, written as Hugging Face directories, and transformers as their reference."""
+"""Small random-weight models of every family, written as Hugging Face directories, and transformers as
+their reference.
+"""
 
 from __future__ import annotations
 
@@ -6,7 +8,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoModelForCausalLM, LlamaConfig, MistralConfig, PretrainedConfig, Qwen2Config, Qwen3Config
+from transformers import (
+    AutoModelForCausalLM,
+    LlamaConfig,
+    MistralConfig,
+    PretrainedConfig,
+    Qwen2Config,
+    Qwen3Config,
+)
 
 SIZES: dict[str, Any] = {
     "vocab_size": 199,
@@ -33,7 +42,10 @@ FAMILIES: dict[str, PretrainedConfig] = {
     "llama2": LlamaConfig(**SIZES),
     "llama3.1": LlamaConfig(**SIZES, rope_parameters=LLAMA3_ROPE, tie_word_embeddings=True),
     "llama-biases": LlamaConfig(**SIZES, attention_bias=True),
-    "smollm2": LlamaConfig(**{**SIZES, "num_attention_heads": 9, "num_key_value_heads": 3, "hidden_size": 288}, tie_word_embeddings=True),
+    "smollm2": LlamaConfig(
+        **{**SIZES, "num_attention_heads": 9, "num_key_value_heads": 3, "hidden_size": 288},
+        tie_word_embeddings=True,
+    ),
     "mistral": MistralConfig(**SIZES, sliding_window=None, head_dim=16),
     "mistral-window": MistralConfig(**SIZES, sliding_window=24, head_dim=16),
     "qwen2.5": Qwen2Config(**SIZES),
@@ -49,7 +61,9 @@ def write_model(folder: Path, config: PretrainedConfig, shards: bool = False) ->
     with torch.no_grad():
         for parameter in model.parameters():
             # Far from zero and one, so that a forgotten bias or norm weight shows.
-            parameter.copy_(torch.randn_like(parameter) * (0.5 if parameter.dim() == 1 else 0.15) + (parameter.dim() == 1))
+            parameter.copy_(
+                torch.randn_like(parameter) * (0.5 if parameter.dim() == 1 else 0.15) + (parameter.dim() == 1)
+            )
     model.save_pretrained(folder, max_shard_size="100KB" if shards else "5GB")
     return model
 
@@ -57,5 +71,7 @@ def write_model(folder: Path, config: PretrainedConfig, shards: bool = False) ->
 def greedy(model: Any, prompt: list[int], num_tokens: int) -> list[int]:
     """transformers' greedy continuation; ends with an end token."""
     ids = torch.tensor([prompt])
-    output = model.generate(ids, attention_mask=torch.ones_like(ids), do_sample=False, max_new_tokens=num_tokens)
+    output = model.generate(
+        ids, attention_mask=torch.ones_like(ids), do_sample=False, max_new_tokens=num_tokens
+    )
     return output[0, len(prompt) :].tolist()

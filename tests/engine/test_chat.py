@@ -22,7 +22,9 @@ def tokenizer() -> Any:
     return AutoTokenizer.from_pretrained(str(find_model("", CACHE)))
 
 
-def render(tokenizer: Any, template: str, messages: list[dict[str, Any]], max_bytes: int = 10_000, **variables: Any) -> str:
+def render(
+    tokenizer: Any, template: str, messages: list[dict[str, Any]], max_bytes: int = 10_000, **variables: Any
+) -> str:
     tokenizer.chat_template = template
     return ChatRenderer(tokenizer, max_bytes)(messages, None, True, variables)
 
@@ -40,14 +42,27 @@ def test_parts_are_joined_for_templates_of_texts_and_kept_for_those_of_parts(tok
 
 def test_arguments_of_tool_calls_are_objects_and_absent_content_is_empty(tokenizer):
     message = {"role": "assistant", "content": None, "tool_calls": [CALL]}
-    template = "{% for m in messages %}[{{ m.content }}]{{ m.tool_calls[0].function.arguments | tojson }}{% endfor %}"
+    call = "{{ m.tool_calls[0].function.arguments | tojson }}"
+    template = "{% for m in messages %}[{{ m.content }}]" + call + "{% endfor %}"
     assert render(tokenizer, template, [message]) == '[]{"x": [1, "é"]}'
     broken = {**CALL, "function": {"name": "f", "arguments": "{"}}
     with pytest.raises(ChatTemplateError, match="arguments of a tool call are not valid JSON"):
         render(tokenizer, template, [{**message, "tool_calls": [broken]}])
 
 
-@pytest.mark.parametrize("key", ["chat_template", "tokenize", "messages", "tools", "documents", "return_dict", "conversation", "bos_token"])
+@pytest.mark.parametrize(
+    "key",
+    [
+        "chat_template",
+        "tokenize",
+        "messages",
+        "tools",
+        "documents",
+        "return_dict",
+        "conversation",
+        "bos_token",
+    ],
+)
 def test_no_variable_is_a_parameter_of_the_renderer(tokenizer, key):
     tokenizer.chat_template = TEXTS
     with pytest.raises(ChatTemplateError, match=f"chat_template_kwargs has {key}, which no client may set"):
@@ -67,7 +82,10 @@ def test_rendering_has_a_limit(tokenizer, template):
         render(tokenizer, template, [{"role": "user", "content": "x"}], max_bytes=50_000)
 
 
-@pytest.mark.parametrize("messages", [[{}], [{"role": "user"}], [{"role": "user", "content": 3}], [{"role": 1, "content": ["a", 2]}]])
+@pytest.mark.parametrize(
+    "messages",
+    [[{}], [{"role": "user"}], [{"role": "user", "content": 3}], [{"role": 1, "content": ["a", 2]}]],
+)
 def test_broken_messages_are_a_clear_error_or_rendered(tokenizer, messages):
     template = "{% for m in messages %}{{ m.role + ': ' + m.content }}{% endfor %}"
     with pytest.raises(ChatTemplateError, match=r"cannot be rendered|a message has a part of type"):

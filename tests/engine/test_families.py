@@ -1,4 +1,6 @@
-"""Every family against transformers, on random weights, with the CPU's kernels and with the reference operations."""
+"""Every family against transformers, on random weights, with the CPU's kernels and with the reference
+operations.
+"""
 
 from __future__ import annotations
 
@@ -26,7 +28,14 @@ def prompt_logits(folder, ids: list[int], ops: str, is_compiled: bool) -> torch.
     family, config = read_model(folder)
     cpu, size, count = torch.device("cpu"), 16, len(ids)
     chosen = select_ops(cpu, Settings(ops=ops))
-    decoder = Decoder(config, family, Checkpoint(folder, torch.float32, cpu), chosen, layer_shape(config, size, 512, cpu), torch.float32)
+    decoder = Decoder(
+        config,
+        family,
+        Checkpoint(folder, torch.float32, cpu),
+        chosen,
+        layer_shape(config, size, 512, cpu),
+        torch.float32,
+    )
     assert isinstance(decoder._layers, CompiledLayers) == is_compiled
     store = TorchStore(decoder.kv_layout(torch.float32), 40, cpu)
     table = torch.randperm(40)[: -(-count // size)].to(torch.int32).unsqueeze(0)
@@ -64,8 +73,8 @@ def test_greedy_tokens_equal_transformers_in_any_company(name, tmp_path):
     prompts = [chooser.choices(range(6, 199), k=k) for k in (1, 3, 17, 64, 90, 33)]
     prompts.append([*prompts[4][:80], 7, 8])
     engine = LLM(
-        str(tmp_path), dtype="float32", num_blocks=40, max_model_len=160, max_num_batched_tokens=48, check_integrity=True,
-        cache_dir=str(tmp_path / "cache"),
+        str(tmp_path), dtype="float32", num_blocks=40, max_model_len=160, max_num_batched_tokens=48,
+        check_integrity=True, cache_dir=str(tmp_path / "cache"),
     )  # fmt: skip
     results = engine.generate(prompts, SamplingParams(temperature=0, max_tokens=24))
     assert engine.engine.scheduler.counters.preemptions + results[-1].num_cached_tokens > 0
@@ -76,5 +85,7 @@ def test_greedy_tokens_equal_transformers_in_any_company(name, tmp_path):
 
 def test_unknown_architecture_is_refused_with_the_known_ones(tmp_path):
     (tmp_path / "config.json").write_text('{"architectures": ["GPT2LMHeadModel"]}')
-    with pytest.raises(UnsupportedModelError, match="GPT2LMHeadModel is not supported; known: LlamaForCausalLM"):
+    with pytest.raises(
+        UnsupportedModelError, match="GPT2LMHeadModel is not supported; known: LlamaForCausalLM"
+    ):
         read_model(tmp_path)

@@ -30,9 +30,16 @@ def test_queries_and_keys_have_their_rotating_pairs_half_a_head_apart_again():
     tensors = {t.name: t for t in GGUFReader(_embedded_file()).tensors}
     half = config["head_dim"] // 2
     with safe_open(str(model / "model.safetensors"), framework="pt") as converted:
-        for name, heads, ours in (("attn_q", config["num_attention_heads"], "q_proj"), ("attn_k", config["num_key_value_heads"], "k_proj")):
-            stored = dequantize(tensors[f"blk.3.{name}.weight"].data, tensors[f"blk.3.{name}.weight"].tensor_type)
-            rows = [head * 2 * half + 2 * (i % half) + i // half for head in range(heads) for i in range(2 * half)]
+        for name, heads, ours in (
+            ("attn_q", config["num_attention_heads"], "q_proj"),
+            ("attn_k", config["num_key_value_heads"], "k_proj"),
+        ):
+            stored = dequantize(
+                tensors[f"blk.3.{name}.weight"].data, tensors[f"blk.3.{name}.weight"].tensor_type
+            )
+            rows = [
+                head * 2 * half + 2 * (i % half) + i // half for head in range(heads) for i in range(2 * half)
+            ]
             expected = torch.from_numpy(np.ascontiguousarray(stored[rows])).bfloat16()
             assert torch.equal(converted.get_tensor(f"model.layers.3.self_attn.{ours}.weight"), expected)
         down = tensors["blk.3.ffn_down.weight"]
@@ -58,7 +65,13 @@ def test_the_embedded_models_texts_are_split_as_its_file_says():
         assert list(vocabulary.encode(text)) == ids, text
 
 
-def write_gguf(file: Path, pre: str = "gpt-2", eot: int | None = None, scaling: dict | None = None, factors: np.ndarray | None = None) -> None:
+def write_gguf(
+    file: Path,
+    pre: str = "gpt-2",
+    eot: int | None = None,
+    scaling: dict | None = None,
+    factors: np.ndarray | None = None,
+) -> None:
     """A Llama with random weights whose file says these things."""
     writer = GGUFWriter(file, "llama")
     writer.add_block_count(1)
@@ -82,12 +95,22 @@ def write_gguf(file: Path, pre: str = "gpt-2", eot: int | None = None, scaling: 
     if eot is not None:
         writer.add_eot_token_id(eot)
     for key, value in (scaling or {}).items():
-        (writer.add_string if isinstance(value, str) else writer.add_uint32 if isinstance(value, int) else writer.add_float32)(
-            f"llama.rope.scaling.{key}", value
-        )
+        (
+            writer.add_string
+            if isinstance(value, str)
+            else writer.add_uint32
+            if isinstance(value, int)
+            else writer.add_float32
+        )(f"llama.rope.scaling.{key}", value)
     rng, size = np.random.default_rng(0), SIZES["hidden_size"]
     shapes = {"token_embd": (len(tokens), size), "output_norm": (size,), "output": (len(tokens), size)}
-    layer = {"attn_norm": (size,), "ffn_norm": (size,), "attn_q": (96, size), "attn_k": (32, size), "attn_v": (32, size)}
+    layer = {
+        "attn_norm": (size,),
+        "ffn_norm": (size,),
+        "attn_q": (96, size),
+        "attn_k": (32, size),
+        "attn_v": (32, size),
+    }
     layer |= {"attn_output": (size, 96), "ffn_gate": (80, size), "ffn_up": (80, size), "ffn_down": (size, 80)}
     for name, shape in {**shapes, **{f"blk.0.{name}": shape for name, shape in layer.items()}}.items():
         writer.add_tensor(f"{name}.weight", rng.normal(size=shape).astype(np.float32))
@@ -118,14 +141,20 @@ def converted(tmp_path: Path, **says) -> Path:
     ],
 )
 def test_a_files_name_for_its_split_is_honoured(tmp_path, pre, pieces):
-    """A run of blanks before a word keeps its last one for the word in GPT-2's rule; digits stand alone, or in threes."""
+    """A run of blanks before a word keeps its last one for the word in GPT-2's rule; digits stand alone, or
+    in threes.
+    """
     model = converted(tmp_path, pre=pre)
-    tokens = {i: token for token, i in json.loads((model / "tokenizer.json").read_text())["model"]["vocab"].items()}
+    tokens = {
+        i: token for token, i in json.loads((model / "tokenizer.json").read_text())["model"]["vocab"].items()
+    }
     assert [tokens[i] for i in Vocabulary.read(model).encode("x12123\n\n2")] == pieces
 
 
 def test_an_unknown_split_is_refused_by_name(tmp_path):
-    with pytest.raises(UnsupportedModelError, match=r"tokenizer\.ggml\.pre is 'nobody-knows', which is not known"):
+    with pytest.raises(
+        UnsupportedModelError, match=r"tokenizer\.ggml\.pre is 'nobody-knows', which is not known"
+    ):
         converted(tmp_path, pre="nobody-knows")
 
 
@@ -137,10 +166,19 @@ def test_rope_scaling_and_factors_of_a_file_are_honoured(tmp_path):
     scaling = {"type": "yarn", "factor": 4.0, "original_context_length": 128}
     (tmp_path / "a").mkdir()
     _, config = read_model(converted(tmp_path / "a", scaling=scaling))
-    rope = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 128, "rope_theta": 10000.0}
-    expected, factor = ROPE_INIT_FUNCTIONS["yarn"](LlamaConfig(**{**SIZES, "num_hidden_layers": 1}, rope_parameters=rope), torch.device("cpu"))
+    rope = {
+        "rope_type": "yarn",
+        "factor": 4.0,
+        "original_max_position_embeddings": 128,
+        "rope_theta": 10000.0,
+    }
+    expected, factor = ROPE_INIT_FUNCTIONS["yarn"](
+        LlamaConfig(**{**SIZES, "num_hidden_layers": 1}, rope_parameters=rope), torch.device("cpu")
+    )
     angles = torch.outer(torch.arange(40.0), expected)
-    torch.testing.assert_close(rotary_table(config, 40, torch.device("cpu")), torch.cat([angles.cos(), angles.sin()], -1) * factor)
+    torch.testing.assert_close(
+        rotary_table(config, 40, torch.device("cpu")), torch.cat([angles.cos(), angles.sin()], -1) * factor
+    )
     assert config.max_position == 512
 
     (tmp_path / "b").mkdir()
@@ -148,7 +186,9 @@ def test_rope_scaling_and_factors_of_a_file_are_honoured(tmp_path):
     _, config = read_model(converted(tmp_path / "b", factors=factors))
     plain = 1 / 10000 ** (torch.arange(0, 16, 2) / 16)
     angles = torch.outer(torch.arange(40.0), plain / torch.from_numpy(factors).float())
-    torch.testing.assert_close(rotary_table(config, 40, torch.device("cpu")), torch.cat([angles.cos(), angles.sin()], -1))
+    torch.testing.assert_close(
+        rotary_table(config, 40, torch.device("cpu")), torch.cat([angles.cos(), angles.sin()], -1)
+    )
 
 
 def test_unknown_rope_scaling_is_refused_by_name(tmp_path):

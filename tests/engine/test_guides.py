@@ -1,4 +1,6 @@
-"""Guided answers at temperature 1, judged by others: jsonschema for schemas, re for expressions, a parser of our own for a grammar."""
+"""Guided answers at temperature 1, judged by others: jsonschema for schemas, re for expressions, a parser
+of our own for a grammar.
+"""
 
 from __future__ import annotations
 
@@ -36,7 +38,9 @@ def guided(kind: str, text: str = "", **params: Any) -> SamplingParams:
     return SamplingParams(**{"max_tokens": 600, "seed": 11, "guide": Guide(kind, text), **params})
 
 
-def an_object(optional: dict[str, Any] | None = None, is_open: bool = False, **required: Any) -> dict[str, Any]:
+def an_object(
+    optional: dict[str, Any] | None = None, is_open: bool = False, **required: Any
+) -> dict[str, Any]:
     """An object's schema from those of its properties."""
     schema = {"type": "object", "properties": {**required, **(optional or {})}, "required": list(required)}
     return schema if is_open else {**schema, "additionalProperties": False}
@@ -69,20 +73,31 @@ WRITTEN_SCHEMAS: list[dict[str, Any]] = [
     {"anyOf": [whole(5, 8), {"type": "null"}]},
     {"type": ["boolean", "null"]},
     {"$defs": {"point": an_object(x=whole(0, 99), y=whole(-99, 0))}, **an_object(start=POINT, end=POINT)},
-    an_object(kind={"const": "circle"}, radius={"type": "number", "minimum": 0, "maximum": 10, "multipleOf": 0.25}),
+    an_object(
+        kind={"const": "circle"}, radius={"type": "number", "minimum": 0, "maximum": 10, "multipleOf": 0.25}
+    ),
     an_object(tags=listed(words(8), 3), is_open=True),
     an_object(address=an_object(city=words(12, 1), zip={"type": "string", "pattern": "^[0-9]{5}$"})),
     {"oneOf": [an_object(a=whole(0, 9)), an_object(b=FLAG)]},
     {"type": "array", "prefixItems": [{"type": "integer"}, FLAG], "items": False, "minItems": 2},
     an_object({"maybe": {"type": "null"}}, sure=FLAG),
-    {"type": "object", "patternProperties": {"^k[0-9]$": FLAG}, "additionalProperties": False, "maxProperties": 3},
+    {
+        "type": "object",
+        "patternProperties": {"^k[0-9]$": FLAG},
+        "additionalProperties": False,
+        "maxProperties": 3,
+    },
     whole(100, 999),
 ]
 
 
 def random_schema(rng: random.Random, depth: int) -> dict[str, Any]:
     """A schema whose answers have a bounded length."""
-    kind = rng.choice(["string", "integer", "boolean", "enum", "null", "number"] if depth == 0 else ["object", "object", "array"])
+    kind = rng.choice(
+        ["string", "integer", "boolean", "enum", "null", "number"]
+        if depth == 0
+        else ["object", "object", "array"]
+    )
     match kind:
         case "string":
             return words(rng.randint(2, 16), rng.randint(0, 2))
@@ -92,12 +107,18 @@ def random_schema(rng: random.Random, depth: int) -> dict[str, Any]:
         case "number":
             return {"type": "number", "minimum": 0, "maximum": rng.choice([1, 10, 2.5]), "multipleOf": 0.25}
         case "enum":
-            return {"enum": rng.sample(["yes", "no", "maybe", 1, 2.5, None, "naïve", "a b", '"quoted"'], rng.randint(1, 4))}
+            return {
+                "enum": rng.sample(
+                    ["yes", "no", "maybe", 1, 2.5, None, "naïve", "a b", '"quoted"'], rng.randint(1, 4)
+                )
+            }
         case "array":
             low = rng.randint(0, 2)
             return listed(random_schema(rng, depth - 1), low + rng.randint(0, 2), low)
         case "object":
-            names = rng.sample(["id", "title", "price", "in stock", "größe", "note", "next"], rng.randint(1, 3))
+            names = rng.sample(
+                ["id", "title", "price", "in stock", "größe", "note", "next"], rng.randint(1, 3)
+            )
             properties = {name: random_schema(rng, depth - 1) for name in names}
             required = {name: properties.pop(name) for name in names if rng.random() < 0.7}
             return an_object(properties, **required)
@@ -128,7 +149,9 @@ EXPRESSIONS = [
 
 
 def test_every_answer_matches_its_expression(llm):
-    results = llm.generate([PROMPT] * len(EXPRESSIONS), [guided("regex", expression, n=4) for expression in EXPRESSIONS])
+    results = llm.generate(
+        [PROMPT] * len(EXPRESSIONS), [guided("regex", expression, n=4) for expression in EXPRESSIONS]
+    )
     for expression, result in zip(EXPRESSIONS, results, strict=True):
         for answer in result.outputs:
             assert re.fullmatch(expression, answer.text), (expression, answer.text)
@@ -149,15 +172,33 @@ def test_an_answer_follows_its_grammar(llm):
 
 
 def test_json_without_a_schema_is_an_object(llm):
-    result = llm.generate('{"a": 1} is an example of JSON. Another short one:', guided("json", n=4, temperature=0.3))[0]
+    result = llm.generate(
+        '{"a": 1} is an example of JSON. Another short one:', guided("json", n=4, temperature=0.3)
+    )[0]
     whole = [answer for answer in result.outputs if answer.finish_reason == "stop"]
     assert whole and all(isinstance(json.loads(answer.text), dict) for answer in whole)
 
 
 def test_a_structural_tag_holds_between_its_marks(llm):
-    schema = {"type": "object", "properties": {"city": {"enum": ["Paris", "Rome"]}}, "required": ["city"], "additionalProperties": False}
-    tag = {"type": "tag", "begin": "<call>", "content": {"type": "json_schema", "json_schema": schema}, "end": "</call>"}
-    text = llm.generate(PROMPT, guided("structural_tag", json.dumps({"type": "structural_tag", "format": tag})))[0].outputs[0].text
+    schema = {
+        "type": "object",
+        "properties": {"city": {"enum": ["Paris", "Rome"]}},
+        "required": ["city"],
+        "additionalProperties": False,
+    }
+    tag = {
+        "type": "tag",
+        "begin": "<call>",
+        "content": {"type": "json_schema", "json_schema": schema},
+        "end": "</call>",
+    }
+    text = (
+        llm.generate(PROMPT, guided("structural_tag", json.dumps({"type": "structural_tag", "format": tag})))[
+            0
+        ]
+        .outputs[0]
+        .text
+    )
     found = re.fullmatch(r"<call>(.*)</call>", text)
     assert found and json.loads(found[1])["city"] in ("Paris", "Rome")
 
@@ -168,9 +209,19 @@ def test_limits_and_stops_interact_with_a_grammar_as_expected(llm):
 
     cut = one(kind="regex", text="[a-z]{50}", max_tokens=3)
     assert (cut.finish_reason, len(cut.token_ids)) == ("length", 3) and re.fullmatch("[a-z]+", cut.text)
-    assert one(kind="regex", text="x{1,40}", min_tokens=4, allowed_token_ids=tuple(llm.get_tokenizer()("xyz").input_ids)).finish_reason == "stop"
+    assert (
+        one(
+            kind="regex",
+            text="x{1,40}",
+            min_tokens=4,
+            allowed_token_ids=tuple(llm.get_tokenizer()("xyz").input_ids),
+        ).finish_reason
+        == "stop"
+    )
     assert one(kind="regex", text="(ab)+c", stop="aba", max_tokens=50).text in ("", "abc")
-    assert len(one(kind="regex", text="a*", min_tokens=5, max_tokens=20).token_ids) >= 5, "a grammar that goes on goes on"
+    assert len(one(kind="regex", text="a*", min_tokens=5, max_tokens=20).token_ids) >= 5, (
+        "a grammar that goes on goes on"
+    )
     assert one(kind="regex", text="ab", min_tokens=20).text == "ab", "one that has ended does not"
     assert one(kind="regex", text="ab", ignore_eos=True, max_tokens=20).text == "ab"
 
@@ -214,15 +265,39 @@ def test_requests_with_the_same_grammar_have_limits_of_their_own(llm, compiler):
 @pytest.mark.parametrize(
     "kind, text",
     [
-        ("json_schema", json.dumps({"$ref": "#/$defs/0", "$defs": {**{str(i): {"$ref": f"#/$defs/{i + 1}"} for i in range(1900)}, "1900": {}}})),
         (
             "json_schema",
-            json.dumps({"$ref": "#/$defs/0", "$defs": {**{str(i): {"items": {"$ref": f"#/$defs/{i + 1}"}} for i in range(1300)}, "1300": {}}}),
+            json.dumps(
+                {
+                    "$ref": "#/$defs/0",
+                    "$defs": {**{str(i): {"$ref": f"#/$defs/{i + 1}"} for i in range(1900)}, "1900": {}},
+                }
+            ),
+        ),
+        (
+            "json_schema",
+            json.dumps(
+                {
+                    "$ref": "#/$defs/0",
+                    "$defs": {
+                        **{str(i): {"items": {"$ref": f"#/$defs/{i + 1}"}} for i in range(1300)},
+                        "1300": {},
+                    },
+                }
+            ),
         ),
         ("ebnf_grammar", "start: r0\n" + "".join(f"r{i}: r{i + 1}\n" for i in range(1200)) + 'r1200: "a"\n'),
-        ("ebnf_grammar", "start: A0\n" + "".join(f'A{i}: A{i + 1} "b"\n' for i in range(900)) + 'A900: "a"\n'),
+        (
+            "ebnf_grammar",
+            "start: A0\n" + "".join(f'A{i}: A{i + 1} "b"\n' for i in range(900)) + 'A900: "a"\n',
+        ),
         ("ebnf_grammar", 'root ::= "a"' + "\n" * 16_000),
-        ("structural_tag", json.dumps({"format": {"type": "sequence", "elements": [{"type": "const_string", "value": "x"}] * 1500}})),
+        (
+            "structural_tag",
+            json.dumps(
+                {"format": {"type": "sequence", "elements": [{"type": "const_string", "value": "x"}] * 1500}}
+            ),
+        ),
         ("regex", "(a{1000}){1000}"),
     ],
     ids=["references", "items", "rules", "terminals", "lines", "parts", "repetitions"],
@@ -234,11 +309,17 @@ def test_a_grammar_at_its_limits_works_or_is_refused(llm, compiler, kind, text):
         assert "guided_decoding_guide" in str(error)
 
 
-@pytest.mark.parametrize("text, expected", [("<f>1</f>", True), ("no tag", True), ("<f>1</f> and more", False)])
+@pytest.mark.parametrize(
+    "text, expected", [("<f>1</f>", True), ("no tag", True), ("<f>1</f> and more", False)]
+)
 def test_a_structural_tag_that_stops_after_the_first_accepts_nothing_behind_it(llm, compiler, text, expected):
     tag = {"type": "tag", "begin": "<f>", "content": {"type": "regex", "pattern": r"[0-9]\/?"}, "end": "</f>"}
     form = {"type": "triggered_tags", "triggers": ["<f"], "tags": [tag], "stop_after_first": True}
     guide = Guide("structural_tag", json.dumps({"format": form}))
     state = compiler.compile(guide).result(60)()
     ids = llm.get_tokenizer()(text).input_ids
-    assert state._matcher.validate_tokens(ids) == len(ids) if expected else state._matcher.validate_tokens(ids) < len(ids)
+    assert (
+        state._matcher.validate_tokens(ids) == len(ids)
+        if expected
+        else state._matcher.validate_tokens(ids) < len(ids)
+    )

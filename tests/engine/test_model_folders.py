@@ -1,4 +1,6 @@
-"""Model folders as they are found: files that contradict each other, lack, or are left over; caches that cannot be written."""
+"""Model folders as they are found: files that contradict each other, lack, or are left over; caches that
+cannot be written.
+"""
 
 from __future__ import annotations
 
@@ -29,7 +31,9 @@ CPU = torch.device("cpu")
 
 def tokenizer_json(size: int) -> str:
     vocabulary = {f"t{i}": i for i in range(size)}
-    return json.dumps({"version": "1.0", "added_tokens": [], "model": {"type": "BPE", "vocab": vocabulary, "merges": []}})
+    return json.dumps(
+        {"version": "1.0", "added_tokens": [], "model": {"type": "BPE", "vocab": vocabulary, "merges": []}}
+    )
 
 
 def add_json(folder: Path, name: str, **values) -> None:
@@ -52,14 +56,19 @@ def test_ends_are_those_of_all_files(tmp_path, config, generation, tokenizer, ex
     raw = json.loads((tmp_path / "config.json").read_text())
     add_json(tmp_path, "config.json", **{**raw, "eos_token_id": config})
     add_json(tmp_path, "generation_config.json", eos_token_id=generation)
-    add_json(tmp_path, "tokenizer_config.json", eos_token=tokenizer, added_tokens_decoder={"9": {"content": "t9"}})
+    add_json(
+        tmp_path, "tokenizer_config.json", eos_token=tokenizer, added_tokens_decoder={"9": {"content": "t9"}}
+    )
     assert read_model(tmp_path)[1].end_ids == expected
 
 
 def test_the_index_goes_before_files_that_are_left_over(tmp_path):
     model = write_model(tmp_path, FAMILIES["llama2"], shards=True)
     assert (tmp_path / "model.safetensors.index.json").exists()
-    save_file({"model.norm.weight": torch.zeros(96), "lm_head.weight": torch.zeros(199, 96)}, tmp_path / "model.safetensors")
+    save_file(
+        {"model.norm.weight": torch.zeros(96), "lm_head.weight": torch.zeros(199, 96)},
+        tmp_path / "model.safetensors",
+    )
     checkpoint = Checkpoint(tmp_path, torch.float32, CPU)
     for name in ("model.norm.weight", "lm_head.weight"):
         assert torch.equal(checkpoint.read(name), model.state_dict()[name])
@@ -74,7 +83,13 @@ def test_a_tokenizer_of_older_files_is_converted(tmp_path):
     vocabulary = {chr(ord("a") + i): i for i in range(26)} | {"ab": 26, "<|endoftext|>": 27}
     (tmp_path / "model" / "vocab.json").write_text(json.dumps(vocabulary))
     (tmp_path / "model" / "merges.txt").write_text("#version: 0.2\na b\n")
-    add_json(tmp_path / "model", "tokenizer_config.json", tokenizer_class="Qwen2Tokenizer", eos_token="<|endoftext|>", unk_token=None)
+    add_json(
+        tmp_path / "model",
+        "tokenizer_config.json",
+        tokenizer_class="Qwen2Tokenizer",
+        eos_token="<|endoftext|>",
+        unk_token=None,
+    )
     found = find_model(str(tmp_path / "model"), tmp_path / "cache")
     assert Vocabulary.read(found).encode("abc") == (26, 2)
     assert torch.equal(
@@ -86,13 +101,20 @@ def test_a_tokenizer_of_older_files_is_converted(tmp_path):
 def test_a_tokenizer_that_cannot_be_converted_is_refused_with_the_reason(tmp_path):
     write_model(tmp_path / "model", FAMILIES["qwen2.5"])
     (tmp_path / "model" / "vocab.json").write_text("{")
-    with pytest.raises(UnsupportedModelError, match=r"has no tokenizer\.json, and none can be made from vocab\.json"):
+    with pytest.raises(
+        UnsupportedModelError, match=r"has no tokenizer\.json, and none can be made from vocab\.json"
+    ):
         find_model(str(tmp_path / "model"), tmp_path / "cache")
     assert not list((tmp_path / "cache" / "models").glob("*.unfinished"))
 
 
 def test_yarn_makes_the_context_longer(tmp_path):
-    rope = {"rope_type": "yarn", "rope_theta": 10000.0, "factor": 4.0, "original_max_position_embeddings": 512}
+    rope = {
+        "rope_type": "yarn",
+        "rope_theta": 10000.0,
+        "factor": 4.0,
+        "original_max_position_embeddings": 512,
+    }
     write_model(tmp_path, type(FAMILIES["qwen2.5"])(**SIZES, rope_parameters=rope))
     assert read_model(tmp_path)[1].max_position == 2048
 
@@ -101,18 +123,24 @@ def test_tokens_beyond_the_tokenizers_are_never_sampled(tmp_path):
     write_model(tmp_path, FAMILIES["llama2"])
     (tmp_path / "tokenizer.json").write_text(tokenizer_json(40))
     llm = LLM(str(tmp_path), dtype="float32", num_blocks=64)
-    results = llm.generate([[1, 2, 3]] * 8, [SamplingParams(temperature=5.0, seed=i, max_tokens=40, ignore_eos=True) for i in range(8)])
+    results = llm.generate(
+        [[1, 2, 3]] * 8,
+        [SamplingParams(temperature=5.0, seed=i, max_tokens=40, ignore_eos=True) for i in range(8)],
+    )
     llm.close()
     assert {token for result in results for token in result.outputs[0].token_ids} <= set(range(40))
 
 
-@pytest.mark.parametrize("file, expected", [({"do_sample": False, "temperature": 0.7}, 0.0), ({"do_sample": True, "temperature": 0.7}, 0.7)])
+@pytest.mark.parametrize(
+    "file, expected",
+    [({"do_sample": False, "temperature": 0.7}, 0.0), ({"do_sample": True, "temperature": 0.7}, 0.7)],
+)
 def test_a_generation_config_that_does_not_sample_is_greedy(tmp_path, file, expected):
     add_json(tmp_path, "generation_config.json", **file)
     assert read_defaults(tmp_path, Settings()).params.temperature == expected
 
 
-# -- the cache -------------------------------------------------------------------------------------------------------------
+# -- the cache ---------------------------------------------------------------------------------------------
 
 
 @pytest.fixture
@@ -134,7 +162,9 @@ def test_a_torn_conversion_is_made_again(tmp_path, small_gguf):
     (first / "tokenizer.json").unlink()
     shutil.copytree(first, first.with_name(first.name + ".unfinished"))
     assert find_model(str(small_gguf), tmp_path / "cache") == first
-    assert (first / "tokenizer.json").exists() and [p.name for p in first.parent.iterdir() if p.is_dir()] == [first.name]
+    assert (first / "tokenizer.json").exists() and [p.name for p in first.parent.iterdir() if p.is_dir()] == [
+        first.name
+    ]
 
 
 def test_a_cache_that_cannot_be_written_is_only_warned_about(tmp_path, small_gguf, monkeypatch, caplog):
@@ -142,7 +172,9 @@ def test_a_cache_that_cannot_be_written_is_only_warned_about(tmp_path, small_ggu
     (tmp_path / "elsewhere").mkdir()
     (tmp_path / "cache").write_text("a file is in its place")
     found = find_model(str(small_gguf), tmp_path / "cache")
-    assert found.is_relative_to(tmp_path / "elsewhere") and "cannot be used for converted models" in caplog.text
+    assert (
+        found.is_relative_to(tmp_path / "elsewhere") and "cannot be used for converted models" in caplog.text
+    )
 
 
 def test_a_conversion_without_any_room_says_so_and_leaves_nothing(tmp_path, small_gguf, monkeypatch):
@@ -163,10 +195,19 @@ def test_a_user_without_a_home_gets_a_cache_all_the_same(monkeypatch):
     assert str(os.getuid()) in str(make_settings(cache_dir="~/x").cache_path)
 
 
-# -- cores -----------------------------------------------------------------------------------------------------------------
+# -- cores -------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("text, limit", [("max 100000", None), ("100000 100000", 1), ("150000 100000", 1), ("400000 100000", 4), ("5000 100000", 1)])
+@pytest.mark.parametrize(
+    "text, limit",
+    [
+        ("max 100000", None),
+        ("100000 100000", 1),
+        ("150000 100000", 1),
+        ("400000 100000", 4),
+        ("5000 100000", 1),
+    ],
+)
 def test_a_quota_of_processor_time_limits_the_threads(tmp_path, text, limit):
     (tmp_path / "cpu.max").write_text(text)
     cores = len(os.sched_getaffinity(0))
@@ -179,10 +220,12 @@ def test_an_older_kernels_quota_counts_too(tmp_path):
     (tmp_path / "cpu" / "cpu.cfs_period_us").write_text("100000\n")
     assert num_usable_cores(tmp_path) == 1
     (tmp_path / "cpu" / "cpu.cfs_quota_us").write_text("-1\n")
-    assert num_usable_cores(tmp_path) == len(os.sched_getaffinity(0)) == num_usable_cores(tmp_path / "nothing")
+    assert (
+        num_usable_cores(tmp_path) == len(os.sched_getaffinity(0)) == num_usable_cores(tmp_path / "nothing")
+    )
 
 
-# -- LLM -------------------------------------------------------------------------------------------------------------------
+# -- LLM ---------------------------------------------------------------------------------------------------
 
 
 def test_generate_takes_more_prompts_than_the_queue_and_works_after_an_error(tmp_path):
@@ -191,7 +234,10 @@ def test_generate_takes_more_prompts_than_the_queue_and_works_after_an_error(tmp
     llm = LLM(str(tmp_path), dtype="float32", num_blocks=64, max_queued_requests=8)
     params = SamplingParams(temperature=0, max_tokens=3, ignore_eos=True)
     results = llm.generate([[1 + i % 50] for i in range(100)], params)
-    assert all(len(result.outputs[0].token_ids) == 3 for result in results) and results[0].outputs[0].token_ids == results[50].outputs[0].token_ids
+    assert (
+        all(len(result.outputs[0].token_ids) == 3 for result in results)
+        and results[0].outputs[0].token_ids == results[50].outputs[0].token_ids
+    )
     # Token 5 is the only one allowed, and it may not come: the request fails while others run.
     stuck = SamplingParams(temperature=0, max_tokens=3, min_tokens=2, allowed_token_ids=(5,))
     with pytest.raises(ValueError, match="no token is left to choose"):

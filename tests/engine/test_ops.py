@@ -1,4 +1,6 @@
-"""Each CPU kernel against its torch reference, over random shapes, with poisoned outputs, in both storage types."""
+"""Each CPU kernel against its torch reference, over random shapes, with poisoned outputs, in both storage
+types.
+"""
 
 from __future__ import annotations
 
@@ -43,7 +45,11 @@ def test_packing_keeps_every_element(dtype, outputs):
 
 
 @relaxed
-@given(st.lists(st.tuples(st.integers(0, 60), st.integers(1, 40)), min_size=1, max_size=6), st.sampled_from([4, 16]), st.integers(0, 99))
+@given(
+    st.lists(st.tuples(st.integers(0, 60), st.integers(1, 40)), min_size=1, max_size=6),
+    st.sampled_from([4, 16]),
+    st.integers(0, 99),
+)
 def test_gather(sequences, block_size, seed):
     rng = np.random.default_rng(seed)
     starts, counts = (np.array(values, np.int32) for values in zip(*sequences, strict=True))
@@ -56,21 +62,39 @@ def test_gather(sequences, block_size, seed):
     expected = []
     for row, start, count in zip(rows, starts, counts, strict=True):
         for position in range(start, start + count):
-            expected.append((int(history[row, position]), position, int(table[row, position // block_size]) * block_size + position % block_size))
+            expected.append(
+                (
+                    int(history[row, position]),
+                    position,
+                    int(table[row, position // block_size]) * block_size + position % block_size,
+                )
+            )
     for function in (reference.gather, gather):
         growing = torch.from_numpy(lengths.copy())
         ids, positions, slots, tables, ends = function(history, table, growing, *shared)
-        assert ends.tolist() == (starts + counts).tolist() == growing.numpy()[rows].tolist() and growing.sum() == lengths.sum() + counts.sum()
+        assert (
+            ends.tolist() == (starts + counts).tolist() == growing.numpy()[rows].tolist()
+            and growing.sum() == lengths.sum() + counts.sum()
+        )
         assert list(zip(ids.tolist(), positions.tolist(), slots.tolist(), strict=True)) == expected
         assert torch.equal(tables, table[torch.from_numpy(rows).long()])
 
 
 @relaxed
-@given(st.integers(1, 9), st.sampled_from([5, 32, 100]), st.sampled_from([32, 96]), dtypes, st.booleans(), st.integers(0, 99))
+@given(
+    st.integers(1, 9),
+    st.sampled_from([5, 32, 100]),
+    st.sampled_from([32, 96]),
+    dtypes,
+    st.booleans(),
+    st.integers(0, 99),
+)
 def test_embedding(tokens, vocabulary, hidden, dtype, is_tied, seed):
     torch.manual_seed(seed)
     matrices = [torch.randn(vocabulary, hidden).to(dtype) for _ in range(1 if is_tied else 2)]
-    weights = EmbeddingWeights(matrices[0], None if is_tied else DenseWeight(matrices[1]), torch.randn(hidden), 1e-5)
+    weights = EmbeddingWeights(
+        matrices[0], None if is_tied else DenseWeight(matrices[1]), torch.randn(hidden), 1e-5
+    )
     expected, compiled = TorchEmbedding(weights), CompiledEmbedding(weights)
     ids = torch.randint(0, vocabulary, (tokens,))
     assert torch.equal(compiled.embed(ids), expected.embed(ids))
@@ -83,9 +107,14 @@ def test_embedding(tokens, vocabulary, hidden, dtype, is_tied, seed):
         torch.testing.assert_close(logits, expected.logits(residual[:rows]), atol=tolerance, rtol=1e-3)
 
 
-def random_layers(shape: LayerShape, dtype: torch.dtype, window: int, has_norms: bool, has_bias: bool) -> list[LayerWeights]:
+def random_layers(
+    shape: LayerShape, dtype: torch.dtype, window: int, has_norms: bool, has_bias: bool
+) -> list[LayerWeights]:
     heads = shape.heads
-    attended, qkv = heads.num_heads * heads.head_dim, (heads.num_heads + 2 * heads.num_kv_heads) * heads.head_dim
+    attended, qkv = (
+        heads.num_heads * heads.head_dim,
+        (heads.num_heads + 2 * heads.num_kv_heads) * heads.head_dim,
+    )
 
     def affine(outputs: int, inputs: int) -> Affine:
         values = (torch.randn(outputs, inputs) * inputs**-0.5).to(dtype)
@@ -110,8 +139,13 @@ def random_layers(shape: LayerShape, dtype: torch.dtype, window: int, has_norms:
     ]
 
 
-def run_steps(layers: Layers, shape: LayerShape, lengths: list[list[int]], fill: float, dtype: torch.dtype) -> list[torch.Tensor]:
-    """Residuals after each step; lengths[k][i]: tokens of sequence i in step k. The cache begins with nothing but `fill`."""
+def run_steps(
+    layers: Layers, shape: LayerShape, lengths: list[list[int]], fill: float, dtype: torch.dtype
+) -> list[torch.Tensor]:
+    """Residuals after each step; lengths[k][i]: tokens of sequence i in step k.
+
+    The cache begins with nothing but `fill`.
+    """
     block_size = shape.block_size
     totals = np.sum(lengths, axis=0)
     blocks = -(-int(totals.max()) // block_size)
@@ -129,7 +163,11 @@ def run_steps(layers: Layers, shape: LayerShape, lengths: list[list[int]], fill:
         residual = torch.randn(len(positions), shape.hidden_size, generator=noise)
         ends = torch.from_numpy(starts[present] + counts)
         places = table[present].contiguous()
-        layers(residual, Batch(positions, positions, slots, places, ends, positions, counts, starts[present]), pool)
+        layers(
+            residual,
+            Batch(positions, positions, slots, places, ends, positions, counts, starts[present]),
+            pool,
+        )
         results.append(residual)
         starts += np.array(step, np.int32)
     return results
@@ -137,7 +175,11 @@ def run_steps(layers: Layers, shape: LayerShape, lengths: list[list[int]], fill:
 
 @settings(max_examples=60, deadline=None)
 @given(
-    st.lists(st.lists(st.sampled_from([0, 1, 1, 1, 2, 3, 7, 16, 17, 50]), min_size=3, max_size=3).filter(any), min_size=1, max_size=6),
+    st.lists(
+        st.lists(st.sampled_from([0, 1, 1, 1, 2, 3, 7, 16, 17, 50]), min_size=3, max_size=3).filter(any),
+        min_size=1,
+        max_size=6,
+    ),
     st.sampled_from([(4, 4, 16), (6, 2, 32), (9, 3, 64), (7, 1, 80), (2, 1, 128)]),
     st.sampled_from([16, 48]),
     st.sampled_from([torch.float32, torch.bfloat16]),
@@ -147,7 +189,9 @@ def run_steps(layers: Layers, shape: LayerShape, lengths: list[list[int]], fill:
     st.integers(0, 99),
 )
 def test_layers(lengths, heads, block_size, dtype, window, has_norms, has_bias, seed):
-    """Whole steps through two layers, prompts in chunks and single tokens mixed; what is read of the cache must have been written."""
+    """Whole steps through two layers, prompts in chunks and single tokens mixed; what is read of the cache
+    must have been written.
+    """
     torch.manual_seed(seed)
     cos_sin = rotary_like(400, heads[2])
     shape = LayerShape(2, 64, 48, HeadShape(*heads), block_size, 1e-5, cos_sin)
@@ -168,18 +212,31 @@ def test_long_contexts_are_split_and_merged(window):
     expected = run_steps(ComposedLayers(TORCH_LAYERS, shape, weights), shape, lengths, 0.0, torch.float32)
     compiled = CompiledLayers(shape, weights)
     assert len(plan_tasks(single(2501), shape.heads, 2).merges) == 2
-    for own, right in zip(run_steps(compiled, shape, lengths, torch.nan, torch.float32), expected, strict=True):
+    for own, right in zip(
+        run_steps(compiled, shape, lengths, torch.nan, torch.float32), expected, strict=True
+    ):
         torch.testing.assert_close(own, right, atol=1e-3, rtol=1e-3)
 
 
 def rotary_like(length: int, head_dim: int) -> torch.Tensor:
-    angles = torch.outer(torch.arange(length).float(), 1.0 / 1000 ** (torch.arange(0, head_dim, 2) / head_dim))
+    angles = torch.outer(
+        torch.arange(length).float(), 1.0 / 1000 ** (torch.arange(0, head_dim, 2) / head_dim)
+    )
     return torch.cat([angles.cos(), angles.sin()], dim=-1)
 
 
 def single(position: int) -> Batch:
     nothing = torch.empty(0)
-    return Batch(nothing, nothing, nothing, nothing, nothing, nothing, np.ones(1, np.int32), np.array([position], np.int32))
+    return Batch(
+        nothing,
+        nothing,
+        nothing,
+        nothing,
+        nothing,
+        nothing,
+        np.ones(1, np.int32),
+        np.array([position], np.int32),
+    )
 
 
 @relaxed
@@ -192,19 +249,31 @@ def test_tasks_cover_every_query_and_key_once(sequences, shape, num_threads):
     heads = HeadShape(*shape)
     starts, counts = (np.array(values, np.int32) for values in zip(*sequences, strict=True))
     nothing = torch.empty(0)
-    work = plan_tasks(Batch(nothing, nothing, nothing, nothing, nothing, nothing, counts, starts), heads, num_threads)
+    work = plan_tasks(
+        Batch(nothing, nothing, nothing, nothing, nothing, nothing, counts, starts), heads, num_threads
+    )
     covered, firsts = {}, np.cumsum(counts) - counts
-    for (sequence, head, first, queries, position, begin, part), end in zip(work.tasks.tolist(), work.ends.tolist(), strict=True):
+    for (sequence, head, first, queries, position, begin, part), end in zip(
+        work.tasks.tolist(), work.ends.tolist(), strict=True
+    ):
         assert position - starts[sequence] == first - firsts[sequence]
         assert queries * heads.group <= max(heads.group, MAX_ROWS)
         covered.setdefault((head, first, queries, position + queries), []).append((begin, end, part))
     for (head, first, queries, last), ranges in covered.items():
         ranges.sort()
-        assert [begin for begin, _, _ in ranges] == [0] + [end for _, end, _ in ranges[:-1]] and ranges[-1][1] == last
+        assert [begin for begin, _, _ in ranges] == [0] + [end for _, end, _ in ranges[:-1]] and ranges[-1][
+            1
+        ] == last
         parts = [part for _, _, part in ranges]
         if parts != [-1]:
-            assert queries == 1 and [first, head, parts[0], len(parts)] in work.merges.tolist() and parts == list(range(parts[0], parts[-1] + 1))
-    tokens = sorted((head, token) for head, first, queries, _ in covered for token in range(first, first + queries))
+            assert (
+                queries == 1
+                and [first, head, parts[0], len(parts)] in work.merges.tolist()
+                and parts == list(range(parts[0], parts[-1] + 1))
+            )
+    tokens = sorted(
+        (head, token) for head, first, queries, _ in covered for token in range(first, first + queries)
+    )
     assert tokens == [(head, token) for head in range(heads.num_kv_heads) for token in range(counts.sum())]
 
 
@@ -232,7 +301,17 @@ def test_kernels_for_a_processor_without_avx512():
     if "avx512f" not in features:
         pytest.skip("this processor has no AVX512: the other tests show it")
     older = ",".join(("-" if name.startswith("avx512") else "+") + name for name in sorted(features))
-    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", __file__, "-k", "test_layers or test_embedding or split"]
+    command = [
+        sys.executable,
+        "-m",
+        "pytest",
+        "-q",
+        "-p",
+        "no:cacheprovider",
+        __file__,
+        "-k",
+        "test_layers or test_embedding or split",
+    ]
     environment = {**os.environ, "NUMBA_CPU_NAME": "haswell", "NUMBA_CPU_FEATURES": older}
     result = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=500)
     assert result.returncode == 0, result.stdout[-3000:] + result.stderr[-3000:]
@@ -257,13 +336,22 @@ def test_sampling(rows, vocabulary, temperature, top_k, top_p, min_p, seed):
     def full(value, dtype=torch.float32):
         return torch.full((rows,), value, dtype=dtype)
 
-    arguments = (full(temperature), full(top_k, torch.int64), full(top_p), full(min_p), full(seed, torch.int64), torch.arange(rows))
+    arguments = (
+        full(temperature),
+        full(top_k, torch.int64),
+        full(top_p),
+        full(min_p),
+        full(seed, torch.int64),
+        torch.arange(rows),
+    )
     assert sample(logits, *arguments).tolist() == reference.sample(logits, *arguments).tolist()
     assert argmax(logits).tolist() == logits.argmax(-1).tolist()
 
 
 def random_rows(rng: np.random.Generator, num_rows: int, vocabulary: int) -> tuple[torch.Tensor, ...]:
-    """history of more rows than are looked at, the rows, their lengths, and how much of that is prompt; what lies behind is poison."""
+    """history of more rows than are looked at, the rows, their lengths, and how much of that is prompt;
+    what lies behind is poison.
+    """
     history = torch.from_numpy(rng.integers(0, vocabulary, (num_rows + 3, 40)))
     rows = torch.from_numpy(rng.permutation(num_rows + 3)[:num_rows].copy())
     positions = torch.from_numpy(rng.integers(1, 40, num_rows))
@@ -279,7 +367,10 @@ def test_penalties(num_rows, vocabulary, seed):
     rng = np.random.default_rng(seed)
     history, rows, positions, num_prompt = random_rows(rng, num_rows, vocabulary)
     logits = torch.from_numpy(rng.normal(size=(num_rows, vocabulary)).astype(np.float32)) * 3
-    settings = [torch.from_numpy(rng.choice(values, num_rows).astype(np.float32)) for values in ([1, 0.5, 2], [0, -1, 1.5], [0, 0.7, -2])]
+    settings = [
+        torch.from_numpy(rng.choice(values, num_rows).astype(np.float32))
+        for values in ([1, 0.5, 2], [0, -1, 1.5], [0, 0.7, -2])
+    ]
     expected, found = logits.clone(), logits.clone()
     reference.penalize(expected, history, rows, positions, num_prompt, *settings)
     penalize(found, history, rows, positions, num_prompt, *settings)
@@ -308,9 +399,19 @@ def test_edits_apply_where_position_and_prefix_say_so(num_rows, vocabulary, seed
             prefix = tuple(rng.integers(0, vocabulary, length).tolist())
             if len(own) and rng.random() < 0.5:
                 prefix = tuple(history[row, max(0, int(own[0]) - length) : int(own[0])].tolist())
-            edits[row].append(LogitEdit(int(rng.integers(0, vocabulary)), float(rng.choice([-np.inf, 1.5, -2])), int(rng.integers(0, 60)), prefix))
+            edits[row].append(
+                LogitEdit(
+                    int(rng.integers(0, vocabulary)),
+                    float(rng.choice([-np.inf, 1.5, -2])),
+                    int(rng.integers(0, 60)),
+                    prefix,
+                )
+            )
     state = Rows(len(history), 40, 16, vocabulary, torch.device("cpu"))
-    admissions = tuple(Admission(row, 0, np.zeros(1, np.int32), RowParams(edits=RowEdits.of(own))) for row, own in enumerate(edits))
+    admissions = tuple(
+        Admission(row, 0, np.zeros(1, np.int32), RowParams(edits=RowEdits.of(own)))
+        for row, own in enumerate(edits)
+    )
     state._write_edits(admissions)
     logits = torch.zeros(num_rows, vocabulary)
     expected, found = logits.clone(), logits.clone()
@@ -359,14 +460,24 @@ def test_scores_are_log_softmax_and_ranks_begin_at_one(score, spread):
 
 @pytest.mark.parametrize("draw", [reference.sample, sample])
 def test_sampled_frequencies_follow_the_distribution(draw):
-    """20,000 draws of one distribution with top-k 4 and top-p 0.9: chi-squared within its 1e-6 quantile, and nothing outside the set."""
+    """20,000 draws of one distribution with top-k 4 and top-p 0.9: chi-squared within its 1e-6 quantile,
+    and nothing outside the set.
+    """
     logits = torch.tensor([2.0, 1.5, 1.0, 0.5, 0.0, -1.0])
     num = 20_000
 
     def full(value, dtype=torch.float32):
         return torch.full((num,), value, dtype=dtype)
 
-    ids = draw(logits.repeat(num, 1), full(1.0), full(4, torch.int64), full(0.9), full(0.0), full(9, torch.int64), torch.arange(num))
+    ids = draw(
+        logits.repeat(num, 1),
+        full(1.0),
+        full(4, torch.int64),
+        full(0.9),
+        full(0.0),
+        full(9, torch.int64),
+        torch.arange(num),
+    )
     kept = torch.tensor([2.0, 1.5, 1.0, 0.5]).softmax(0)
     inside = int((kept.cumsum(0) - kept < 0.9).sum())
     expected = kept[:inside] / kept[:inside].sum() * num
@@ -380,7 +491,15 @@ def test_noise_depends_on_seed_and_position_only():
     one = torch.ones(3)
 
     def draw(seeds, positions):
-        return sample(logits, one, torch.zeros(3, dtype=torch.int64), one, 0 * one, torch.tensor(seeds), torch.tensor(positions)).tolist()
+        return sample(
+            logits,
+            one,
+            torch.zeros(3, dtype=torch.int64),
+            one,
+            0 * one,
+            torch.tensor(seeds),
+            torch.tensor(positions),
+        ).tolist()
 
     a = draw([1, 2, 3], [5, 5, 5])
     assert draw([3, 1, 2], [5, 5, 5]) == [a[2], a[0], a[1]]
@@ -412,8 +531,14 @@ def test_scores_of_rows_that_say_nothing_stay_within_the_vocabulary(seed):
     logits = torch.randn(4, 100)
     logits[1], logits[2], logits[3, :98] = -torch.inf, torch.nan, torch.nan
     logprobs, ranks, top_ids, top_logprobs = score(logits, torch.tensor([3, 0, 0, 99]), 5)
-    assert ((top_ids >= 0) & (top_ids < 100)).all() and logprobs.tolist()[1:] == [-torch.inf] * 3 and ranks.tolist()[1:] == [1] * 3
-    assert logprobs[0].isfinite() and top_logprobs[0].isfinite().all() and (top_logprobs[1:] == -torch.inf).all()
+    assert (
+        ((top_ids >= 0) & (top_ids < 100)).all()
+        and logprobs.tolist()[1:] == [-torch.inf] * 3
+        and ranks.tolist()[1:] == [1] * 3
+    )
+    assert (
+        logprobs[0].isfinite() and top_logprobs[0].isfinite().all() and (top_logprobs[1:] == -torch.inf).all()
+    )
 
 
 def test_noise_is_finite_for_all_random_bits():

@@ -1,4 +1,6 @@
-"""What a request may ask of sampling, against transformers on the same model: penalties, biases, bad words, beams, log-probabilities."""
+"""What a request may ask of sampling, against transformers on the same model: penalties, biases, bad words,
+beams, log-probabilities.
+"""
 
 from __future__ import annotations
 
@@ -24,7 +26,14 @@ PROMPTS = [
 
 @pytest.fixture(scope="module")
 def llm():
-    engine = LLM(cache_dir=CACHE, dtype="float32", num_blocks=1500, max_model_len=1200, check_integrity=True, allow_logits=True)
+    engine = LLM(
+        cache_dir=CACHE,
+        dtype="float32",
+        num_blocks=1500,
+        max_model_len=1200,
+        check_integrity=True,
+        allow_logits=True,
+    )
     yield engine
     engine.close()
 
@@ -74,14 +83,19 @@ def generate(on_device, hf, tokenizer, prompt: str, **settings) -> list[list[int
         ({"repetition_penalty": 1.3}, lambda t: {"repetition_penalty": 1.3}),
         ({"min_tokens": 20}, lambda t: {"min_new_tokens": 20}),
         ({"logit_bias": {260: 4.0, 282: -100.0}}, lambda t: {"sequence_bias": {(260,): 4.0, (282,): -100.0}}),
-        ({"bad_words": ("Paris", "small village", "the")}, lambda t: {"bad_words_ids": spellings(t, ["Paris", "small village", "the"])}),
+        (
+            {"bad_words": ("Paris", "small village", "the")},
+            lambda t: {"bad_words_ids": spellings(t, ["Paris", "small village", "the"])},
+        ),
     ],
     ids=["repetition_penalty", "min_tokens", "logit_bias", "bad_words"],
 )
 def test_greedy_answers_with_a_rule_are_transformers(llm, hf, on_device, tokenizer, ours, theirs):
     results = llm.generate(PROMPTS, SamplingParams(temperature=0, max_tokens=24, **ours))
     for prompt, result in zip(PROMPTS, results, strict=True):
-        assert [result.outputs[0].token_ids] == generate(on_device, hf, tokenizer, prompt, max_new_tokens=24, **theirs(tokenizer)), prompt
+        assert [result.outputs[0].token_ids] == generate(
+            on_device, hf, tokenizer, prompt, max_new_tokens=24, **theirs(tokenizer)
+        ), prompt
 
 
 def spellings(tokenizer, words: list[str]) -> list[list[int]]:
@@ -108,7 +122,9 @@ def test_rules_of_one_request_do_not_touch_its_neighbours(llm):
     together = llm.generate([PROMPTS[0]] * len(rules), params)
     for one, result in zip(params, together, strict=True):
         assert llm.generate(PROMPTS[0], one)[0].outputs[0].token_ids == result.outputs[0].token_ids, one
-    assert len({tuple(result.outputs[0].token_ids) for result in together}) >= 9, "the rules make a difference"
+    assert len({tuple(result.outputs[0].token_ids) for result in together}) >= 9, (
+        "the rules make a difference"
+    )
 
 
 def test_presence_and_frequency_follow_their_definition_step_by_step(llm):
@@ -141,20 +157,35 @@ def run_requests(llm: LLM, prompts: list[list[int]], params: SamplingParams, **f
 
 
 @pytest.mark.parametrize(
-    "width, length_penalty, early_stopping", [(2, 1.0, False), (4, 0.0, False), (4, 2.0, True), (3, -1.0, False), (2, 1.0, True)]
+    "width, length_penalty, early_stopping",
+    [(2, 1.0, False), (4, 0.0, False), (4, 2.0, True), (3, -1.0, False), (2, 1.0, True)],
 )
 def test_beams_are_transformers(llm, hf, on_device, tokenizer, width, length_penalty, early_stopping):
     rule = {"length_penalty": length_penalty, "early_stopping": early_stopping}
     results = llm.generate(PROMPTS[:4], SamplingParams(beam_width=width, n=width, max_tokens=16, **rule))
     for prompt, result in zip(PROMPTS[:4], results, strict=True):
-        expected = generate(on_device, hf, tokenizer, prompt, num_beams=width, num_return_sequences=width, max_new_tokens=16, **rule)
+        expected = generate(
+            on_device,
+            hf,
+            tokenizer,
+            prompt,
+            num_beams=width,
+            num_return_sequences=width,
+            max_new_tokens=16,
+            **rule,
+        )
         assert [answer.token_ids for answer in result.outputs] == expected, prompt
 
 
 def test_beams_that_end_early_are_transformers(llm, hf, on_device, tokenizer):
     """Chat answers that end by themselves within the limit."""
     texts = ["What is 2+2?", "Say hello.", "Name a colour."]
-    prompts = [tokenizer.apply_chat_template([{"role": "user", "content": text}], tokenize=False, add_generation_prompt=True) for text in texts]
+    prompts = [
+        tokenizer.apply_chat_template(
+            [{"role": "user", "content": text}], tokenize=False, add_generation_prompt=True
+        )
+        for text in texts
+    ]
     results = llm.generate(prompts, SamplingParams(beam_width=3, n=3, max_tokens=40))
     reasons = [answer.finish_reason for result in results for answer in result.outputs]
     for prompt, result in zip(prompts, results, strict=True):
@@ -165,7 +196,9 @@ def test_beams_that_end_early_are_transformers(llm, hf, on_device, tokenizer):
 
 
 def test_log_probabilities_of_prompt_and_answer_are_transformers(llm, hf, on_device, tokenizer):
-    results = llm.generate(PROMPTS, SamplingParams(temperature=0.8, seed=5, max_tokens=12, logprobs=4, prompt_logprobs=2))
+    results = llm.generate(
+        PROMPTS, SamplingParams(temperature=0.8, seed=5, max_tokens=12, logprobs=4, prompt_logprobs=2)
+    )
     for result in results:
         answer = result.outputs[0]
         ids = [*result.prompt_token_ids, *answer.token_ids]
@@ -177,7 +210,9 @@ def test_log_probabilities_of_prompt_and_answer_are_transformers(llm, hf, on_dev
             assert score.logprob == pytest.approx(row[ids[position]].item(), abs=2e-3)
             num_top = 4 if position >= num_prompt else 2
             assert len(score.top_ids) == num_top
-            torch.testing.assert_close(torch.tensor(score.top_logprobs), row.topk(num_top).values, atol=2e-3, rtol=0)
+            torch.testing.assert_close(
+                torch.tensor(score.top_logprobs), row.topk(num_top).values, atol=2e-3, rtol=0
+            )
             assert abs(score.rank - int((row > row[ids[position]]).sum()) - 1) <= 2
         assert answer.cumulative_logprob == pytest.approx(sum(score.logprob for score in answer.logprobs))
 
@@ -188,8 +223,12 @@ def test_context_and_generation_logits_are_transformers(llm, hf, on_device, toke
     outputs = run_requests(llm, prompts, params, context_logits=True, generation_logits=True)
     for prompt, output in zip(prompts, outputs, strict=True):
         expected = on_device(hf, torch.tensor([prompt + output.ids])).logits[0]
-        context = torch.frombuffer(bytearray(output.context_logits), dtype=torch.float32).reshape(len(prompt), -1)
-        generation = torch.frombuffer(bytearray(output.generation_logits), dtype=torch.float32).reshape(len(output.ids), -1)
+        context = torch.frombuffer(bytearray(output.context_logits), dtype=torch.float32).reshape(
+            len(prompt), -1
+        )
+        generation = torch.frombuffer(bytearray(output.generation_logits), dtype=torch.float32).reshape(
+            len(output.ids), -1
+        )
         torch.testing.assert_close(context, expected[: len(prompt)], atol=5e-3, rtol=1e-3)
         torch.testing.assert_close(generation, expected[len(prompt) - 1 : -1], atol=5e-3, rtol=1e-3)
 
@@ -204,10 +243,15 @@ def test_best_of_returns_the_samples_with_the_highest_log_probability(llm):
 def test_stop_token_ids_end_the_answer_and_do_not_show(llm, tokenizer):
     plain = llm.generate(PROMPTS[0], SamplingParams(temperature=0, max_tokens=12))[0].outputs[0]
     stop = plain.token_ids[1]
-    answer = llm.generate(PROMPTS[0], SamplingParams(temperature=0, max_tokens=12, stop_token_ids=(stop,)))[0].outputs[0]
+    answer = llm.generate(PROMPTS[0], SamplingParams(temperature=0, max_tokens=12, stop_token_ids=(stop,)))[
+        0
+    ].outputs[0]
     assert (answer.token_ids, answer.finish_reason) == (plain.token_ids[:2], "stop")
     assert answer.text == tokenizer.decode(plain.token_ids[:1])
-    whole = llm.generate(PROMPTS[0], SamplingParams(temperature=0, max_tokens=12, stop_token_ids=(stop,), include_stop_str_in_output=True))
+    whole = llm.generate(
+        PROMPTS[0],
+        SamplingParams(temperature=0, max_tokens=12, stop_token_ids=(stop,), include_stop_str_in_output=True),
+    )
     assert whole[0].outputs[0].text == tokenizer.decode(plain.token_ids[:2])
 
 
@@ -215,7 +259,10 @@ def test_special_tokens_show_only_if_asked_for(llm, tokenizer):
     special = tokenizer.convert_tokens_to_ids("<|im_start|>")
     params = {"temperature": 0, "max_tokens": 3, "allowed_token_ids": (special,)}
     assert llm.generate("a", SamplingParams(**params))[0].outputs[0].text == ""
-    assert llm.generate("a", SamplingParams(**params, skip_special_tokens=False))[0].outputs[0].text == "<|im_start|>" * 3
+    assert (
+        llm.generate("a", SamplingParams(**params, skip_special_tokens=False))[0].outputs[0].text
+        == "<|im_start|>" * 3
+    )
 
 
 def test_a_request_that_cannot_be_run_is_refused_before_anything_runs(llm):

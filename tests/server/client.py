@@ -27,11 +27,20 @@ DTYPES = {name: field.dtype for name, field in tensor_fields()} | {
     "runtime_top_p": "FP32",
     "len_penalty": "FP32",
 }
-NUMPY = {"BYTES": np.object_, "FP32": np.float32, "FP16": np.float16, "UINT64": np.uint64, "BOOL": np.bool_, "INT32": np.int32}
+NUMPY = {
+    "BYTES": np.object_,
+    "FP32": np.float32,
+    "FP16": np.float16,
+    "UINT64": np.uint64,
+    "BOOL": np.bool_,
+    "INT32": np.int32,
+}
 
 
 def inputs(module: Any, values: dict[str, Any]) -> list[Any]:
-    """Input tensors of one prompt; a list becomes one row, a list of lists several prompts, an array is sent as it is."""
+    """Input tensors of one prompt; a list becomes one row, a list of lists several prompts, an array is
+    sent as it is.
+    """
     tensors = []
     for name, value in values.items():
         kind = DTYPES.get(name, "INT32")
@@ -40,7 +49,11 @@ def inputs(module: Any, values: dict[str, Any]) -> list[Any]:
             tensor.set_data_from_numpy(value)
             tensors.append(tensor)
             continue
-        rows = value if isinstance(value, list) and value and isinstance(value[0], list) else [value if isinstance(value, list) else [value]]
+        rows = (
+            value
+            if isinstance(value, list) and value and isinstance(value[0], list)
+            else [value if isinstance(value, list) else [value]]
+        )
         if kind == "BYTES":
             rows = [[item.encode() if isinstance(item, str) else item for item in row] for row in rows]
         array = np.array(rows, dtype=NUMPY[kind])
@@ -89,9 +102,14 @@ def as_dict(result: Any) -> dict[str, Any]:
 
 
 class Streams:
-    """A gRPC stream that many requests share. An error is told to its request only if that is alone on the stream."""
+    """A gRPC stream that many requests share.
 
-    unclosed: ClassVar[set[Streams]] = set()  # what a failed test has left open would keep its server from stopping
+    An error is told to its request only if that is alone on the stream.
+    """
+
+    unclosed: ClassVar[set[Streams]] = (
+        set()
+    )  # what a failed test has left open would keep its server from stopping
 
     def __init__(self, server: TritonServer):
         self.client = grpc.InferenceServerClient(server.address.grpc)
@@ -131,7 +149,14 @@ class Streams:
         """timeout_us: Triton's own timeout of the request; outputs: which are asked for, None: all."""
         self._open[request_id] = stream = Stream()
         asked = None if outputs is None else [grpc.InferRequestedOutput(name) for name in outputs]
-        self.client.async_stream_infer(model, inputs(grpc, values), outputs=asked, request_id=request_id, parameters=parameters, timeout=timeout_us)
+        self.client.async_stream_infer(
+            model,
+            inputs(grpc, values),
+            outputs=asked,
+            request_id=request_id,
+            parameters=parameters,
+            timeout=timeout_us,
+        )
         return stream
 
     def close(self, cancel: bool = False) -> None:
@@ -141,7 +166,11 @@ class Streams:
 
 
 def stream_one(
-    server: TritonServer, model: str = "ensemble", parameters: dict[str, Any] | None = None, timeout: float = 120, **values: Any
+    server: TritonServer,
+    model: str = "ensemble",
+    parameters: dict[str, Any] | None = None,
+    timeout: float = 120,
+    **values: Any,
 ) -> Stream:
     """One request on a stream of its own."""
     streams = Streams(server)
@@ -153,9 +182,13 @@ def stream_one(
         streams.close()
 
 
-def generate(server: TritonServer, body: dict[str, Any], model: str = "ensemble", timeout: float = 120) -> tuple[int, dict[str, Any]]:
+def generate(
+    server: TritonServer, body: dict[str, Any], model: str = "ensemble", timeout: float = 120
+) -> tuple[int, dict[str, Any]]:
     """HTTP generate: status and JSON."""
-    request = urllib.request.Request(f"http://{server.address.http}/v2/models/{model}/generate", json.dumps(body).encode())
+    request = urllib.request.Request(
+        f"http://{server.address.http}/v2/models/{model}/generate", json.dumps(body).encode()
+    )
     try:
         with urllib.request.urlopen(request, timeout=timeout) as answer:
             return answer.status, json.loads(answer.read())
@@ -163,7 +196,9 @@ def generate(server: TritonServer, body: dict[str, Any], model: str = "ensemble"
         return error.code, json.loads(error.read())
 
 
-def infer_http(server: TritonServer, model: str, parameters: dict[str, Any] | None = None, **values: Any) -> Any:
+def infer_http(
+    server: TritonServer, model: str, parameters: dict[str, Any] | None = None, **values: Any
+) -> Any:
     with http.InferenceServerClient(server.address.http, network_timeout=120) as client:
         return client.infer(model, inputs(http, values), parameters=parameters)
 
@@ -188,4 +223,13 @@ def wait_until_idle(server: TritonServer) -> None:
     wait_for(lambda: all(metric(server, name) == 0 for name in names), what="an idle engine")
 
 
-__all__ = ["Stream", "Streams", "generate", "infer_http", "metric", "stream_one", "wait_for", "wait_until_idle"]
+__all__ = [
+    "Stream",
+    "Streams",
+    "generate",
+    "infer_http",
+    "metric",
+    "stream_one",
+    "wait_for",
+    "wait_until_idle",
+]

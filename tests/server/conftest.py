@@ -15,7 +15,10 @@ TEXT = "波引夕🌊西🐚南干空海雨雲é陽 "
 
 @pytest.fixture(autouse=True)
 def no_stream_outlives_its_test(request) -> Iterator[None]:
-    """A test that fails leaves nothing running that others would feel. Streams of fixtures of a wider scope stay."""
+    """A test that fails leaves nothing running that others would feel.
+
+    Streams of fixtures of a wider scope stay.
+    """
     before = set(Streams.unclosed)
     yield
     for streams in Streams.unclosed - before:
@@ -33,7 +36,14 @@ def start(settings: dict) -> TritonServer:
 def real() -> Iterator[TritonServer]:
     """The real model in float32, with so few blocks that the tests' prompts do not fit at once."""
     server = start(
-        {"dtype": "float32", "num_blocks": 600, "max_model_len": 2048, "max_num_batched_tokens": 256, "allow_logits": True, "metric_names": "vllm"}
+        {
+            "dtype": "float32",
+            "num_blocks": 600,
+            "max_model_len": 2048,
+            "max_num_batched_tokens": 256,
+            "allow_logits": True,
+            "metric_names": "vllm",
+        }
     )
     yield server
     wait_until_idle(server)

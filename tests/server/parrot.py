@@ -1,6 +1,8 @@
-"""A tiny real model that says a given sequence of tokens, so that tests can force any text: its weights are a table of successors.
+"""A tiny real model that says a given sequence of tokens, so that tests can force any text: its weights are
+a table of successors.
 
-Attention and MLP are zero; a token's hidden state is its own unit vector, and the head maps it to the next token's.
+Attention and MLP are zero; a token's hidden state is its own unit vector, and the head maps it to the next
+token's.
 """
 
 from __future__ import annotations
@@ -24,26 +26,46 @@ def pieces_of(text: str, size: int) -> list[bytes]:
 
 
 def write_parrot(folder: Path, pieces: list[bytes], ends: bool) -> list[int]:
-    """Writes a model that says these pieces, then ends, or begins again. Returns the prompt that makes it begin."""
+    """Writes a model that says these pieces, then ends, or begins again.
+
+    Returns the prompt that makes it begin.
+    """
     start = 1
-    vocabulary = {"<end>": END, "<start>": start} | {as_byte_level(piece): 2 + i for i, piece in enumerate(pieces)}
+    vocabulary = {"<end>": END, "<start>": start} | {
+        as_byte_level(piece): 2 + i for i, piece in enumerate(pieces)
+    }
     assert len(vocabulary) == 2 + len(pieces) <= HIDDEN
     successor = {start: 2, END: 2} | {2 + i: 3 + i for i in range(len(pieces) - 1)}
     successor[1 + len(pieces)] = END if ends else 2
     write_weights(folder, successor)
     added = [
-        {"id": i, "content": c, "special": True, "single_word": False, "lstrip": False, "rstrip": False, "normalized": False}
+        {
+            "id": i,
+            "content": c,
+            "special": True,
+            "single_word": False,
+            "lstrip": False,
+            "rstrip": False,
+            "normalized": False,
+        }
         for i, c in ((END, "<end>"), (start, "<start>"))
     ]
     tokenizer = {
         "version": "1.0",
         "added_tokens": added,
-        "pre_tokenizer": {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": False},
+        "pre_tokenizer": {
+            "type": "ByteLevel",
+            "add_prefix_space": False,
+            "trim_offsets": True,
+            "use_regex": False,
+        },
         "decoder": {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": False},
         "model": {"type": "BPE", "vocab": vocabulary, "merges": [], "unk_token": "<end>"},
     }
     (folder / "tokenizer.json").write_text(json.dumps(tokenizer))
-    (folder / "tokenizer_config.json").write_text('{"tokenizer_class": "PreTrainedTokenizerFast", "eos_token": "<end>"}')
+    (folder / "tokenizer_config.json").write_text(
+        '{"tokenizer_class": "PreTrainedTokenizerFast", "eos_token": "<end>"}'
+    )
     return [start]
 
 
@@ -70,11 +92,23 @@ def write_weights(folder: Path, successor: dict[int, int]) -> None:
     for token, following in successor.items():
         head[following, token] = 1.0
     layer = "model.layers.0."
-    zeros = {"self_attn.q_proj": (128, 128), "self_attn.k_proj": (64, 128), "self_attn.v_proj": (64, 128), "self_attn.o_proj": (128, 128)}
+    zeros = {
+        "self_attn.q_proj": (128, 128),
+        "self_attn.k_proj": (64, 128),
+        "self_attn.v_proj": (64, 128),
+        "self_attn.o_proj": (128, 128),
+    }
     zeros |= {"mlp.gate_proj": (32, 128), "mlp.up_proj": (32, 128), "mlp.down_proj": (128, 32)}
     weights = {f"{layer}{name}.weight": torch.zeros(shape) for name, shape in zeros.items()}
-    weights |= {f"{layer}{name}.weight": torch.ones(HIDDEN) for name in ("input_layernorm", "post_attention_layernorm")}
-    weights |= {"model.norm.weight": torch.ones(HIDDEN), "model.embed_tokens.weight": torch.eye(HIDDEN), "lm_head.weight": head}
+    weights |= {
+        f"{layer}{name}.weight": torch.ones(HIDDEN)
+        for name in ("input_layernorm", "post_attention_layernorm")
+    }
+    weights |= {
+        "model.norm.weight": torch.ones(HIDDEN),
+        "model.embed_tokens.weight": torch.eye(HIDDEN),
+        "lm_head.weight": head,
+    }
     save_file(weights, folder / "model.safetensors")
 
 

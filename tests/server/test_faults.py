@@ -1,4 +1,6 @@
-"""Clients that leave, engines that die, requests that make no sense: nobody else is disturbed, and nothing is left over."""
+"""Clients that leave, engines that die, requests that make no sense: nobody else is disturbed, and nothing
+is left over.
+"""
 
 from __future__ import annotations
 
@@ -24,7 +26,9 @@ def open_http_stream(server, body: dict) -> socket.socket:
     data = json.dumps(body).encode()
     client = socket.create_connection((server.address.host, server.address.http_port))
     client.settimeout(60)
-    head = f"POST /v2/models/ensemble/generate_stream HTTP/1.1\r\nHost: x\r\nContent-Length: {len(data)}\r\n\r\n"
+    head = (
+        f"POST /v2/models/ensemble/generate_stream HTTP/1.1\r\nHost: x\r\nContent-Length: {len(data)}\r\n\r\n"
+    )
     client.sendall(head.encode() + data)
     assert client.recv(64).startswith(b"HTTP/1.1 200")
     return client
@@ -108,11 +112,20 @@ def test_a_killed_engine_gives_each_stream_one_error_and_comes_back(tmp_path):
     engine.send_signal(signal.SIGKILL)
     for stream in sent:
         assert stream.done.wait(60), "no error"
-        assert len(stream.errors) == 1 and "the engine failed while it was working on this request" in stream.errors[0]
+        assert (
+            len(stream.errors) == 1
+            and "the engine failed while it was working on this request" in stream.errors[0]
+        )
     status, answer = generate(server, {"input_ids": [1], "max_tokens": 3})
     if status != 200:
-        assert status in (400, 503) and "the engine is not running; it is being started again" in answer["error"]
-    wait_for(lambda: generate(server, {"input_ids": [1], "max_tokens": 3})[0] == 200, 60, "an engine that works again")
+        assert (
+            status in (400, 503) and "the engine is not running; it is being started again" in answer["error"]
+        )
+    wait_for(
+        lambda: generate(server, {"input_ids": [1], "max_tokens": 3})[0] == 200,
+        60,
+        "an engine that works again",
+    )
     assert stream_one(server, **{**LONG, "max_tokens": 4}).ids() == [2, 3, 4, 5]
     wait_until_idle(server)
     assert metric(server, "pagetide_engine_restarts") == 1
@@ -158,7 +171,10 @@ def test_an_engine_whose_stub_dies_while_it_loads_ends_too():
     wait_for(lambda: engine() is not None, what="an engine that loads")
     loading = engine()
     loading.parent().send_signal(signal.SIGKILL)
-    wait_for(lambda: not loading.is_running() or loading.status() == psutil.STATUS_ZOMBIE, what="an engine that is gone")
+    wait_for(
+        lambda: not loading.is_running() or loading.status() == psutil.STATUS_ZOMBIE,
+        what="an engine that is gone",
+    )
     server.stop()
     assert not server.processes()
 
@@ -168,7 +184,10 @@ def test_a_full_queue_is_refused_at_once_and_says_so(parrot):
     sent = [streams.send("ensemble", f"q{i}", **LONG) for i in range(220)]
     # None of them ends before all are there: 30,000 tokens each.
     wait_for(lambda: len(streams.errors) == 20, 120, "a refusal for each request beyond the queue")
-    assert all("Exceeds maximum queue size: Maximum queue size of 200 requests reached" in error for error in streams.errors)
+    assert all(
+        "Exceeds maximum queue size: Maximum queue size of 200 requests reached" in error
+        for error in streams.errors
+    )
     assert not any(stream.done.is_set() for stream in sent)
     streams.close(cancel=True)
     wait_until_idle(parrot)
@@ -182,20 +201,35 @@ BAD = [
     ({"text_input": "x", "top_p": 1.5}, "top_p is 1.5, must be from 0 to 1"),
     ({"text_input": "x", "top_k": -2}, "top_k is -2, must be from -1"),
     ({"text_input": "x", "max_tokens": 0}, "max_tokens is 0, must be from 1"),
-    ({"text_input": "x", "min_tokens": 9, "max_tokens": 3}, "min_tokens is 9, must be at most max_tokens, which is 3"),
+    (
+        {"text_input": "x", "min_tokens": 9, "max_tokens": 3},
+        "min_tokens is 9, must be at most max_tokens, which is 3",
+    ),
     ({"text_input": "x", "end_id": 10**6}, f"end_id is 1000000, must be from -1 to {LAST}"),
     ({"text_input": "x", "num_return_sequences": 65}, "num_return_sequences is 65, must be at most 64"),
-    ({"text_input": "x", "input_ids": [1]}, "exactly one of text_input, messages, input_ids; it has text_input and input_ids"),
+    (
+        {"text_input": "x", "input_ids": [1]},
+        "exactly one of text_input, messages, input_ids; it has text_input and input_ids",
+    ),
     ({"temperature": 1.0}, "exactly one of text_input, messages, input_ids; it has none of them"),
     ({"text_input": ""}, "the prompt is empty"),
     ({"text_input": b"\xff\xfe"}, "text_input is not valid UTF-8"),
     ({"input_ids": [1, 500]}, f"input_ids has the token id 500, must be from 0 to {LAST}"),
     ({"input_ids": [-1]}, "input_ids has the token id -1"),
     ({"input_ids": [1] * 32768}, "the prompt has 32768 tokens, must have at most 32767"),
-    ({"messages": '[{"role": "user", "content": "x"}]'}, "messages need a chat template, and this model has none"),
+    (
+        {"messages": '[{"role": "user", "content": "x"}]'},
+        "messages need a chat template, and this model has none",
+    ),
     ({"messages": "{"}, "messages is not valid JSON"),
-    ({"text_input": "x", "sampling_parameters": '{"tempurature": 1}'}, "'tempurature'; did you mean temperature"),
-    ({"text_input": "x", "sampling_parameters": "[]"}, "sampling_parameters is a JSON list, must be an object"),
+    (
+        {"text_input": "x", "sampling_parameters": '{"tempurature": 1}'},
+        "'tempurature'; did you mean temperature",
+    ),
+    (
+        {"text_input": "x", "sampling_parameters": "[]"},
+        "sampling_parameters is a JSON list, must be an object",
+    ),
     ({"text_input": "x", "min_tokens": 1, "min_length": 1}, "min_tokens is given twice"),
     ({"text_input": "x", "stop_words": ["y"] * 65}, "stop_words has 65 texts"),
     ({"cancel": True, "request": ""}, "cancel needs the request_id"),
@@ -208,7 +242,11 @@ def test_bad_input_is_one_clear_error_each_and_disturbs_nobody(parrot):
     wait_for(lambda: all(s.responses for s in running), 60, "first responses")
     for number, (values, message) in enumerate(BAD):
         other = Streams(parrot)
-        bad = other.send("ensemble", values.get("request", f"b{number}"), **{k: v for k, v in values.items() if k != "request"})
+        bad = other.send(
+            "ensemble",
+            values.get("request", f"b{number}"),
+            **{k: v for k, v in values.items() if k != "request"},
+        )
         assert bad.done.wait(20), values
         other.close()
         assert len(bad.errors) == 1 and message in bad.errors[0], (message, bad.errors, bad.responses)
@@ -220,7 +258,11 @@ def test_bad_input_is_one_clear_error_each_and_disturbs_nobody(parrot):
 
 
 @pytest.mark.parametrize(
-    "parameters, message", [({"temprature": 1}, "did you mean temperature"), ({"top_k": "many"}, "top_k is 'many', must be an integer")]
+    "parameters, message",
+    [
+        ({"temprature": 1}, "did you mean temperature"),
+        ({"top_k": "many"}, "top_k is 'many', must be an integer"),
+    ],
 )
 def test_bad_request_parameters_are_told(parrot, parameters, message):
     assert message in stream_one(parrot, parameters=parameters, input_ids=[1]).errors[0]
@@ -229,7 +271,10 @@ def test_bad_request_parameters_are_told(parrot, parameters, message):
 def test_errors_have_tritons_status_codes(parrot):
     assert generate(parrot, {"text_input": "x", "top_p": 3})[0] == 400
     assert generate(parrot, {"text_input": "x", "no_such": 3})[0] == 400
-    with grpc.InferenceServerClient(parrot.address.grpc) as client, pytest.raises(InferenceServerException, match=r"StatusCode\.INVALID_ARGUMENT"):
+    with (
+        grpc.InferenceServerClient(parrot.address.grpc) as client,
+        pytest.raises(InferenceServerException, match=r"StatusCode\.INVALID_ARGUMENT"),
+    ):
         tensor = grpc.InferInput("input_ids", [1, 1], "INT32")
         tensor.set_data_from_numpy(np.array([[500]], np.int32))
         client.infer("ensemble_unary", [tensor])

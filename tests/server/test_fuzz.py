@@ -1,4 +1,6 @@
-"""A minute of scripts/fuzz.py: random requests made from the contract's table, each answer checked against it."""
+"""A minute of scripts/fuzz.py: random requests made from the contract's table, each answer checked against
+it.
+"""
 
 from __future__ import annotations
 
@@ -11,7 +13,10 @@ from triton_server import TritonServer, free_address
 
 def test_a_minute_of_random_requests_finds_nothing():
     """On a server of its own, so that its stop shows whether a request is still in flight."""
-    server = TritonServer(free_address(), {"cache_dir": CACHE, "check_integrity": True, "num_blocks": 600, "max_model_len": 4096})
+    server = TritonServer(
+        free_address(),
+        {"cache_dir": CACHE, "check_integrity": True, "num_blocks": 600, "max_model_len": 4096},
+    )
     server.start()
     server.wait_until_ready()
     try:

@@ -18,23 +18,51 @@ HISTOGRAM_OF = {
 
 
 def test_locust_agrees_with_the_servers_histograms(real):
-    """Prompts are long and answers too, so that the way between server and client is a small part of each time on any machine."""
+    """Prompts are long and answers too, so that the way between server and client is a small part of each
+    time on any machine.
+    """
     wait_until_idle(real)
 
     def histograms() -> dict[str, tuple[float, float]]:
-        return {name: (metric(real, f"{its}_count"), metric(real, f"{its}_sum")) for name, its in HISTOGRAM_OF.items()}
+        return {
+            name: (metric(real, f"{its}_count"), metric(real, f"{its}_sum"))
+            for name, its in HISTOGRAM_OF.items()
+        }
 
     before = histograms()
-    command = [sys.executable, "-m", "locust", "-f", "clients/locustfile.py", "--headless", "--users=12", "--spawn-rate=12", "--run-time=5s"]
-    command += ["--stop-timeout=300", "--json", "--min-words=200", "--max-words=300", f"--host={real.address.grpc}"]
+    command = [
+        sys.executable,
+        "-m",
+        "locust",
+        "-f",
+        "clients/locustfile.py",
+        "--headless",
+        "--users=12",
+        "--spawn-rate=12",
+        "--run-time=5s",
+    ]
+    command += [
+        "--stop-timeout=300",
+        "--json",
+        "--min-words=200",
+        "--max-words=300",
+        f"--host={real.address.grpc}",
+    ]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=600)
     assert done.returncode == 0, done.stderr
     found = {entry["name"]: entry for entry in json.loads(done.stdout)}
     wait_until_idle(real)
-    wait_for(lambda: histograms()["gap between chunks"][0] - before["gap between chunks"][0] == found["gap between chunks"]["num_requests"])
+    wait_for(
+        lambda: (
+            histograms()["gap between chunks"][0] - before["gap between chunks"][0]
+            == found["gap between chunks"]["num_requests"]
+        )
+    )
     for name, (count, seconds) in histograms().items():
         count, seconds = count - before[name][0], seconds - before[name][1]
         assert found[name]["num_requests"] == count >= 12, name
         assert abs(found[name]["total_response_time"] / 1000 - seconds) <= 0.1 * seconds, name
     chunks = found["chunks per answer"]
-    assert chunks["total_response_time"] == found["gap between chunks"]["num_requests"] + chunks["num_requests"]
+    assert (
+        chunks["total_response_time"] == found["gap between chunks"]["num_requests"] + chunks["num_requests"]
+    )

@@ -14,7 +14,8 @@ from triton_server import ROOT, free_address
 sys.path.insert(0, str(ROOT / "scripts"))
 
 
-# Every token of the answer leads by 1.9 nats: without the second sentence the first one leads by 0.1, which bfloat16's rounding may turn.
+# Every token of the answer leads by 1.9 nats: without the second sentence the first one leads by 0.1, which
+# bfloat16's rounding may turn.
 QUESTION = "What is the capital of France? Explain in two sentences."
 
 
@@ -25,7 +26,11 @@ def run(*command: str, timeout: float = 120) -> subprocess.CompletedProcess[str]
 def test_serve_detached_streams_a_completion_and_stop_leaves_no_process():
     """The real model, the second start of a machine that has served it before."""
     address = free_address()
-    ports = [f"--http-port={address.http_port}", f"--grpc-port={address.grpc_port}", f"--metrics-port={address.metrics_port}"]
+    ports = [
+        f"--http-port={address.http_port}",
+        f"--grpc-port={address.grpc_port}",
+        f"--metrics-port={address.metrics_port}",
+    ]
     served = run("./scripts/serve.sh", "--detach", *ports)
     assert served.returncode == 0, served.stdout + served.stderr
     assert "The capital of France is Paris." in served.stdout
@@ -35,8 +40,18 @@ def test_serve_detached_streams_a_completion_and_stop_leaves_no_process():
     assert '"text_output"' in run("bash", "-c", curl).stdout
     url, http = f"--url={address.grpc}", f"--url={address.http}"
     assert "Paris" in run(sys.executable, "clients/grpc_stream.py", url, "--temperature=0", QUESTION).stdout
-    assert "Paris" in run(sys.executable, "clients/http_unary.py", http, "--temperature=0", "The capital of France is").stdout
-    assert "Paris" in run(sys.executable, "clients/http_stream.py", http, "--temperature=0", "The capital of France is").stdout
+    assert (
+        "Paris"
+        in run(
+            sys.executable, "clients/http_unary.py", http, "--temperature=0", "The capital of France is"
+        ).stdout
+    )
+    assert (
+        "Paris"
+        in run(
+            sys.executable, "clients/http_stream.py", http, "--temperature=0", "The capital of France is"
+        ).stdout
+    )
     many = run(sys.executable, "clients/grpc_async_many.py", url, "--count=6", "--max-tokens=8")
     assert many.returncode == 0 and "6 answers" in many.stdout
     chat = subprocess.run(
@@ -48,13 +63,17 @@ def test_serve_detached_streams_a_completion_and_stop_leaves_no_process():
     )
     assert "Paris" in chat.stdout
     load = run(
-        sys.executable, "-m", "locust", "-f", "clients/locustfile.py", "--headless", "-u", "3", "-r", "3", "-t", "6s", "--only-summary",
-        f"--host={address.grpc}",
+        sys.executable, "-m", "locust", "-f", "clients/locustfile.py", "--headless",
+        "-u", "3", "-r", "3", "-t", "6s", "--only-summary", f"--host={address.grpc}",
     )  # fmt: skip
     assert load.returncode == 0 and "time to first token" in load.stdout + load.stderr, load.stderr
     stopped = run("./scripts/stop.sh", f"--http-port={address.http_port}")
     assert stopped.stdout.strip() == f"stopped the server on port {address.http_port}"
-    assert not [p for p in psutil.process_iter(["cmdline"]) if f".run/{address.http_port}/" in " ".join(p.info["cmdline"] or [])]
+    assert not [
+        p
+        for p in psutil.process_iter(["cmdline"])
+        if f".run/{address.http_port}/" in " ".join(p.info["cmdline"] or [])
+    ]
 
 
 @pytest.mark.parametrize(
@@ -68,7 +87,11 @@ def test_serve_detached_streams_a_completion_and_stop_leaves_no_process():
 )
 def test_a_start_that_cannot_work_says_why(options, message):
     address = free_address()
-    ports = [f"--http-port={address.http_port}", f"--grpc-port={address.grpc_port}", f"--metrics-port={address.metrics_port}"]
+    ports = [
+        f"--http-port={address.http_port}",
+        f"--grpc-port={address.grpc_port}",
+        f"--metrics-port={address.metrics_port}",
+    ]
     served = run("./scripts/serve.sh", "--detach", *ports, *options)
     assert served.returncode == 1
     assert message in served.stdout, served.stdout
@@ -77,7 +100,11 @@ def test_a_start_that_cannot_work_says_why(options, message):
 def test_model_may_be_a_directory(tmp_path):
     write_parrot(tmp_path, pieces_of("abcdefgh", 1), ends=True)
     address = free_address()
-    ports = [f"--http-port={address.http_port}", f"--grpc-port={address.grpc_port}", f"--metrics-port={address.metrics_port}"]
+    ports = [
+        f"--http-port={address.http_port}",
+        f"--grpc-port={address.grpc_port}",
+        f"--metrics-port={address.metrics_port}",
+    ]
     served = run("./scripts/serve.sh", "--detach", "--model", str(tmp_path), *ports)
     assert served.returncode == 0 and "this model has none" in served.stdout
     assert run("./scripts/stop.sh", f"--http-port={address.http_port}").returncode == 0

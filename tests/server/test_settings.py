@@ -29,11 +29,20 @@ def narrow(tmp_path_factory) -> Iterator[TritonServer]:
     folder = tmp_path_factory.mktemp("narrow")
     write_parrot(folder, pieces_of(TEXT, 2), ends=False)
     template = (
-        "{% if tools %}{{ tools[0].name }}{% endif %}{% for message in messages %}<start>{{ message.content }}{% endfor %}"
+        "{% if tools %}{{ tools[0].name }}{% endif %}{% for message in messages %}<start>{{ "
+        "message.content }}{% endfor %}"
         "{{ ending }}{% if add_generation_prompt %}<start>{% endif %}"
     )
-    settings = {"max_num_seqs": 1, "num_blocks": 4000, "chat_template": template, "default_sampling": "trtllm", "metric_names": "trtllm"}
-    server = ServerWithCopies(free_address(), {"model": str(folder), "cache_dir": CACHE, "check_integrity": True, **settings})
+    settings = {
+        "max_num_seqs": 1,
+        "num_blocks": 4000,
+        "chat_template": template,
+        "default_sampling": "trtllm",
+        "metric_names": "trtllm",
+    }
+    server = ServerWithCopies(
+        free_address(), {"model": str(folder), "cache_dir": CACHE, "check_integrity": True, **settings}
+    )
     server.start()
     server.wait_until_ready()
     yield server
@@ -43,7 +52,9 @@ def narrow(tmp_path_factory) -> Iterator[TritonServer]:
 
 def test_a_chat_template_of_the_settings_goes_before_the_models(narrow):
     messages = json.dumps([{"role": "user", "content": "波引"}])
-    status, answer = generate(narrow, {"messages": messages, "max_tokens": 2, "exclude_input_in_output": False})
+    status, answer = generate(
+        narrow, {"messages": messages, "max_tokens": 2, "exclude_input_in_output": False}
+    )
     assert status == 200 and answer["text_output"].startswith("<start>波引")
 
 
@@ -57,9 +68,18 @@ def test_a_chat_template_of_the_settings_goes_before_the_models(narrow):
     ],
 )
 def test_a_template_sees_tools_variables_and_whether_an_answer_begins(narrow, values, rendered):
-    body = {"messages": json.dumps([{"role": "user", "content": "波引"}]), "max_tokens": 1, "exclude_input_in_output": False, **values}
+    body = {
+        "messages": json.dumps([{"role": "user", "content": "波引"}]),
+        "max_tokens": 1,
+        "exclude_input_in_output": False,
+        **values,
+    }
     status, answer = generate(narrow, body, model="ensemble_unary")
-    assert status == 200 and answer["text_output"].startswith(rendered) and len(answer["text_output"]) <= len(rendered) + 2
+    assert (
+        status == 200
+        and answer["text_output"].startswith(rendered)
+        and len(answer["text_output"]) <= len(rendered) + 2
+    )
 
 
 def test_with_tensorrt_llms_sampling_requests_are_greedy_unless_they_ask_for_more(narrow):
@@ -73,22 +93,37 @@ def test_a_faces_folder_may_be_copied_under_another_name(narrow):
     body = {"text_input": "<start>", "temperature": 0, "max_tokens": 3}
     status, answer = generate(narrow, body, model="my_model")
     assert status == 200 and answer["model_name"] == "my_model" and answer["output_ids"] == [2, 3, 4]
-    assert generate(narrow, {"text_input": "<start>", "parameters": {"stream": False}}, model="my_vllm")[0] == 200
+    assert (
+        generate(narrow, {"text_input": "<start>", "parameters": {"stream": False}}, model="my_vllm")[0]
+        == 200
+    )
 
 
 def test_lower_priority_numbers_run_sooner(narrow):
     streams = Streams(narrow)
     first = streams.send("ensemble", "first", input_ids=[1], max_tokens=1500, stream=True)
     wait_for(lambda: bool(first.responses), what="a first response")
-    waiting = {priority: streams.send("ensemble", f"p{priority}", input_ids=[1], max_tokens=3, priority=priority) for priority in (7, 0, -3)}
+    waiting = {
+        priority: streams.send("ensemble", f"p{priority}", input_ids=[1], max_tokens=3, priority=priority)
+        for priority in (7, 0, -3)
+    }
     assert first.done.wait(60) and all(stream.done.wait(60) for stream in waiting.values())
-    assert [priority for priority, _ in sorted(waiting.items(), key=lambda one: one[1].times[-1])] == [-3, 0, 7]
+    assert [priority for priority, _ in sorted(waiting.items(), key=lambda one: one[1].times[-1])] == [
+        -3,
+        0,
+        7,
+    ]
     streams.close()
 
 
 def test_prompts_with_different_salts_share_no_blocks(narrow):
     def num_cached(salt: str) -> int:
-        values = {"input_ids": [5] * 40, "max_tokens": 1, "cache_salt": salt, "return_num_cached_tokens": True}
+        values = {
+            "input_ids": [5] * 40,
+            "max_tokens": 1,
+            "cache_salt": salt,
+            "return_num_cached_tokens": True,
+        }
         return stream_one(narrow, **values).responses[0]["num_cached_tokens"]
 
     assert [num_cached(salt) for salt in ("a", "a", "b", "b")] == [0, 32, 0, 32]
@@ -97,7 +132,11 @@ def test_prompts_with_different_salts_share_no_blocks(narrow):
 def test_metrics_come_under_tensorrt_llms_names_too(narrow):
     wait_until_idle(narrow)
     metrics = scrape(narrow)
-    assert metrics['nv_trt_llm_kv_cache_block_metrics{kv_cache_block_type="max"}'] == metrics["pagetide_kv_blocks_total"] == 4000
+    assert (
+        metrics['nv_trt_llm_kv_cache_block_metrics{kv_cache_block_type="max"}']
+        == metrics["pagetide_kv_blocks_total"]
+        == 4000
+    )
     assert metrics['nv_trt_llm_request_metrics{request_type="waiting"}'] == 0
 
 

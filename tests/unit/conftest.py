@@ -50,8 +50,21 @@ class FixedAnswer:
 class SmallEngine:
     """The engine's decisions on a ContextRunner, with an integrity check after every step."""
 
-    def __init__(self, num_blocks: int = 64, block_size: int = 4, max_model_len: int = 64, overlaps: bool = True, **settings: Any):
-        values = {"max_num_seqs": 4, "max_num_batched_tokens": 16, "num_blocks": num_blocks, "block_size": block_size, **settings}
+    def __init__(
+        self,
+        num_blocks: int = 64,
+        block_size: int = 4,
+        max_model_len: int = 64,
+        overlaps: bool = True,
+        **settings: Any,
+    ):
+        values = {
+            "max_num_seqs": 4,
+            "max_num_batched_tokens": 16,
+            "num_blocks": num_blocks,
+            "block_size": block_size,
+            **settings,
+        }
         self.settings = make_settings(**values)
         table = [bytes([ord("a") + i % 26]) for i in range(VOCABULARY)]
         limits = ModelLimits(Vocabulary(table, table), VOCABULARY, frozenset([END_ID]), max_model_len, 32)
@@ -59,16 +72,36 @@ class SmallEngine:
         self.clock_ns = 0
         self.blocks = BlockManager(num_blocks, block_size, self.settings.enable_prefix_caching)
         self.scheduler = Scheduler(self.settings, limits, self.blocks, self.guides, lambda: self.clock_ns)
-        self.runner = ContextRunner(self.settings.max_num_seqs, max_model_len, num_blocks, block_size, self.settings.max_num_batched_tokens)
-        info = EngineInfo("", VOCABULARY, max_model_len, self.settings.max_num_seqs, 0, "cpu", num_blocks, block_size, False)
+        self.runner = ContextRunner(
+            self.settings.max_num_seqs,
+            max_model_len,
+            num_blocks,
+            block_size,
+            self.settings.max_num_batched_tokens,
+        )
+        info = EngineInfo(
+            "", VOCABULARY, max_model_len, self.settings.max_num_seqs, 0, "cpu", num_blocks, block_size, False
+        )
         self.engine = Engine(info, self.scheduler, self.runner, overlaps, check_integrity=True)
         self.outputs: list[Output] = []
         self.refusals: list[Refusal] = []
 
     def add(self, number: int, prompt: list[int], **params: Any) -> None:
         values = {"ignore_eos": True, "seed": 0, **params}
-        own = {name: values.pop(name) for name in ("stream", "priority", "deadline_ns", "salt", "context_logits") if name in values}
-        self.engine.add(Request(number=number, prompt_ids=prompt, params=SamplingParams(**values), request_id=f"r{number}", **own))
+        own = {
+            name: values.pop(name)
+            for name in ("stream", "priority", "deadline_ns", "salt", "context_logits")
+            if name in values
+        }
+        self.engine.add(
+            Request(
+                number=number,
+                prompt_ids=prompt,
+                params=SamplingParams(**values),
+                request_id=f"r{number}",
+                **own,
+            )
+        )
 
     def step(self) -> None:
         outputs, refusals = self.engine.step()
@@ -93,7 +126,11 @@ class SmallEngine:
         return [t for o in self.outputs if o.number == number and o.index == index for t in o.ids]
 
     def reason(self, number: int, index: int = 0) -> list[str]:
-        return [o.finish_reason for o in self.outputs if o.number == number and o.index == index and o.finish_reason]
+        return [
+            o.finish_reason
+            for o in self.outputs
+            if o.number == number and o.index == index and o.finish_reason
+        ]
 
 
 @pytest.fixture

@@ -1,7 +1,9 @@
-"""A device that remembers tokens instead of keys and values: it shows whether every sequence sees exactly its own context.
+"""A device that remembers tokens instead of keys and values: it shows whether every sequence sees exactly
+its own context.
 
-Each slot of the cache holds the token that was written to it. The logits of the next token are a hash of the context read back through the block
-table, so one wrong block, copy, or order of steps changes the answer. expected_tokens() is the same rule without any engine.
+Each slot of the cache holds the token that was written to it. The logits of the next token are a hash of
+the context read back through the block table, so one wrong block, copy, or order of steps changes the
+answer. expected_tokens() is the same rule without any engine.
 """
 
 from __future__ import annotations
@@ -54,19 +56,27 @@ class ContextRunner:
             self.block_table[admission.row] = -1
             self.seeds[admission.row] = admission.params.seed
             self.lengths[admission.row] = admission.num_computed
-        assert len({(r, i) for r, i in zip(plan.block_rows, plan.block_index, strict=True)}) == len(plan.block_rows), "a place is written twice"
+        assert len({(r, i) for r, i in zip(plan.block_rows, plan.block_index, strict=True)}) == len(
+            plan.block_rows
+        ), "a place is written twice"
         for row, index, block in zip(plan.block_rows, plan.block_index, plan.block_ids, strict=True):
             self.block_table[row, index] = block
         sources, targets = plan.copies[:, 0].tolist(), plan.copies[:, 1].tolist()
-        assert len(set(targets)) == len(targets) and not set(targets) & set(sources), "a device may run all copies at once"
+        assert len(set(targets)) == len(targets) and not set(targets) & set(sources), (
+            "a device may run all copies at once"
+        )
         for source, target in plan.copies:
             self.slots[target] = self.slots[source]
         # All writes of a step come before its reads, as in every layer of a decoder.
-        assert (self.lengths[plan.rows] == plan.starts).all(), "host and device count a row's tokens differently"
+        assert (self.lengths[plan.rows] == plan.starts).all(), (
+            "host and device count a row's tokens differently"
+        )
         self.lengths[plan.rows] += plan.counts
         for row, start, count in zip(plan.rows, plan.starts, plan.counts, strict=True):
             for position in range(start, start + count):
-                self.slots[self.block_table[row, position // self.block_size], position % self.block_size] = self.history[row, position]
+                self.slots[self.block_table[row, position // self.block_size], position % self.block_size] = (
+                    self.history[row, position]
+                )
 
     def sample(self, plan: StepPlan, masks: np.ndarray | None = None) -> None:
         logits = []
@@ -83,9 +93,13 @@ class ContextRunner:
         targets = self.history[plan.sample_rows, plan.sample_positions]
         self.results[plan.step] = StepTokens(
             ids=np.array(tokens, np.int64),
-            scores=scores_of([logits[i] for i in plan.score_index], targets[plan.score_index], plan.num_top) if len(plan.score_index) else None,
+            scores=scores_of([logits[i] for i in plan.score_index], targets[plan.score_index], plan.num_top)
+            if len(plan.score_index)
+            else None,
             candidates=candidates_of(masked, logits, plan) if len(plan.beam_index) else None,
-            logits=np.array([logits[i] for i in plan.return_index], np.float32) if len(plan.return_index) else None,
+            logits=np.array([logits[i] for i in plan.return_index], np.float32)
+            if len(plan.return_index)
+            else None,
         )
 
     def wait(self, plan: StepPlan) -> StepTokens:
@@ -101,7 +115,9 @@ def candidates_of(masked: list[np.ndarray], logits: list[np.ndarray], plan: Step
     logprobs = np.take_along_axis(raw, ids, 1)
     ranks = (raw[:, None, :] > logprobs[:, :, None]).sum(2) + 1
     top = np.argsort(-raw, axis=1)[:, : plan.num_top]
-    return BeamCandidates(ids, np.take_along_axis(rows, ids, 1), logprobs, ranks, top, np.take_along_axis(raw, top, 1))
+    return BeamCandidates(
+        ids, np.take_along_axis(rows, ids, 1), logprobs, ranks, top, np.take_along_axis(raw, top, 1)
+    )
 
 
 def scores_of(logits: list[np.ndarray], tokens: np.ndarray, num_top: int) -> TokenScores:

@@ -1,4 +1,6 @@
-"""The way from stubs to the engine, on real sockets and processes: what happens when one side goes, or is not alone."""
+"""The way from stubs to the engine, on real sockets and processes: what happens when one side goes, or is
+not alone.
+"""
 
 from __future__ import annotations
 
@@ -14,10 +16,34 @@ import pytest
 import zmq
 from pagetide.config import Settings
 from pagetide.engine.messages import FromEngine, Outputs, Ready, Refused, ToEngine
-from pagetide.serving.client import EngineClient, EngineStartError, EngineSupervisor, _exclusive_lock, socket_path
-from pagetide.types import EngineError, EngineInfo, Output, QueueFullError, Request, RequestError, SamplingParams
+from pagetide.serving.client import (
+    EngineClient,
+    EngineStartError,
+    EngineSupervisor,
+    _exclusive_lock,
+    socket_path,
+)
+from pagetide.types import (
+    EngineError,
+    EngineInfo,
+    Output,
+    QueueFullError,
+    Request,
+    RequestError,
+    SamplingParams,
+)
 
-INFO = EngineInfo("", vocab_size=9, max_model_len=9, max_num_seqs=1, pad_id=0, device="cpu", num_blocks=9, block_size=4, allows_logits=False)
+INFO = EngineInfo(
+    "",
+    vocab_size=9,
+    max_model_len=9,
+    max_num_seqs=1,
+    pad_id=0,
+    device="cpu",
+    num_blocks=9,
+    block_size=4,
+    allows_logits=False,
+)
 
 
 class Engine:
@@ -48,20 +74,27 @@ class Heard:
         self.refused: dict[int, Exception] = {}
         self.outputs: list[Output] = []
         self.lost = threading.Event()
-        self.changed = threading.Event()
+        self.changed = threading.Condition()
         self.client = EngineClient(path, self._on_outputs, self._on_refused, self.lost.set)
 
     def _on_outputs(self, outputs: list[Output]) -> None:
-        self.outputs += outputs
-        self.changed.set()
+        with self.changed:
+            self.outputs += outputs
+            self.changed.notify_all()
 
     def _on_refused(self, number: int, error: Exception) -> None:
-        self.refused[number] = error
-        self.changed.set()
+        with self.changed:
+            self.refused[number] = error
+            self.changed.notify_all()
 
-    def wait(self) -> None:
-        assert self.changed.wait(30), "nothing was heard"
-        self.changed.clear()
+    def wait_for(self, number: int) -> None:
+        """Until this request has been answered or refused."""
+
+        def is_known() -> bool:
+            return number in self.refused or any(output.number == number for output in self.outputs)
+
+        with self.changed:
+            assert self.changed.wait_for(is_known, 30), f"nothing was heard of {number}"
 
 
 def request(number: int) -> Request:
@@ -80,16 +113,18 @@ def test_requests_to_an_engine_that_has_gone_are_refused_and_the_next_engine_get
         client, message = engine.receive()
         assert message.requests[0].number == number, "never one that was meant for another engine"
         engine.send(client, Outputs([Output(number, 0, [1], finish_reason="stop")]))
-        heard.wait()
+        heard.wait_for(number)
         heard.lost.clear()
         engine.end()
         # Whether the client has noticed yet or not: it is never blocked.
         heard.client.submit([request(10 + number)])
         assert heard.lost.wait(30)
         heard.client.submit([request(20 + number)])
-        heard.wait()
+        heard.wait_for(20 + number)
     assert [output.number for output in heard.outputs] == [1, 2, 3]
-    assert {21, 22, 23} <= set(heard.refused) and all(isinstance(e, ConnectionError) for e in heard.refused.values())
+    assert {21, 22, 23} <= set(heard.refused) and all(
+        isinstance(e, ConnectionError) for e in heard.refused.values()
+    )
     heard.client.close()
 
 
@@ -153,7 +188,12 @@ def test_an_engine_ends_with_its_parent_while_it_still_loads(tmp_path):
         "os._exit(0)\n"
     )
     source = str(Path(__file__).parents[2] / "backend_src")
-    parent = subprocess.run([sys.executable, "-c", script], stdout=subprocess.PIPE, env={**os.environ, "PYTHONPATH": source}, timeout=60)
+    parent = subprocess.run(
+        [sys.executable, "-c", script],
+        stdout=subprocess.PIPE,
+        env={**os.environ, "PYTHONPATH": source},
+        timeout=60,
+    )
     pid = int(parent.stdout.split()[0])
     for _ in range(600):
         if not is_running(pid):

@@ -21,7 +21,17 @@ def text(*values: str) -> np.ndarray:
 
 
 PROMPT = {"text_input": text("hello")}
-ENGINE = EngineInfo("", vocab_size=100, max_model_len=16, max_num_seqs=4, pad_id=0, device="cpu", num_blocks=10, block_size=4, allows_logits=False)
+ENGINE = EngineInfo(
+    "",
+    vocab_size=100,
+    max_model_len=16,
+    max_num_seqs=4,
+    pad_id=0,
+    device="cpu",
+    num_blocks=10,
+    block_size=4,
+    allows_logits=False,
+)
 
 
 def parse_one(**parameters):
@@ -32,22 +42,35 @@ def parse_one(**parameters):
 def test_a_value_out_of_range_names_field_value_and_range(field):
     wrong_values = [field.low - 1, field.high + 1 if field.high <= 1 else field.high * 2]
     for wrong in wrong_values:
-        with pytest.raises(RequestError, match=rf"{field.name} is {wrong}(\.0)?, must be {re.escape(field.allowed)}"):
+        with pytest.raises(
+            RequestError, match=rf"{field.name} is {wrong}(\.0)?, must be {re.escape(field.allowed)}"
+        ):
             parse_one(**{field.name: wrong})
 
 
-@pytest.mark.parametrize("name, field", [(n, f) for n, f in tensor_fields() if f.attribute and not f.is_list and not f.kind])
+@pytest.mark.parametrize(
+    "name, field", [(n, f) for n, f in tensor_fields() if f.attribute and not f.is_list and not f.kind]
+)
 def test_a_tensor_a_parameter_and_json_mean_the_same(name, field):
     value = not getattr(SamplingParams(), field.attribute) if field.dtype == "BOOL" else 1
     kind = {"BOOL": np.bool_, "INT32": np.int32, "FP32": np.float32, "UINT64": np.uint64}[field.dtype]
     by_tensor = parse({**PROMPT, name: np.array([[value]], kind)}, {})[0].params
     assert getattr(by_tensor, field.attribute) == value
     assert by_tensor == parse_one(**{name: value}).params
-    assert by_tensor == parse({**PROMPT, "sampling_parameters": text(json.dumps({name: str(value).lower()}))}, {})[0].params
+    assert (
+        by_tensor
+        == parse({**PROMPT, "sampling_parameters": text(json.dumps({name: str(value).lower()}))}, {})[
+            0
+        ].params
+    )
 
 
 def test_a_tensor_goes_before_sampling_parameters_before_a_parameter():
-    tensors = {**PROMPT, "sampling_parameters": text('{"top_k": 2, "min_tokens": 2}'), "top_k": np.array([[1]], np.int32)}
+    tensors = {
+        **PROMPT,
+        "sampling_parameters": text('{"top_k": 2, "min_tokens": 2}'),
+        "top_k": np.array([[1]], np.int32),
+    }
     params = parse(tensors, {"top_k": 3, "min_tokens": 3, "min_p": 0.5})[0].params
     assert (params.top_k, params.min_tokens, params.min_p) == (1, 2, 0.5)
 
@@ -60,7 +83,10 @@ def test_an_unknown_parameter_offers_the_nearest_names():
 
 
 def test_some_names_are_ignored():
-    assert parse_one(Streaming=True, binary_data_output=True, triton_enable_empty_final_response=True).params == SamplingParams()
+    assert (
+        parse_one(Streaming=True, binary_data_output=True, triton_enable_empty_final_response=True).params
+        == SamplingParams()
+    )
 
 
 def test_top_p_zero_counts_as_not_given():
@@ -75,11 +101,17 @@ def test_exactly_one_prompt(tensors):
 
 def test_the_same_field_under_two_names_is_refused():
     with pytest.raises(RequestError, match="min_tokens is given twice, as min_tokens and as min_length"):
-        parse({**PROMPT, "min_tokens": np.array([[1]], np.int32), "min_length": np.array([[1]], np.int32)}, {})
+        parse(
+            {**PROMPT, "min_tokens": np.array([[1]], np.int32), "min_length": np.array([[1]], np.int32)}, {}
+        )
 
 
 def test_several_prompts_have_their_own_values():
-    tensors = {"text_input": text("a", "b"), "top_k": np.array([[1], [2]], np.int32), "stop": np.array([[b"x", b""], [b"y", b"z"]], np.object_)}
+    tensors = {
+        "text_input": text("a", "b"),
+        "top_k": np.array([[1], [2]], np.int32),
+        "stop": np.array([[b"x", b""], [b"y", b"z"]], np.object_),
+    }
     first, second = parse(tensors, {"seed": 5})
     assert (first.text, first.params.top_k, first.params.stop_texts, first.params.seed) == ("a", 1, ("x",), 5)
     assert (second.text, second.params.top_k, second.params.stop_texts) == ("b", 2, ("y", "z"))
@@ -94,19 +126,43 @@ def test_several_prompts_have_their_own_values():
         ({"messages": text("nonsense")}, "messages is not valid JSON"),
         ({"messages": text("[]")}, "messages must be a JSON list of at least one object"),
         ({"messages": text("[1]")}, "messages must be a JSON list of at least one object"),
-        ({**PROMPT, "sampling_parameters": text("[1]")}, "sampling_parameters is a JSON list, must be an object"),
-        ({**PROMPT, "temperature": np.array([[np.nan]], np.float32)}, "temperature is nan, must be a finite number"),
-        ({**PROMPT, "chat_template_kwargs": text("3")}, "chat_template_kwargs is a JSON int, must be an object"),
+        (
+            {**PROMPT, "sampling_parameters": text("[1]")},
+            "sampling_parameters is a JSON list, must be an object",
+        ),
+        (
+            {**PROMPT, "temperature": np.array([[np.nan]], np.float32)},
+            "temperature is nan, must be a finite number",
+        ),
+        (
+            {**PROMPT, "chat_template_kwargs": text("3")},
+            "chat_template_kwargs is a JSON int, must be an object",
+        ),
         ({**PROMPT, "logit_bias": text('{"a": 1}')}, "logit_bias's token is 'a', must be an integer"),
         ({**PROMPT, "logit_bias": text('{"1": NaN}')}, "logit_bias is not valid JSON"),
-        ({**PROMPT, "logit_bias": text('{"1": 1e9}')}, "logit_bias of token 1 is 1000000000.0, must be from -100 to 100"),
-        ({**PROMPT, "embedding_bias_words": text("a")}, "embedding_bias_words has 1 words, embedding_bias_weights 0 numbers"),
+        (
+            {**PROMPT, "logit_bias": text('{"1": 1e9}')},
+            "logit_bias of token 1 is 1000000000.0, must be from -100 to 100",
+        ),
+        (
+            {**PROMPT, "embedding_bias_words": text("a")},
+            "embedding_bias_words has 1 words, embedding_bias_weights 0 numbers",
+        ),
         ({**PROMPT, "lora_name": text("mine")}, "lora_name is 'mine', but there is no such adapter"),
-        ({**PROMPT, "prompt_vocab_size": np.array([[7]], np.int32)}, "prompt_vocab_size is not supported by this model"),
+        (
+            {**PROMPT, "prompt_vocab_size": np.array([[7]], np.int32)},
+            "prompt_vocab_size is not supported by this model",
+        ),
         ({**PROMPT, "decoder_text_input": text("x")}, "decoder_text_input is not supported by this model"),
         ({**PROMPT, "text_input": text("a\0b")}, "must be a text without zero bytes"),
-        ({**PROMPT, "guided_decoding_guide": text("x")}, "guided_decoding_guide needs guided_decoding_guide_type"),
-        ({**PROMPT, "guided_decoding_guide_type": text("poem")}, "guided_decoding_guide_type is 'poem', must be one of json, json_schema"),
+        (
+            {**PROMPT, "guided_decoding_guide": text("x")},
+            "guided_decoding_guide needs guided_decoding_guide_type",
+        ),
+        (
+            {**PROMPT, "guided_decoding_guide_type": text("poem")},
+            "guided_decoding_guide_type is 'poem', must be one of json, json_schema",
+        ),
         ({**PROMPT, "guided_decoding_guide_type": text("regex")}, "guided_decoding_guide has 0 characters"),
     ],
 )
@@ -115,7 +171,10 @@ def test_bad_values_have_one_clear_sentence(tensors, message):
         parse(tensors, {})
 
 
-@pytest.mark.parametrize("name, wrong", [("max_tokens", "many"), ("max_tokens", 1.5), ("temperature", "warm"), ("stream", "maybe"), ("stop", 3)])
+@pytest.mark.parametrize(
+    "name, wrong",
+    [("max_tokens", "many"), ("max_tokens", 1.5), ("temperature", "warm"), ("stream", "maybe"), ("stop", 3)],
+)
 def test_wrong_types_are_told(name, wrong):
     with pytest.raises(RequestError, match=f"{name} is {wrong!r}, must be"):
         parse_one(**{name: wrong})
@@ -142,7 +201,11 @@ def test_the_number_of_stop_texts_is_bounded():
         ([1], {"end_id": 100}, "end_id is 100, must be from -1 to 99"),
         ([1], {"best_of": 5}, "best_of is 5, must be at most 4"),
         ([1], {"beam_width": 5}, "beam_width is 5, must be at most 4"),
-        ([1], {"beam_width": 4, "max_tokens": 10}, "with up to 11 tokens the beams may need 16 KV blocks and there are 10"),
+        (
+            [1],
+            {"beam_width": 4, "max_tokens": 10},
+            "with up to 11 tokens the beams may need 16 KV blocks and there are 10",
+        ),
         ([1], {"logit_bias": {100: 1.0}}, "logit_bias has the token id 100, must be from 0 to 99"),
         ([1], {"stop_token_ids": (-1,)}, "stop_token_ids has the token id -1"),
         ([1], {"allowed_token_ids": (1, 100)}, "allowed_token_ids has the token id 100"),
@@ -161,8 +224,15 @@ def test_logits_are_refused_unless_the_server_allows_them():
 
 
 def test_harmless_values_of_unsupported_fields_are_ignored():
-    nothing = {"prompt_vocab_size": np.array([[0]], np.int32), "decoder_text_input": text(""), "lora_weights": np.zeros((1, 0, 0), np.float16)}
-    assert parse({**PROMPT, **nothing, "lora_task_id": np.array([[0]], np.uint64)}, {})[0].params == SamplingParams()
+    nothing = {
+        "prompt_vocab_size": np.array([[0]], np.int32),
+        "decoder_text_input": text(""),
+        "lora_weights": np.zeros((1, 0, 0), np.float16),
+    }
+    assert (
+        parse({**PROMPT, **nothing, "lora_task_id": np.array([[0]], np.uint64)}, {})[0].params
+        == SamplingParams()
+    )
 
 
 def test_defaults_hold_where_a_request_says_nothing():
@@ -171,7 +241,10 @@ def test_defaults_hold_where_a_request_says_nothing():
     assert (parsed.params.temperature, parsed.params.top_k, parsed.includes_input) == (0.6, 3, True)
 
 
-@pytest.mark.parametrize("given, temperature", [({}, 0), ({"top_p": 0, "temperature": 2}, 0), ({"top_k": 5}, 1), ({"seed": 1, "temperature": 2}, 2)])
+@pytest.mark.parametrize(
+    "given, temperature",
+    [({}, 0), ({"top_p": 0, "temperature": 2}, 0), ({"top_k": 5}, 1), ({"seed": 1, "temperature": 2}, 2)],
+)
 def test_with_tensorrt_llms_defaults_a_request_is_greedy_unless_it_asks_for_sampling(given, temperature):
     assert parse(PROMPT, given, Defaults(is_greedy=True))[0].params.temperature == temperature
 
@@ -189,14 +262,25 @@ def test_with_tensorrt_llms_defaults_a_request_is_greedy_unless_it_asks_for_samp
 )
 @pytest.mark.parametrize("name", ["guided_decoding", "structured_outputs"])
 def test_guides_in_vllms_form(name, guide, expected):
-    assert parse({**PROMPT, "sampling_parameters": text(json.dumps({name: guide}))}, {})[0].params.guide == expected
+    assert (
+        parse({**PROMPT, "sampling_parameters": text(json.dumps({name: guide}))}, {})[0].params.guide
+        == expected
+    )
     with pytest.raises(RequestError, match=f"{name} has 'json', 'regex'; must have one of"):
         parse({**PROMPT, "sampling_parameters": text(json.dumps({name: {"json": {}, "regex": "a"}}))}, {})
 
 
 def test_what_vllms_users_send_without_asking_for_anything_is_ignored():
-    sent = {"detokenize": True, "spaces_between_special_tokens": False, "use_beam_search": False, "bad_words": None, "n": "2"}
-    assert parse({**PROMPT, "sampling_parameters": text(json.dumps(sent))}, {})[0].params == SamplingParams(n=2)
+    sent = {
+        "detokenize": True,
+        "spaces_between_special_tokens": False,
+        "use_beam_search": False,
+        "bad_words": None,
+        "n": "2",
+    }
+    assert parse({**PROMPT, "sampling_parameters": text(json.dumps(sent))}, {})[0].params == SamplingParams(
+        n=2
+    )
     with pytest.raises(RequestError, match="use_beam_search"):
         parse({**PROMPT, "sampling_parameters": text('{"use_beam_search": true}')}, {})
 
@@ -222,10 +306,18 @@ def test_what_does_not_go_together_is_told(params, message):
         check_params(SamplingParams(**params))
 
 
-json_values = st.recursive(st.none() | st.booleans() | st.integers() | st.floats() | st.text(), lambda v: st.lists(v, max_size=3), max_leaves=4)
+json_values = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats() | st.text(),
+    lambda v: st.lists(v, max_size=3),
+    max_leaves=4,
+)
 
 
-@given(st.dictionaries(st.sampled_from([n for n, _ in tensor_fields()]) | st.text(max_size=12), json_values, max_size=5))
+@given(
+    st.dictionaries(
+        st.sampled_from([n for n, _ in tensor_fields()]) | st.text(max_size=12), json_values, max_size=5
+    )
+)
 def test_junk_is_either_taken_or_refused_with_a_sentence(values):
     for tensors, parameters in (
         (PROMPT, values),
@@ -253,8 +345,13 @@ def test_an_empty_batch_is_refused():
 
 
 def test_empty_words_are_no_words():
-    tensors = {name: np.array([[b"", b"x"]], np.object_) for name in ("stop_words", "bad_words", "embedding_bias_words")}
-    params = parse({**PROMPT, **tensors, "embedding_bias_weights": np.array([[5, 7]], np.float32)}, {})[0].params
+    tensors = {
+        name: np.array([[b"", b"x"]], np.object_)
+        for name in ("stop_words", "bad_words", "embedding_bias_words")
+    }
+    params = parse({**PROMPT, **tensors, "embedding_bias_weights": np.array([[5, 7]], np.float32)}, {})[
+        0
+    ].params
     assert (params.stop, params.bad_words, params.word_bias) == (("x",), ("x",), {"x": 7})
 
 
@@ -270,4 +367,6 @@ def test_a_time_limit_beyond_all_times_is_none(timeout_us, timeout_ms):
 
 
 def test_float32_bounds_are_within_their_range():
-    assert parse({**PROMPT, "repetition_penalty": np.array([[0.01]], np.float32)}, {})[0].params.repetition_penalty == pytest.approx(0.01)
+    assert parse({**PROMPT, "repetition_penalty": np.array([[0.01]], np.float32)}, {})[
+        0
+    ].params.repetition_penalty == pytest.approx(0.01)

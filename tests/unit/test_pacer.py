@@ -29,8 +29,12 @@ def test_chunks_of_a_sequence_are_joined_while_the_way_is_busy_and_stay_in_order
     assert len(sent) <= 4 and first[-1].finish_reason == "stop" and first[-1].num_cut == 3
 
 
-def simulate(num_streams: int, step_s: float, num_steps: int, send_s: float = 0.0003, shares: bool = True) -> dict[int, list[tuple[float, int]]]:
-    """A token for each stream in every step, sent by a queue with a clock of its own: (when, tokens) of each stream's chunks."""
+def simulate(
+    num_streams: int, step_s: float, num_steps: int, send_s: float = 0.0003, shares: bool = True
+) -> dict[int, list[tuple[float, int]]]:
+    """A token for each stream in every step, sent by a queue with a clock of its own: (when, tokens) of
+    each stream's chunks.
+    """
     queue, now, free_at = ChunkQueue(shares_processor=shares), 0.0, 0.0
     chunks: dict[int, list[tuple[float, int]]] = {i: [] for i in range(num_streams)}
     for step in range(num_steps):
@@ -55,13 +59,18 @@ def gaps(chunks: dict[int, list[tuple[float, int]]]) -> list[float]:
     return sorted(b[0] - a[0] for its in chunks.values() for a, b in pairwise(its))
 
 
-@pytest.mark.parametrize("num_streams, step_s, longest_s", [(1, 0.01, 0.02), (4, 0.016, 0.04), (8, 0.02, 0.05), (32, 0.04, 0.2), (256, 0.15, 0.5)])
+@pytest.mark.parametrize(
+    "num_streams, step_s, longest_s",
+    [(1, 0.01, 0.02), (4, 0.016, 0.04), (8, 0.02, 0.05), (32, 0.04, 0.2), (256, 0.15, 0.5)],
+)
 def test_no_reader_waits_longer_than_promised_and_all_wait_alike(num_streams, step_s, longest_s):
     chunks = simulate(num_streams, step_s, 100)
     assert all(sum(count for _, count in its) == 100 for its in chunks.values())
     found = gaps(chunks)
     assert found[int(0.99 * len(found))] <= longest_s
-    assert max(count for its in chunks.values() for _, count in its) <= longest_s / step_s + 1, "never a burst"
+    assert max(count for its in chunks.values() for _, count in its) <= longest_s / step_s + 1, (
+        "never a burst"
+    )
     by_stream = [max(b[0] - a[0] for a, b in pairwise(its)) for its in chunks.values()]
     assert max(by_stream) <= 1.5 * found[int(0.99 * len(found))]
 
@@ -74,7 +83,9 @@ def test_tokens_are_joined_no_more_than_their_cost_asks_for():
 
 
 def test_where_the_engine_has_a_processor_of_its_own_every_token_goes_at_once():
-    assert all([count for _, count in its] == [1] * 50 for its in simulate(32, 0.02, 50, shares=False).values())
+    assert all(
+        [count for _, count in its] == [1] * 50 for its in simulate(32, 0.02, 50, shares=False).values()
+    )
 
 
 def test_first_and_last_chunks_do_not_wait_for_a_round():
@@ -110,7 +121,11 @@ def test_one_large_response_does_not_hold_up_all_others():
 
 def test_gaps_are_those_between_chunks_of_one_sequence_as_they_went():
     queue = ChunkQueue()
-    for now, outputs in [(0.0, [Output(1, 0, [1]), Output(1, 1, [1])]), (0.25, [Output(1, 0, [2])]), (1.0, [Output(1, 1, [2], 0, "stop")])]:
+    for now, outputs in [
+        (0.0, [Output(1, 0, [1]), Output(1, 1, [1])]),
+        (0.25, [Output(1, 0, [2])]),
+        (1.0, [Output(1, 1, [2], 0, "stop")]),
+    ]:
         queue.put(outputs, now)
         while queue.take(now):
             pass

@@ -15,13 +15,19 @@ ROOT = Path(__file__).parents[2]
 
 def test_model_configs_are_written_from_the_contract():
     for name, text in configs().items():
-        assert (ROOT / "model_repository" / name / "config.pbtxt").read_text() == text, f"run scripts/make_model_configs.py ({name})"
+        assert (ROOT / "model_repository" / name / "config.pbtxt").read_text() == text, (
+            f"run scripts/make_model_configs.py ({name})"
+        )
 
 
 def test_postprocessing_has_one_instance_and_no_dynamic_batching():
     config = (ROOT / "model_repository/postprocessing/config.pbtxt").read_text()
     assert "count: 1" in config and "dynamic_batching {" not in config
-    assert all("optional: true" in line for line in config.split("output [")[0].splitlines() if "name:" in line and "data_type" in line)
+    assert all(
+        "optional: true" in line
+        for line in config.split("output [")[0].splitlines()
+        if "name:" in line and "data_type" in line
+    )
 
 
 def test_the_readmes_tables_are_written_from_their_definitions():

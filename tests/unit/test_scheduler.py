@@ -1,4 +1,6 @@
-"""Decisions of scheduler and block manager, on a device that shows every wrong block (see context_runner.py)."""
+"""Decisions of scheduler and block manager, on a device that shows every wrong block (see
+context_runner.py).
+"""
 
 from __future__ import annotations
 
@@ -29,7 +31,9 @@ def test_a_long_prompt_runs_in_chunks_beside_a_decode(engine):
     small.step()
     small.add(2, list(range(40)), max_tokens=2)
     plan = small.scheduler.schedule()
-    assert plan.counts.tolist() == [1, 15], "the decode first, then as much of the prompt as the budget of 16 leaves"
+    assert plan.counts.tolist() == [1, 15], (
+        "the decode first, then as much of the prompt as the budget of 16 leaves"
+    )
 
 
 def test_equal_prefixes_are_computed_once_also_when_they_arrive_together(engine):
@@ -43,7 +47,9 @@ def test_equal_prefixes_are_computed_once_also_when_they_arrive_together(engine)
 
 
 def test_a_block_is_found_only_behind_the_same_beginning(engine):
-    """The third prompt begins like the first and goes on like the second: only its first block has been computed."""
+    """The third prompt begins like the first and goes on like the second: only its first block has been
+    computed.
+    """
     small = engine()
     a, b, c, d = ([k] * 4 for k in (1, 2, 3, 4))
     for number, prompt in enumerate(([*a, *b, 9], [*c, *d, 9], [*a, *d, 9])):
@@ -56,7 +62,9 @@ def test_a_block_is_found_only_behind_the_same_beginning(engine):
 def test_no_block_is_the_target_of_one_copy_and_the_source_of_another_in_a_step():
     """A holder of a copied block gives way (preemption) before another copy of the same step is made."""
     manager = BlockManager(4, 4, enable_prefix_caching=False)
-    first, second, third, fourth = (SimpleNamespace(blocks=[], hashes=[], num_computed=0, num_published=0) for _ in range(4))
+    first, second, third, fourth = (
+        SimpleNamespace(blocks=[], hashes=[], num_computed=0, num_published=0) for _ in range(4)
+    )
     for owner, sharer in ((first, second), (third, fourth)):
         assert manager.grow(owner, 2) == []
         manager.fork(owner, sharer)
@@ -199,7 +207,9 @@ def test_a_sample_that_still_has_to_fork_keeps_its_row_while_others_want_it(engi
 
 
 def test_eight_samples_of_a_long_prompt_hold_its_blocks_once(engine):
-    small = engine(num_blocks=128, block_size=16, max_model_len=1200, max_num_seqs=8, max_num_batched_tokens=1024)
+    small = engine(
+        num_blocks=128, block_size=16, max_model_len=1200, max_num_seqs=8, max_num_batched_tokens=1024
+    )
     small.add(1, [i % 50 for i in range(1000)], n=8, max_tokens=4)
     small.step()
     assert small.blocks.num_used == 63, "1,000 tokens, once"
@@ -252,7 +262,9 @@ def test_every_prompt_token_but_the_first_is_scored_once_also_in_chunks(engine, 
         expected = [logits_after(prompt[:i], 0)[prompt[i]] for i in range(1, len(prompt))]
         assert [score.logprob for score in output.prompt_scores] == pytest.approx(expected)
         logits = np.frombuffer(output.context_logits, np.float32).reshape(len(prompt), -1)
-        assert logits == pytest.approx(np.array([logits_after(prompt[: i + 1], 0) for i in range(len(prompt))]), rel=1e-5, abs=1e-5)
+        assert logits == pytest.approx(
+            np.array([logits_after(prompt[: i + 1], 0) for i in range(len(prompt))]), rel=1e-5, abs=1e-5
+        )
 
 
 def test_priority_goes_before_arrival_and_the_last_in_order_gives_way(engine):
@@ -303,7 +315,10 @@ def test_a_guided_answer_waits_for_its_grammar_and_nobody_else_does(engine):
     assert small.tokens(1) == [9, 8, 9, END_ID] and small.reason(1) == ["stop"]
 
 
-@pytest.mark.parametrize("error, reason", [(RequestError("no regex"), "no regex"), (OverflowError("bug"), "the engine failed at this request")])
+@pytest.mark.parametrize(
+    "error, reason",
+    [(RequestError("no regex"), "no regex"), (OverflowError("bug"), "the engine failed at this request")],
+)
 def test_a_guide_that_is_none_is_refused_and_nobody_else_is(engine, error, reason):
     small = engine()
     small.add(1, [1], max_tokens=10, guide=Guide("regex", "x"))
@@ -319,7 +334,9 @@ def test_a_guide_that_is_none_is_refused_and_nobody_else_is(engine, error, reaso
 @pytest.mark.parametrize("min_tokens, stop_words, expected", [(2, (), [3, END_ID]), (0, ("ij",), [3, 8, 9])])
 def test_a_grammar_goes_before_min_tokens_and_stops_end_it(engine, min_tokens, stop_words, expected):
     small = engine()
-    small.add(1, [1], max_tokens=10, min_tokens=5 if min_tokens else 0, stop=stop_words, guide=Guide("regex", "x"))
+    small.add(
+        1, [1], max_tokens=10, min_tokens=5 if min_tokens else 0, stop=stop_words, guide=Guide("regex", "x")
+    )
     small.guides.finish("x", [3] if min_tokens else [3, 8, 9, 4])
     small.run()
     assert small.tokens(1) == expected and small.reason(1) == ["stop"]
@@ -333,7 +350,9 @@ def beams_alone(prompt: list[int], width: int, max_tokens: int, **params) -> lis
 
 
 def test_a_wide_enough_beam_search_finds_the_likeliest_answer(engine):
-    """With as many beams as there are pairs of tokens nothing is lost: the best answers are those of trying all."""
+    """With as many beams as there are pairs of tokens nothing is lost: the best answers are those of trying
+    all.
+    """
     prompt = [4, 2]
     everything = {}
     for a in range(VOCABULARY):
@@ -348,7 +367,9 @@ def test_a_wide_enough_beam_search_finds_the_likeliest_answer(engine):
 
 
 def test_beams_share_the_prompts_blocks(engine):
-    small = engine(num_blocks=128, block_size=16, max_num_batched_tokens=64, max_num_seqs=8, max_model_len=128)
+    small = engine(
+        num_blocks=128, block_size=16, max_num_batched_tokens=64, max_num_seqs=8, max_model_len=128
+    )
     small.add(1, [i % 50 for i in range(60)], beam_width=8, max_tokens=20)
     used = []
     while small.engine.has_work:
@@ -375,7 +396,9 @@ def test_a_search_whose_texts_are_all_stop_texts_ends_with_what_it_has(engine):
 
 
 def test_preempted_beams_do_not_wait_for_each_other(engine):
-    """One token a step: of two beams the first has its candidates and is preempted before the second, which has none."""
+    """One token a step: of two beams the first has its candidates and is preempted before the second, which
+    has none.
+    """
     small = engine(max_num_batched_tokens=1)
     small.add(1, [1, 2], beam_width=2, n=2, max_tokens=12)
     scheduler = small.scheduler
@@ -485,7 +508,9 @@ def test_a_request_that_comes_while_a_step_runs_is_in_the_next(engine, overlaps)
         steps += 1
     assert steps == (2 if overlaps else 1)
     small.run()
-    assert small.tokens(1) == expected_tokens([1, 2, 3], 30, 0) and small.tokens(2) == expected_tokens([4, 5], 3, 0)
+    assert small.tokens(1) == expected_tokens([1, 2, 3], 30, 0) and small.tokens(2) == expected_tokens(
+        [4, 5], 3, 0
+    )
 
 
 @pytest.mark.parametrize("overlaps", [True, False])
@@ -540,21 +565,29 @@ def test_random_workloads_see_their_own_context_and_leave_every_block_free(
     arrivals = sorted((sum(r[6] for r in requests[: i + 1]), i) for i in range(len(requests)))
     prompts = [[(kind * 7 + i) % 50 for i in range(length)] + own for kind, length, own, *_ in requests]
     cancels = {i: at + requests[i][7] for at, i in arrivals if requests[i][7] is not None}
-    beams = {number for number, r in enumerate(requests) if r[5] and r[4] > 1 and fits(len(prompts[number]) + r[3], r[4], num_blocks, block_size)}
+    beams = {
+        number
+        for number, r in enumerate(requests)
+        if r[5] and r[4] > 1 and fits(len(prompts[number]) + r[3], r[4], num_blocks, block_size)
+    }
     step = 0
     while arrivals or small.engine.has_work:
         while arrivals and arrivals[0][0] <= step:
             number = arrivals.pop(0)[1]
             _, _, _, max_tokens, n, *_ = requests[number]
             width = n if number in beams else 1
-            small.add(number, prompts[number], max_tokens=max_tokens, n=n, beam_width=width, stream=bool(number % 2))
+            small.add(
+                number, prompts[number], max_tokens=max_tokens, n=n, beam_width=width, stream=bool(number % 2)
+            )
         small.engine.cancel([i for i, at in cancels.items() if at == step])
         small.step()
         step += 1
         assert step < 20_000
     assert small.blocks.num_used == 0
     for number, (_, _, _, max_tokens, n, _, _, cancelled) in enumerate(requests):
-        expected = [expected_tokens(prompts[number], max_tokens, _seed_of_sample(0, index)) for index in range(n)]
+        expected = [
+            expected_tokens(prompts[number], max_tokens, _seed_of_sample(0, index)) for index in range(n)
+        ]
         if number in beams:
             expected = beams_alone(prompts[number], n, max_tokens)
         for index in range(n):

@@ -11,7 +11,9 @@ from pagetide.serving.shared_memory import check_room
 from pagetide.types import EngineError
 
 
-@pytest.mark.parametrize("array", [np.zeros(3 * 2**20, np.float32), np.array([b"x" * 2**20] * 12, np.object_).reshape(3, 4)])
+@pytest.mark.parametrize(
+    "array", [np.zeros(3 * 2**20, np.float32), np.array([b"x" * 2**20] * 12, np.object_).reshape(3, 4)]
+)
 def test_a_response_larger_than_what_is_free_is_an_error_that_says_so(monkeypatch, array):
     for free, fits in ((12 * 2**20, False), (20 * 2**20, True)):
         monkeypatch.setattr(shutil, "disk_usage", lambda folder, free=free: SimpleNamespace(free=free))

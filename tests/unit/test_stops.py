@@ -22,7 +22,9 @@ def run(
     """The texts of the chunks, the reason, and all shown ids."""
     end_ids = frozenset() if end is None else frozenset([end])
     found = tuple(StopText(s.encode()) for s in stops)
-    checker = StopChecker(StopRules(shown or tokens, tokens, end_ids, found, includes_stop, min_tokens, min_tokens))
+    checker = StopChecker(
+        StopRules(shown or tokens, tokens, end_ids, found, includes_stop, min_tokens, min_tokens)
+    )
     texts, ids, table = [], [], shown or tokens
     for token in range(len(tokens)):
         reason = checker.push(token)
@@ -46,7 +48,9 @@ def test_bytes_that_are_no_character_are_replaced_and_do_not_block():
     assert "".join(texts) == b"a\xff\xf0\x9fb".decode("utf-8", "replace")
 
 
-@pytest.mark.parametrize("stop, expected", [("ST", "ab"), ("bS", "a"), ("TOP", "abS"), ("abSTOPc", ""), ("x", None)])
+@pytest.mark.parametrize(
+    "stop, expected", [("ST", "ab"), ("bS", "a"), ("TOP", "abS"), ("abSTOPc", ""), ("x", None)]
+)
 def test_stop_text_across_token_borders_is_cut_off(stop, expected):
     texts, reason, _ = run([b"a", b"bS", b"TO", b"Pc", b"d"], (stop,))
     assert ("".join(texts), reason) == (("abSTOPcd", "") if expected is None else (expected, "stop"))
@@ -86,7 +90,9 @@ def test_a_stop_text_before_min_tokens_is_not_found_afterwards_either():
         assert (reason, decode(tokens, ids, checker.num_cut)) == ("stop", "a.bcd")
 
 
-@pytest.mark.parametrize("stop, expected", [("<sep>", "ab"), ("b<sep>c", "a"), ("<sep>c", "ab"), ("sep", "ab")])
+@pytest.mark.parametrize(
+    "stop, expected", [("<sep>", "ab"), ("b<sep>c", "a"), ("<sep>c", "ab"), ("sep", "ab")]
+)
 def test_a_stop_text_may_be_or_hold_a_special_token_that_does_not_show(stop, expected):
     texts, reason, _ = run([b"a", b"b", b"<sep>", b"cd"], (stop,), shown=[b"a", b"b", b"", b"cd"])
     assert ("".join(texts), reason) == (expected, "stop")
@@ -106,11 +112,17 @@ def test_what_ends_the_answer_stays_if_asked_for_but_nothing_behind_it():
 def test_incomplete_bytes_are_those_after_the_last_whole_character(text, cut):
     cut = min(cut, len(text.encode()))
     borders = [len(text[:i].encode()) for i in range(len(text) + 1)]
-    assert num_incomplete_bytes(text.encode()[:cut]) == cut - max(border for border in borders if border <= cut)
+    assert num_incomplete_bytes(text.encode()[:cut]) == cut - max(
+        border for border in borders if border <= cut
+    )
 
 
 @settings(max_examples=300, deadline=None)
-@given(st.text(alphabet="ab🌊é漢", max_size=30), st.lists(st.text(alphabet="ab🌊é", min_size=1, max_size=4), max_size=3), st.integers(0, 2**32))
+@given(
+    st.text(alphabet="ab🌊é漢", max_size=30),
+    st.lists(st.text(alphabet="ab🌊é", min_size=1, max_size=4), max_size=3),
+    st.integers(0, 2**32),
+)
 def test_chunks_joined_are_the_text_before_the_first_stop(text, stops, seed):
     data, chooser, tokens = text.encode(), random.Random(seed), []
     while data:
@@ -127,4 +139,6 @@ def test_chunks_joined_are_the_text_before_the_first_stop(text, stops, seed):
             expected = whole[: min(found)].decode("utf-8", "replace")
             break
     assert "".join(texts) == expected
-    assert reason == ("stop" if expected != text or any(text.endswith(s) and whole == text.encode() for s in stops) else "")
+    assert reason == (
+        "stop" if expected != text or any(text.endswith(s) and whole == text.encode() for s in stops) else ""
+    )

@@ -1,4 +1,6 @@
-"""Whether a request's parameters are in range, go together, and can be run by the model: shared by every way in."""
+"""Whether a request's parameters are in range, go together, and can be run by the model: shared by every
+way in.
+"""
 
 from __future__ import annotations
 
@@ -30,20 +32,31 @@ def check_params(params: SamplingParams) -> None:
 def check_words(name: str, words: tuple[str, ...]) -> None:
     if len(words) > MAX_WORDS or any(len(word) > MAX_WORD_LENGTH for word in words):
         longest = max(map(len, words))
-        raise RequestError(f"{name} has {len(words)} texts of up to {longest} characters, may have {MAX_WORDS} of up to {MAX_WORD_LENGTH}")
+        raise RequestError(
+            f"{name} has {len(words)} texts of up to {longest} characters, may have {MAX_WORDS} of "
+            f"up to {MAX_WORD_LENGTH}"
+        )
 
 
 def _check_together(params: SamplingParams) -> None:
     if params.max_tokens is not None and params.min_tokens > params.max_tokens:
-        raise RequestError(f"min_tokens is {params.min_tokens}, must be at most max_tokens, which is {params.max_tokens}")
+        raise RequestError(
+            f"min_tokens is {params.min_tokens}, must be at most max_tokens, which is {params.max_tokens}"
+        )
     if params.best_of is not None and params.best_of < params.n:
-        raise RequestError(f"best_of is {params.best_of}, must be at least num_return_sequences, which is {params.n}")
+        raise RequestError(
+            f"best_of is {params.best_of}, must be at least num_return_sequences, which is {params.n}"
+        )
     if params.beam_width == 1:
         return
     if params.n > params.beam_width:
-        raise RequestError(f"num_return_sequences is {params.n}, must be at most beam_width, which is {params.beam_width}")
+        raise RequestError(
+            f"num_return_sequences is {params.n}, must be at most beam_width, which is {params.beam_width}"
+        )
     if params.best_of is not None:
-        raise RequestError(f"best_of is {params.best_of} and beam_width {params.beam_width}; give one of them")
+        raise RequestError(
+            f"best_of is {params.best_of} and beam_width {params.beam_width}; give one of them"
+        )
     if params.guide is not None:
         raise RequestError(f"beam_width is {params.beam_width}, must be 1 with guided decoding")
 
@@ -56,7 +69,9 @@ def check_request(request: Request, engine: EngineInfo) -> None:
         raise RequestError("the prompt is empty, it must have at least one token")
     if len(ids) >= engine.max_model_len:
         limit = engine.max_model_len
-        raise RequestError(f"the prompt has {len(ids)} tokens, must have at most {limit - 1} (max_model_len is {limit})")
+        raise RequestError(
+            f"the prompt has {len(ids)} tokens, must have at most {limit - 1} (max_model_len is {limit})"
+        )
     tokens: list[tuple[str, Iterable[int]]] = [
         ("input_ids", ids),
         ("stop_token_ids", params.stop_token_ids),
@@ -68,14 +83,25 @@ def check_request(request: Request, engine: EngineInfo) -> None:
         if wrong is not None:
             raise RequestError(f"{name} has the token id {wrong}, must be from 0 to {size - 1}")
     if params.num_sequences > engine.max_num_seqs:
-        name = "beam_width" if params.beam_width > 1 else "best_of" if params.best_of else "num_return_sequences"
-        raise RequestError(f"{name} is {params.num_sequences}, must be at most {engine.max_num_seqs} (the setting max_num_seqs)")
+        name = (
+            "beam_width" if params.beam_width > 1 else "best_of" if params.best_of else "num_return_sequences"
+        )
+        raise RequestError(
+            f"{name} is {params.num_sequences}, must be at most {engine.max_num_seqs} (the setting "
+            "max_num_seqs)"
+        )
     if params.end_id is not None and params.end_id >= size:
         raise RequestError(f"end_id is {params.end_id}, must be from -1 to {size - 1}")
     if (request.context_logits or request.generation_logits) and not engine.allows_logits:
-        raise RequestError("return_context_logits and return_generation_logits are refused here (the setting allow_logits is false)")
+        raise RequestError(
+            "return_context_logits and return_generation_logits are refused here (the setting "
+            "allow_logits is false)"
+        )
     if request.generation_logits and params.beam_width > 1:
-        raise RequestError(f"return_generation_logits does not go with beam search (beam_width is {params.beam_width}); leave one of them out")
+        raise RequestError(
+            "return_generation_logits does not go with beam search (beam_width is "
+            f"{params.beam_width}); leave one of them out"
+        )
     _check_beams(request, engine)
 
 
@@ -86,6 +112,7 @@ def _check_beams(request: Request, engine: EngineInfo) -> None:
     needed = params.beam_width * (-(-longest // engine.block_size) + 1)
     if params.beam_width > 1 and needed > engine.num_blocks:
         raise RequestError(
-            f"beam_width is {params.beam_width}: with up to {longest} tokens the beams may need {needed} KV blocks and there are "
+            f"beam_width is {params.beam_width}: with up to {longest} tokens the beams may need "
+            f"{needed} KV blocks and there are "
             f"{engine.num_blocks}; ask for fewer beams or a smaller max_tokens"
         )

@@ -1,4 +1,6 @@
-"""The names under which clients of other backends know fields and outputs: faces are renaming, and nothing else."""
+"""The names under which clients of other backends know fields and outputs: faces are renaming, and nothing
+else.
+"""
 
 from __future__ import annotations
 

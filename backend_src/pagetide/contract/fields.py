@@ -22,8 +22,10 @@ class Field:
 
     dtype: Triton's. kind: how the value is read, by CONVERTERS; dtype if empty. default: as documented.
     attribute: the field of SamplingParams it sets, if any. low, high: the allowed range, both included.
-    off: values that count as not given. is_list: any number of values. is_prompt: not found in sampling_parameters or request parameters.
-    is_unsupported: declared because Triton refuses unknown names; only values in `off`, and empty ones, are accepted.
+    off: values that count as not given. is_list: any number of values. is_prompt: not found in
+    sampling_parameters or request parameters.
+    is_unsupported: declared because Triton refuses unknown names; only values in `off`, and empty ones, are
+    accepted.
     """
 
     name: str
@@ -53,7 +55,9 @@ class Field:
     def allowed(self) -> str:
         """The range in words."""
         assert self.low is not None and self.high is not None
-        low, high = (f"{bound:g}" if self.dtype == "FP32" else f"{bound:d}" for bound in (self.low, self.high))
+        low, high = (
+            f"{bound:g}" if self.dtype == "FP32" else f"{bound:d}" for bound in (self.low, self.high)
+        )
         return f"from {low} to {high}"
 
     def is_allowed(self, value: Value) -> bool:
@@ -71,33 +75,71 @@ class Field:
 
 
 _INT32 = 2**31 - 1
-MAX_WORDS, MAX_WORD_LENGTH = 64, 1024  # each new token is compared with all stop texts, and may be with all bad words
+MAX_WORDS, MAX_WORD_LENGTH = (
+    64,
+    1024,
+)  # each new token is compared with all stop texts, and may be with all bad words
 MAX_TOKEN_RULES = 1024  # logit_bias and token lists
 MAX_LOGPROBS = 20
 
 
-def sampling(name: str, dtype: str, sentence: str, default: str = "", aliases: tuple[str, ...] = (), **rest: Any) -> Field:
+def sampling(
+    name: str, dtype: str, sentence: str, default: str = "", aliases: tuple[str, ...] = (), **rest: Any
+) -> Field:
     """A field that sets the field of SamplingParams with its name."""
     return Field(name, dtype, sentence, default, aliases, **{"attribute": name, **rest})
 
 
 def unsupported(name: str, dtype: str, off: tuple[Value, ...] = (), num_dims: int = 0) -> Field:
     sentence = "TensorRT-LLM's name; harmless values are ignored, others refused"
-    return Field(name, dtype, sentence, "none", is_list=num_dims > 0, num_dims=num_dims, off=off, is_prompt=True, is_unsupported=True)
+    return Field(
+        name,
+        dtype,
+        sentence,
+        "none",
+        is_list=num_dims > 0,
+        num_dims=num_dims,
+        off=off,
+        is_prompt=True,
+        is_unsupported=True,
+    )
 
 
 FIELDS = (
     Field("text_input", "BYTES", "the prompt as it is", is_prompt=True),
-    Field("messages", "BYTES", "JSON list of chat messages, rendered by the model's chat template", kind="objects", is_prompt=True),
+    Field(
+        "messages",
+        "BYTES",
+        "JSON list of chat messages, rendered by the model's chat template",
+        kind="objects",
+        is_prompt=True,
+    ),
     Field("tools", "BYTES", "JSON list of tools for the chat template", kind="objects"),
     Field("add_generation_prompt", "BOOL", "end the rendered chat with the beginning of an answer", "true"),
-    Field("chat_template_kwargs", "BYTES", "JSON object of further variables for the chat template", kind="object"),
+    Field(
+        "chat_template_kwargs",
+        "BYTES",
+        "JSON object of further variables for the chat template",
+        kind="object",
+    ),
     Field("input_ids", "INT32", "the prompt as token ids", is_list=True, is_prompt=True),
     sampling("max_tokens", "INT32", "at most so many new tokens", "rest of the context", low=1, high=_INT32),
-    sampling("min_tokens", "INT32", "no end before so many new tokens", "0", ("min_length",), low=0, high=_INT32),
+    sampling(
+        "min_tokens", "INT32", "no end before so many new tokens", "0", ("min_length",), low=0, high=_INT32
+    ),
     Field("stream", "BOOL", "responses as tokens come; otherwise one for each sequence, at its end", "false"),
-    sampling("temperature", "FP32", "0 is greedy, as is all below 0.001", "the model's, 1.0", low=0, high=10**6),
-    sampling("top_k", "INT32", "keep the k likeliest tokens; 0 and -1: all", "the model's, 0", ("runtime_top_k",), low=-1, high=_INT32),
+    sampling(
+        "temperature", "FP32", "0 is greedy, as is all below 0.001", "the model's, 1.0", low=0, high=10**6
+    ),
+    sampling(
+        "top_k",
+        "INT32",
+        "keep the k likeliest tokens; 0 and -1: all",
+        "the model's, 0",
+        ("runtime_top_k",),
+        low=-1,
+        high=_INT32,
+    ),
     sampling(
         "top_p",
         "FP32",
@@ -108,7 +150,14 @@ FIELDS = (
         high=1,
         off=(0,),
     ),
-    sampling("min_p", "FP32", "keep tokens at least so likely relative to the likeliest", "the model's, 0.0", low=0, high=1),
+    sampling(
+        "min_p",
+        "FP32",
+        "keep tokens at least so likely relative to the likeliest",
+        "the model's, 0.0",
+        low=0,
+        high=1,
+    ),
     sampling(
         "repetition_penalty",
         "FP32",
@@ -117,12 +166,37 @@ FIELDS = (
         low=0.01,
         high=100,
     ),
-    sampling("presence_penalty", "FP32", "taken from the logits of tokens that the answer has", "0.0", low=-2, high=2),
+    sampling(
+        "presence_penalty",
+        "FP32",
+        "taken from the logits of tokens that the answer has",
+        "0.0",
+        low=-2,
+        high=2,
+    ),
     sampling("frequency_penalty", "FP32", "the same, for each occurrence", "0.0", low=-2, high=2),
-    sampling("seed", "UINT64", "same seed, same tokens, whatever else runs", "random", ("random_seed",), low=0, high=2**64 - 1),
-    Field("stop_words", "BYTES", "texts that end the answer and are cut off", "none", ("stop",), is_list=True, attribute="stop"),
+    sampling(
+        "seed",
+        "UINT64",
+        "same seed, same tokens, whatever else runs",
+        "random",
+        ("random_seed",),
+        low=0,
+        high=2**64 - 1,
+    ),
+    Field(
+        "stop_words",
+        "BYTES",
+        "texts that end the answer and are cut off",
+        "none",
+        ("stop",),
+        is_list=True,
+        attribute="stop",
+    ),
     sampling("bad_words", "BYTES", "texts that the answer never says", "none", is_list=True),
-    sampling("stop_token_ids", "INT32", "tokens that end the answer and are cut off its text", "none", is_list=True),
+    sampling(
+        "stop_token_ids", "INT32", "tokens that end the answer and are cut off its text", "none", is_list=True
+    ),
     sampling("allowed_token_ids", "INT32", "the answer has no other tokens", "all", is_list=True),
     sampling("include_stop_str_in_output", "BOOL", "what ended the answer stays in its text", "false"),
     sampling("ignore_eos", "BOOL", "go on after the end token", "false"),
@@ -130,41 +204,118 @@ FIELDS = (
     sampling("end_id", "INT32", "token that ends the answer; -1: none", "the model's", low=-1, high=_INT32),
     Field("pad_id", "INT32", "fills shorter rows of `output_ids`", "the model's", low=-1, high=_INT32),
     Field("embedding_bias_words", "BYTES", "words whose tokens' logits are changed", "none", is_list=True),
-    Field("embedding_bias_weights", "FP32", "by how much, one for each word", "none", is_list=True, low=-1000, high=1000),
+    Field(
+        "embedding_bias_weights",
+        "FP32",
+        "by how much, one for each word",
+        "none",
+        is_list=True,
+        low=-1000,
+        high=1000,
+    ),
     sampling("logit_bias", "BYTES", 'JSON object {"token id": bias}, added to logits', "none", kind="biases"),
-    sampling("num_return_sequences", "INT32", "answers to each prompt", "1", ("n",), attribute="n", low=1, high=_INT32),
-    sampling("best_of", "INT32", "samples from which the likeliest answers are taken", "num_return_sequences", low=1, high=_INT32),
+    sampling(
+        "num_return_sequences",
+        "INT32",
+        "answers to each prompt",
+        "1",
+        ("n",),
+        attribute="n",
+        low=1,
+        high=_INT32,
+    ),
+    sampling(
+        "best_of",
+        "INT32",
+        "samples from which the likeliest answers are taken",
+        "num_return_sequences",
+        low=1,
+        high=_INT32,
+    ),
     sampling("beam_width", "INT32", "beam search with so many beams; 1: none", "1", low=1, high=_INT32),
-    sampling("length_penalty", "FP32", "beams: scores are divided by length to this power", "1.0", ("len_penalty",), low=-10, high=10),
+    sampling(
+        "length_penalty",
+        "FP32",
+        "beams: scores are divided by length to this power",
+        "1.0",
+        ("len_penalty",),
+        low=-10,
+        high=10,
+    ),
     sampling("early_stopping", "BOOL", "beams: end when `beam_width` have ended", "false"),
-    Field("return_log_probs", "BOOL", "return `output_log_probs` and `cum_log_probs`", "false", ("return_cumulative_logprob",)),
+    Field(
+        "return_log_probs",
+        "BOOL",
+        "return `output_log_probs` and `cum_log_probs`",
+        "false",
+        ("return_cumulative_logprob",),
+    ),
     sampling(
         "logprobs",
         "INT32",
-        "return `logprobs`: of the sampled tokens and of so many likeliest ones (a parameter, since an ensemble's output has this name)",
+        "return `logprobs`: of the sampled tokens and of so many likeliest ones (a parameter, "
+        "since an ensemble's output has this name)",
         "off",
         low=0,
         high=MAX_LOGPROBS,
     ),
     sampling("prompt_logprobs", "INT32", "the same for the prompt", "off", low=0, high=MAX_LOGPROBS),
     Field("return_logprobs", "BOOL", "vLLM's name: return `logprobs`", "false"),
-    Field("return_context_logits", "BOOL", "return `context_logits`; needs the setting allow_logits", "false"),
-    Field("return_generation_logits", "BOOL", "return `generation_logits`; needs the setting allow_logits", "false"),
+    Field(
+        "return_context_logits", "BOOL", "return `context_logits`; needs the setting allow_logits", "false"
+    ),
+    Field(
+        "return_generation_logits",
+        "BOOL",
+        "return `generation_logits`; needs the setting allow_logits",
+        "false",
+    ),
     Field("return_perf_metrics", "BOOL", "return times and KV block counts", "false"),
     Field("return_finish_reason", "BOOL", "`finish_reason` is always returned", "false"),
     Field("return_num_input_tokens", "BOOL", "return `num_input_tokens`", "false"),
     Field("return_num_output_tokens", "BOOL", "return `num_output_tokens`", "false"),
     Field("return_num_cached_tokens", "BOOL", "return `num_cached_tokens`", "false"),
-    Field("exclude_input_in_output", "BOOL", "false: the prompt in front of the answer (never in streams)", "a setting, true"),
-    Field("guided_decoding_guide_type", "BYTES", f"what the answer must be: {', '.join(GUIDE_KINDS)}", "none", off=("",)),
-    Field("guided_decoding_guide", "BYTES", "the schema, expression, grammar, JSON list of choices, or structural tag", "none", off=("",)),
+    Field(
+        "exclude_input_in_output",
+        "BOOL",
+        "false: the prompt in front of the answer (never in streams)",
+        "a setting, true",
+    ),
+    Field(
+        "guided_decoding_guide_type",
+        "BYTES",
+        f"what the answer must be: {', '.join(GUIDE_KINDS)}",
+        "none",
+        off=("",),
+    ),
+    Field(
+        "guided_decoding_guide",
+        "BYTES",
+        "the schema, expression, grammar, JSON list of choices, or structural tag",
+        "none",
+        off=("",),
+    ),
     Field("lora_name", "BYTES", "a LoRA adapter by name", "none", off=("",)),
     Field("lora_task_id", "UINT64", "a LoRA adapter by number", "none", low=0, high=2**64 - 1, off=(0,)),
     Field("priority", "INT32", "lower runs sooner and is preempted later", "0", low=-_INT32, high=_INT32),
-    Field("timeout_ms", "INT32", "ends the request so long after its arrival; 0: never", "none", low=0, high=_INT32, off=(0,)),
+    Field(
+        "timeout_ms",
+        "INT32",
+        "ends the request so long after its arrival; 0: never",
+        "none",
+        low=0,
+        high=_INT32,
+        off=(0,),
+    ),
     Field("cache_salt", "BYTES", "prompts with different salts never share cached blocks", "none"),
     Field("cancel", "BOOL", "with the request_id of running requests: ends them", "false"),
-    Field("sampling_parameters", "BYTES", "JSON object with any field of this table by name; numbers may be strings", kind="object", is_prompt=True),
+    Field(
+        "sampling_parameters",
+        "BYTES",
+        "JSON object with any field of this table by name; numbers may be strings",
+        kind="object",
+        is_prompt=True,
+    ),
     unsupported("decoder_text_input", "BYTES", off=("",)),
     unsupported("prompt_embedding_table", "FP16", num_dims=2),
     unsupported("prompt_vocab_size", "INT32", off=(0,)),
@@ -173,7 +324,8 @@ FIELDS = (
     unsupported("lora_config", "INT32", num_dims=2),
 )
 
-# Names that are no tensors: `n` is the JSON name, `logprobs` the name of an output, and the faces map the others.
+# Names that are no tensors: `n` is the JSON name, `logprobs` the name of an output, and the faces map the
+# others.
 _NO_TENSORS = {"n", "logprobs", "runtime_top_k", "runtime_top_p", "len_penalty", "return_cumulative_logprob"}
 
 

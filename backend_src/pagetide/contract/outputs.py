@@ -52,7 +52,9 @@ OUTPUTS = (
     OutputField("response_index", "INT32", "1", "which response of that answer, from 0"),
     OutputField("num_input_tokens", "INT32", "1", "of the prompt", "return_num_input_tokens"),
     OutputField("num_output_tokens", "INT32", "1", "of this response", "return_num_output_tokens"),
-    OutputField("num_cached_tokens", "INT32", "1", "of the prompt, found in the cache", "return_num_cached_tokens"),
+    OutputField(
+        "num_cached_tokens", "INT32", "1", "of the prompt, found in the cache", "return_num_cached_tokens"
+    ),
     OutputField("cum_log_probs", "FP32", "1", "log-probability of the answer so far", "return_log_probs"),
     OutputField("output_log_probs", "FP32", "1, -1", "of each new token", "return_log_probs"),
     OutputField("logprobs", "BYTES", "1", "JSON: vLLM's `logprobs` and `prompt_logprobs`", "logprobs"),
@@ -66,8 +68,12 @@ OUTPUTS = (
     _perf("acceptance_rate", "FP32", "of drafted tokens; 0, since there is no speculation yet"),
     _perf("total_accepted_draft_tokens", "INT32", "0, since there is no speculation yet"),
     _perf("total_draft_tokens", "INT32", "0, since there is no speculation yet"),
-    OutputField("context_logits", "FP32", "-1, -1", "[prompt tokens, vocabulary], once", "return_context_logits"),
-    OutputField("generation_logits", "FP32", "1, -1, -1", "[1, tokens, vocabulary]", "return_generation_logits"),
+    OutputField(
+        "context_logits", "FP32", "-1, -1", "[prompt tokens, vocabulary], once", "return_context_logits"
+    ),
+    OutputField(
+        "generation_logits", "FP32", "1, -1, -1", "[1, tokens, vocabulary]", "return_generation_logits"
+    ),
 )
 # What only `postprocessing` gets, beside output_ids and sequence_length.
 TEXT_OUTPUTS = (
@@ -79,7 +85,9 @@ TEXT_OUTPUTS = (
 # What only the face vllm_model maps: its clients expect other types and shapes. It alone has this beginning.
 VLLM = "vllm_"
 VLLM_OUTPUTS = (
-    OutputField(f"{VLLM}finish_reason", "BYTES", "-1", "`None` until the answer ends", "return_finish_reason"),
+    OutputField(
+        f"{VLLM}finish_reason", "BYTES", "-1", "`None` until the answer ends", "return_finish_reason"
+    ),
     OutputField(f"{VLLM}cumulative_logprob", "FP32", "-1", "of the answer so far", "return_log_probs"),
     OutputField(f"{VLLM}logprobs", "BYTES", "-1", "JSON, or null", "return_logprobs"),
     OutputField(f"{VLLM}num_input_tokens", "UINT32", "-1", "of the prompt", "return_num_input_tokens"),

@@ -32,7 +32,8 @@ class Defaults(msgspec.Struct, frozen=True):
     """What holds where a request says nothing: the model's own sampling, and the settings' rules.
 
     is_greedy: without top_k, top_p, min_p and seed a request is greedy (TensorRT-LLM's rule).
-    flag_asks_for_logprobs: return_logprobs alone asks for the sampled tokens' (Triton's vLLM backend answers null then).
+    flag_asks_for_logprobs: return_logprobs alone asks for the sampled tokens' (Triton's vLLM backend
+    answers null then).
     """
 
     params: SamplingParams = SamplingParams()
@@ -47,9 +48,9 @@ NO_DEFAULTS = Defaults()
 class ParsedRequest(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     """One prompt of a client's request, checked as far as it can be without the model.
 
-    Exactly one of text, messages, prompt_ids is given, unless it is a cancel. This is also what `preprocessing` hands to `llm`, packed;
-    prompt_text is then what stands in front of the answer. returns: the fields that ask for outputs and are true; shows_logprobs: `logprobs` is
-    there too.
+    Exactly one of text, messages, prompt_ids is given, unless it is a cancel. This is also what
+    `preprocessing` hands to `llm`, packed; prompt_text is then what stands in front of the answer. returns:
+    the fields that ask for outputs and are true; shows_logprobs: `logprobs` is there too.
     """
 
     params: SamplingParams = SamplingParams()
@@ -73,8 +74,13 @@ class ParsedRequest(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=Tru
     shows_logprobs: bool = False
 
 
-def parse(tensors: Mapping[str, np.ndarray], parameters: Mapping[str, Any], defaults: Defaults = NO_DEFAULTS) -> list[ParsedRequest]:
-    """The prompts of one client request. tensors: [B, ...] each, by name; parameters: the request's own, by name. Raises RequestError."""
+def parse(
+    tensors: Mapping[str, np.ndarray], parameters: Mapping[str, Any], defaults: Defaults = NO_DEFAULTS
+) -> list[ParsedRequest]:
+    """The prompts of one client request.
+
+    tensors: [B, ...] each, by name; parameters: the request's own, by name. Raises RequestError.
+    """
     given = {name: field for name, field in tensor_fields() if name in tensors}
     sizes = {len(tensors[name]) for name in given}
     if 0 in sizes:
@@ -91,32 +97,47 @@ def parse(tensors: Mapping[str, np.ndarray], parameters: Mapping[str, Any], defa
 
 
 def _is_cancel(tensors: Mapping[str, np.ndarray], parameters: Mapping[str, Any]) -> bool:
-    """A cancel looks at no other field: TensorRT-LLM's clients send values with it that no request may have."""
+    """A cancel looks at no other field: TensorRT-LLM's clients send values with it that no request may
+    have.
+    """
     if "cancel" in tensors:
         return bool(tensors["cancel"].any())
     return "cancel" in parameters and boolean("cancel", parameters["cancel"])
 
 
 def timed(parsed: ParsedRequest, arrival_ns: int, timeout_us: int) -> ParsedRequest:
-    """The request with its arrival and deadline on the monotonic clock. timeout_us: the request's own, beside timeout_ms; 0: none."""
+    """The request with its arrival and deadline on the monotonic clock.
+
+    timeout_us: the request's own, beside timeout_ms; 0: none.
+    """
     limits = [limit for limit in (parsed.timeout_ms * 10**6, timeout_us * 10**3) if 0 < limit < _NEVER_NS]
-    return msgspec.structs.replace(parsed, arrival_ns=arrival_ns, deadline_ns=arrival_ns + min(limits) if limits else 0)
+    return msgspec.structs.replace(
+        parsed, arrival_ns=arrival_ns, deadline_ns=arrival_ns + min(limits) if limits else 0
+    )
 
 
 def _without_ignored(parameters: Mapping[str, Any]) -> dict[str, Any]:
-    return {k: v for k, v in parameters.items() if k not in _IGNORED_PARAMETERS and not k.startswith("triton_")}
+    return {
+        k: v for k, v in parameters.items() if k not in _IGNORED_PARAMETERS and not k.startswith("triton_")
+    }
 
 
 def _refuse_twice(fields: Iterable[Field]) -> None:
     seen = set()
     for field in fields:
         if field.name in seen:
-            raise RequestError(f"{field.name} is given twice, as {' and as '.join(field.names)}; give one of them")
+            raise RequestError(
+                f"{field.name} is given twice, as {' and as '.join(field.names)}; give one of them"
+            )
         seen.add(field.name)
 
 
 def _parse_row(
-    tensors: Mapping[str, np.ndarray], given: Mapping[str, Field], row: int, shared: dict[str, Value], defaults: Defaults
+    tensors: Mapping[str, np.ndarray],
+    given: Mapping[str, Field],
+    row: int,
+    shared: dict[str, Value],
+    defaults: Defaults,
 ) -> ParsedRequest:
     # A tensor goes before sampling_parameters, which goes before a request parameter.
     own = {field.name: _from_tensor(field, name, tensors[name][row]) for name, field in given.items()}
@@ -134,7 +155,9 @@ def _assemble(values: dict[str, Value], defaults: Defaults) -> ParsedRequest:
         raise RequestError(f"a request needs exactly one of {', '.join(_PROMPTS)}; it has {said}")
     for name in ("lora_name", "lora_task_id"):
         if name in values:
-            raise RequestError(f"{name} is {shown(values[name])}, but there is no such adapter: this server has none")
+            raise RequestError(
+                f"{name} is {shown(values[name])}, but there is no such adapter: this server has none"
+            )
     salt = values.get("cache_salt", "")
     if len(salt) > MAX_WORD_LENGTH:
         raise RequestError(f"cache_salt has {len(salt)} characters, may have {MAX_WORD_LENGTH}")
@@ -163,7 +186,9 @@ def _assemble(values: dict[str, Value], defaults: Defaults) -> ParsedRequest:
 
 
 def _params_of(values: dict[str, Value], defaults: Defaults) -> SamplingParams:
-    given = {field.attribute: values[field.name] for field in FIELDS if field.attribute and field.name in values}
+    given = {
+        field.attribute: values[field.name] for field in FIELDS if field.attribute and field.name in values
+    }
     if defaults.is_greedy and not {"top_k", "top_p", "min_p", "seed"} & given.keys():
         given["temperature"] = 0.0
     given["word_bias"] = _word_bias(values)
@@ -179,7 +204,10 @@ def _params_of(values: dict[str, Value], defaults: Defaults) -> SamplingParams:
 def _word_bias(values: dict[str, Value]) -> dict[str, float]:
     words, weights = values.get("embedding_bias_words", ()), values.get("embedding_bias_weights", ())
     if len(words) != len(weights):
-        raise RequestError(f"embedding_bias_words has {len(words)} words, embedding_bias_weights {len(weights)} numbers; there must be one for each")
+        raise RequestError(
+            f"embedding_bias_words has {len(words)} words, embedding_bias_weights {len(weights)} "
+            "numbers; there must be one for each"
+        )
     check_words("embedding_bias_words", words)
     biases: dict[str, float] = {}
     for word, weight in zip(words, weights, strict=True):
@@ -189,7 +217,7 @@ def _word_bias(values: dict[str, Value]) -> dict[str, float]:
     return biases
 
 
-# -- guides ----------------------------------------------------------------------------------------------------------
+# -- guides ------------------------------------------------------------------------------------------------
 
 
 def _guide(values: dict[str, Value]) -> Guide | None:
@@ -197,11 +225,13 @@ def _guide(values: dict[str, Value]) -> Guide | None:
     if kind is None and guide is None:
         return None
     if kind is None:
-        raise RequestError(f"guided_decoding_guide needs guided_decoding_guide_type, one of {', '.join(GUIDE_KINDS)}")
+        raise RequestError(
+            f"guided_decoding_guide needs guided_decoding_guide_type, one of {', '.join(GUIDE_KINDS)}"
+        )
     return make_guide(kind, guide or "")
 
 
-# -- values ----------------------------------------------------------------------------------------------------------
+# -- values ------------------------------------------------------------------------------------------------
 
 
 def _from_mapping(values: Mapping[str, Any], what: str) -> dict[str, Value]:
@@ -217,13 +247,17 @@ def _from_mapping(values: Mapping[str, Any], what: str) -> dict[str, Value]:
         if field is None or field.is_prompt:
             raise RequestError(f"there is no {what} called {shown(name)}{_nearest(name)}")
         if field.name in found:
-            raise RequestError(f"{field.name} is given twice, as {' and as '.join(field.names)}; give one of them")
+            raise RequestError(
+                f"{field.name} is given twice, as {' and as '.join(field.names)}; give one of them"
+            )
         found[field.name] = _convert(field, name, raw)
     return found
 
 
 def _is_harmless(name: str, raw: Any) -> bool:
-    return any(raw is value or (raw == value and type(raw) is type(value)) for value in _HARMLESS.get(name, ()))
+    return any(
+        raw is value or (raw == value and type(raw) is type(value)) for value in _HARMLESS.get(name, ())
+    )
 
 
 def _nearest(name: str) -> str:

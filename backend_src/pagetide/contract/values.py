@@ -1,4 +1,6 @@
-"""Single values of requests: from tensors, JSON or request parameters to Python's types, with one clear sentence for each wrong one."""
+"""Single values of requests: from tensors, JSON or request parameters to Python's types, with one clear
+sentence for each wrong one.
+"""
 
 from __future__ import annotations
 
@@ -23,10 +25,14 @@ def text(name: str, raw: Any) -> str:
         try:
             raw = raw.decode()
         except UnicodeDecodeError as error:
-            raise RequestError(f"{name} is not valid UTF-8 (byte {error.start}); it must be UTF-8 text") from None
+            raise RequestError(
+                f"{name} is not valid UTF-8 (byte {error.start}); it must be UTF-8 text"
+            ) from None
     if isinstance(raw, str):
         if "\0" in raw or not _is_encodable(raw):
-            raise RequestError(f"{name} is {shown(raw)}, must be a text without zero bytes and lone surrogates")
+            raise RequestError(
+                f"{name} is {shown(raw)}, must be a text without zero bytes and lone surrogates"
+            )
         return raw
     raise RequestError(f"{name} is {shown(raw)}, must be a text")
 
@@ -87,12 +93,15 @@ def json_value(name: str, raw: Any, what: str) -> Any:
     raw = text(name, raw)
     try:
         value = json.loads(raw, parse_constant=_refuse_constant)
-        # Half of a pair of surrogates can be written in JSON, but is no text: nothing that follows could encode it.
+        # Half of a pair of surrogates can be written in JSON, but is no text: nothing that follows could
+        # encode it.
         is_text = "\\u" not in raw or _is_encodable(json.dumps(value, ensure_ascii=False))
     except (ValueError, RecursionError) as error:
         raise RequestError(f"{name} is not valid JSON ({error}); it must be {what}") from None
     if not is_text:
-        raise RequestError(f"{name} has a lone surrogate (\\ud800 to \\udfff), must be JSON whose texts are Unicode")
+        raise RequestError(
+            f"{name} has a lone surrogate (\\ud800 to \\udfff), must be JSON whose texts are Unicode"
+        )
     return value
 
 
@@ -116,7 +125,10 @@ def json_objects(name: str, raw: Any) -> list[dict[str, Any]]:
 
 def token_biases(name: str, raw: Any) -> dict[int, float]:
     """{token id: bias} from a JSON object, whose keys are texts."""
-    return {int32(f"{name}'s token", key): number(f"{name}'s bias of {shown(key)}", bias) for key, bias in json_object(name, raw).items()}
+    return {
+        int32(f"{name}'s token", key): number(f"{name}'s bias of {shown(key)}", bias)
+        for key, bias in json_object(name, raw).items()
+    }
 
 
 CONVERTERS: dict[str, Callable[[str, Any], Any]] = {

@@ -1,4 +1,6 @@
-"""The engine as a process of its own, which ends when its parent does: python -m pagetide.engine PARENT_PID SETTINGS_JSON ADDRESS."""
+"""The engine as a process of its own, which ends when its parent does: python -m pagetide.engine PARENT_PID
+SETTINGS_JSON ADDRESS.
+"""
 
 from __future__ import annotations
 

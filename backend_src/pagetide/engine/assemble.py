@@ -1,4 +1,7 @@
-"""Puts an engine together from settings: model, device, cache, scheduler. The one place in engine/ that knows torch."""
+"""Puts an engine together from settings: model, device, cache, scheduler.
+
+The one place in engine/ that knows torch.
+"""
 
 from __future__ import annotations
 
@@ -29,8 +32,12 @@ from pagetide.types import EngineInfo
 
 
 def assemble(settings: Settings) -> Engine:
-    """Loads the model and makes everything ready for the first request. Raises SettingsError, UnsupportedModelError."""
-    # Kernels run on a thread of their own beside the loop's: without this, one could hold the interpreter for 5 ms against the other.
+    """Loads the model and makes everything ready for the first request.
+
+    Raises SettingsError, UnsupportedModelError.
+    """
+    # Kernels run on a thread of their own beside the loop's: without this, one could hold the interpreter
+    # for 5 ms against the other.
     sys.setswitchinterval(2e-4)
     model = find_model(settings.model, settings.cache_path)
     family, config = read_model(model)
@@ -41,7 +48,8 @@ def assemble(settings: Settings) -> Engine:
     device = select_device(settings)
     dtype = _dtype(settings, device)
 
-    # Nothing may compute on this thread: a second OpenMP pool would make the first one sleep between its kernels.
+    # Nothing may compute on this thread: a second OpenMP pool would make the first one sleep between its
+    # kernels.
     def load(max_len: int) -> tuple[Ops, Decoder]:
         ops = select_ops(device.torch_device, settings)
         checkpoint = Checkpoint(model, dtype, device.torch_device)
@@ -53,12 +61,19 @@ def assemble(settings: Settings) -> Engine:
     num_blocks = settings.num_blocks or device.kv_cache_bytes(settings) // layout.block_bytes
     max_len = _max_model_len(settings, config, num_blocks)
     store = device.run(make_store, layout, num_blocks, device.torch_device)
-    rows = device.run(Rows, settings.max_num_seqs, max_len, settings.block_size, config.vocab_size, device.torch_device)
+    rows = device.run(
+        Rows, settings.max_num_seqs, max_len, settings.block_size, config.vocab_size, device.torch_device
+    )
     runner = device.run(Runner, device, decoder, store, ops, rows, settings.block_size)
     runner.warm_up(min(settings.max_num_batched_tokens, max_len - 1))
     limits = ModelLimits(vocabulary, config.vocab_size, config.end_ids, max_len, settings.max_output_tokens)
     guides = GrammarCompiler(vocabulary, config.vocab_size, config.end_ids)
-    scheduler = Scheduler(settings, limits, BlockManager(num_blocks, settings.block_size, settings.enable_prefix_caching), guides)
+    scheduler = Scheduler(
+        settings,
+        limits,
+        BlockManager(num_blocks, settings.block_size, settings.enable_prefix_caching),
+        guides,
+    )
     info = EngineInfo(
         model=str(model),
         vocab_size=config.vocab_size,
@@ -89,7 +104,10 @@ def _max_model_len(settings: Settings, config: DecoderConfig, num_blocks: int) -
     if asked > config.max_position:
         raise SettingsError(f"max_model_len is {asked}, the model's context is {config.max_position} tokens")
     if asked > capacity:
-        raise SettingsError(f"max_model_len is {asked}, but {num_blocks} KV cache blocks hold {capacity} tokens; raise num_blocks or kv_cache_gb")
+        raise SettingsError(
+            f"max_model_len is {asked}, but {num_blocks} KV cache blocks hold {capacity} tokens; "
+            "raise num_blocks or kv_cache_gb"
+        )
     if capacity < 2:
         raise SettingsError(f"num_blocks is {num_blocks}: the KV cache must hold at least 2 tokens")
     return asked or min(config.max_position, capacity)

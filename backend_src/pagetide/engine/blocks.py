@@ -1,7 +1,8 @@
 """Owns the KV cache's blocks: who holds which, which can be found by their content, which are free.
 
-A full block is named by the hash chain of all tokens up to its end, so equal beginnings share blocks. A block without an owner stays
-findable until it is reused; the least recently freed is reused first (PagedAttention, arXiv:2309.06180; vLLM's prefix caching).
+A full block is named by the hash chain of all tokens up to its end, so equal beginnings share blocks. A
+block without an owner stays findable until it is reused; the least recently freed is reused first
+(PagedAttention, arXiv:2309.06180; vLLM's prefix caching).
 """
 
 from __future__ import annotations
@@ -16,7 +17,9 @@ from pagetide.engine.sequence import Sequence
 
 
 def hash_block(parent: bytes, token_ids: list[int]) -> bytes:
-    """The name of a block whose predecessor is called parent (16 bytes; blake2b, so that nobody can make two prompts collide)."""
+    """The name of a block whose predecessor is called parent (16 bytes; blake2b, so that nobody can make
+    two prompts collide).
+    """
     return hashlib.blake2b(parent + np.asarray(token_ids, np.int32).tobytes(), digest_size=16).digest()
 
 
@@ -26,7 +29,10 @@ def _root(salt: str) -> bytes:
 
 
 class BlockManager:
-    """Reference counts, prefix cache and free list over num_blocks blocks of block_size tokens. Only this class touches them."""
+    """Reference counts, prefix cache and free list over num_blocks blocks of block_size tokens.
+
+    Only this class touches them.
+    """
 
     def __init__(self, num_blocks: int, block_size: int, enable_prefix_caching: bool = True):
         self.num_blocks = num_blocks
@@ -56,19 +62,23 @@ class BlockManager:
     def num_blocks_for(self, num_tokens: int) -> int:
         return -(-num_tokens // self.block_size)
 
-    # -- growing, forking, freeing -----------------------------------------------------------------------------------
+    # -- growing, forking, freeing -------------------------------------------------------------------------
 
     def grow(self, sequence: Sequence, num_tokens: int) -> list[tuple[int, int]] | None:
-        """Makes room for the sequence's first num_tokens tokens, of which those from num_computed on will be written.
+        """Makes room for the sequence's first num_tokens tokens, of which those from num_computed on will
+        be written.
 
-        Returns the block copies (source, target) that must run before the write, or None, with nothing changed, if blocks are lacking.
+        Returns the block copies (source, target) that must run before the write, or None, with nothing
+        changed, if blocks are lacking.
         """
         num_blocks = len(sequence.blocks)
         num_new = max(-(-num_tokens // self.block_size) - num_blocks, 0)
         writes_at = sequence.num_computed // self.block_size
         if not num_new and writes_at == num_blocks - 1 and self._references[sequence.blocks[-1]] == 1:
             return []
-        shared = [i for i in range(writes_at, len(sequence.blocks)) if self._references[sequence.blocks[i]] > 1]
+        shared = [
+            i for i in range(writes_at, len(sequence.blocks)) if self._references[sequence.blocks[i]] > 1
+        ]
         if num_new + len(shared) > self.num_free:
             return None
         copies = [(sequence.blocks[i], self._replace_shared(sequence, i)) for i in shared]
@@ -113,8 +123,8 @@ class BlockManager:
     def end_planning(self) -> None:
         """The step's copies are known: their blocks may be used again, in the next step.
 
-        Until then none of them is used for anything else, so that no block is the target of one copy and the source or target of another:
-        a device may run all copies of a step at once.
+        Until then none of them is used for anything else, so that no block is the target of one copy and
+        the source or target of another: a device may run all copies of a step at once.
         """
         self._copying.clear()
         freed, self._freed_too_early = self._freed_too_early, []
@@ -136,7 +146,7 @@ class BlockManager:
             del self._block_of[name]
             self._name_of[block] = None
 
-    # -- prefix cache ------------------------------------------------------------------------------------------------
+    # -- prefix cache --------------------------------------------------------------------------------------
 
     def match_prefix(self, sequence: Sequence) -> list[int]:
         """The cached blocks with which the sequence's tokens begin; at least one token is left to compute."""
@@ -168,7 +178,8 @@ class BlockManager:
     def publish(self, sequence: Sequence) -> None:
         """Makes the sequence's full blocks findable.
 
-        They may still be on their way: whoever finds one reads it in a later step, or later in the same step, and the device keeps order.
+        They may still be on their way: whoever finds one reads it in a later step, or later in the same
+        step, and the device keeps order.
         """
         if not self._caching:
             return
@@ -192,7 +203,7 @@ class BlockManager:
             sequence.hashes.append(hash_block(parent, sequence.token_ids[at * size : (at + 1) * size]))
         return sequence.hashes[:num_full]
 
-    # -- invariants --------------------------------------------------------------------------------------------------
+    # -- invariants ----------------------------------------------------------------------------------------
 
     def check_integrity(self, holders: Iterable[Sequence]) -> None:
         """Raises AssertionError unless every block is held, blank or cached exactly as the holders say."""

@@ -74,7 +74,10 @@ class Engine:
         return self._last is not None or self.scheduler.has_work
 
     def add(self, request: Request) -> None:
-        """Queues a request that check_request has accepted. Raises QueueFullError, RequestError, EngineError."""
+        """Queues a request that check_request has accepted.
+
+        Raises QueueFullError, RequestError, EngineError.
+        """
         self.scheduler.add(request)
 
     def cancel(self, numbers: list[int], request_id: str = "") -> None:

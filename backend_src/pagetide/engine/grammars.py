@@ -18,20 +18,29 @@ _ANY_TEXT = r"/(.|\n)*/"
 
 
 def grammar_of(guide: Guide) -> str:
-    """The guide as llguidance's grammar, not yet checked. Raises RequestError where its form is wrong already."""
+    """The guide as llguidance's grammar, not yet checked.
+
+    Raises RequestError where its form is wrong already.
+    """
     try:
         return _GRAMMARS[guide.kind](guide.text)
     except RequestError:
         raise
     except RecursionError:
-        raise RequestError(f"guided_decoding_guide is no valid {guide.kind}: it is nested too deeply") from None
+        raise RequestError(
+            f"guided_decoding_guide is no valid {guide.kind}: it is nested too deeply"
+        ) from None
     except Exception as error:
         # The library's parsers raise errors of many kinds for a text that they do not understand.
-        raise RequestError(f"guided_decoding_guide is no valid {guide.kind}: {first_line(str(error))}") from None
+        raise RequestError(
+            f"guided_decoding_guide is no valid {guide.kind}: {first_line(str(error))}"
+        ) from None
 
 
 def first_line(message: str) -> str:
-    """What the library says, as part of one sentence: without its state, and without the grammar that we have made."""
+    """What the library says, as part of one sentence: without its state, and without the grammar that we
+    have made.
+    """
     told = re.split(r"\n<state>|\n\s*\d+ \| ", message)[0]
     return " ".join(re.sub(r"^at \d+\(\d+\): ", "", told).split())[:300]
 
@@ -45,7 +54,9 @@ def _json_schema(text: str) -> str:
 
 def _inline_json(schema: Any) -> str:
     if not isinstance(schema, dict):
-        raise RequestError(f"guided_decoding_guide has a JSON schema that is a {type(schema).__name__}, must be an object")
+        raise RequestError(
+            f"guided_decoding_guide has a JSON schema that is a {type(schema).__name__}, must be an object"
+        )
     return "%json " + json.dumps({**schema, "x-guidance": _JSON_OPTIONS})
 
 
@@ -69,7 +80,7 @@ def _ebnf(text: str) -> str:
     return any_to_lark(re.sub(r"\n\s*\n", "\n", text))
 
 
-# -- structural tags -----------------------------------------------------------------------------------------------------
+# -- structural tags ---------------------------------------------------------------------------------------
 
 
 class _Rules:
@@ -101,7 +112,9 @@ class _Rules:
             "tags_with_separator": self._tags_with_separator,
         }
         if not isinstance(kind, str) or kind not in parts:
-            raise RequestError(f"guided_decoding_guide has a part of type {kind!r}, must be one of {', '.join(parts)}")
+            raise RequestError(
+                f"guided_decoding_guide has a part of type {kind!r}, must be one of {', '.join(parts)}"
+            )
         return self.add(parts[kind](form))
 
     def _tag(self, form: dict[str, Any]) -> str:
@@ -119,9 +132,15 @@ class _Rules:
         for tag in _not_empty(form["tags"]):
             trigger = next((t for t in triggers if tag["begin"].startswith(t)), None)
             if trigger is None:
-                raise RequestError(f"guided_decoding_guide has a tag that begins with {tag['begin']!r}, and none of its triggers does")
+                raise RequestError(
+                    f"guided_decoding_guide has a tag that begins with {tag['begin']!r}, and none "
+                    "of its triggers does"
+                )
             head = self.add(f"{_ANY_TEXT} {_literal(trigger)}", "[lazy]")
-            bodies.append(f"{head} {_literal(tag['begin'][len(trigger) :])} {self.part(tag['content'])} {_literal(tag['end'])}")
+            bodies.append(
+                f"{head} {_literal(tag['begin'][len(trigger) :])} {self.part(tag['content'])} "
+                f"{_literal(tag['end'])}"
+            )
         one = self.add(" | ".join(bodies))
         end = self.add(_ANY_TEXT, is_terminal=True)
         if once:
@@ -149,25 +168,34 @@ def _literal(text: str) -> str:
 
 def _not_empty(items: Any) -> list[Any]:
     if not isinstance(items, list) or not items:
-        raise RequestError("guided_decoding_guide has an empty list where a structural tag needs at least one element")
+        raise RequestError(
+            "guided_decoding_guide has an empty list where a structural tag needs at least one element"
+        )
     return items
 
 
 def _older_form(tag: dict[str, Any]) -> dict[str, Any]:
     """vLLM's and XGrammar's first form: {"structures": [{"begin", "schema", "end"}], "triggers": [...]}."""
-    tags = [{"begin": s["begin"], "content": {"type": "json_schema", "json_schema": s["schema"]}, "end": s["end"]} for s in tag["structures"]]
+    tags = [
+        {"begin": s["begin"], "content": {"type": "json_schema", "json_schema": s["schema"]}, "end": s["end"]}
+        for s in tag["structures"]
+    ]
     return {"type": "triggered_tags", "triggers": tag["triggers"], "tags": tags}
 
 
 def _structural_tag(text: str) -> str:
     tag = json.loads(text)
     if "format" not in tag and not {"structures", "triggers"} <= tag.keys():
-        raise RequestError("guided_decoding_guide is no valid structural_tag: it needs format, or structures and triggers")
+        raise RequestError(
+            "guided_decoding_guide is no valid structural_tag: it needs format, or structures and triggers"
+        )
     rules = _Rules()
     try:
         return rules.text(rules.part(tag["format"] if "format" in tag else _older_form(tag)))
     except (KeyError, TypeError, AttributeError) as error:
-        raise RequestError(f"guided_decoding_guide is no valid structural_tag: {error!r} is missing or of the wrong type") from None
+        raise RequestError(
+            f"guided_decoding_guide is no valid structural_tag: {error!r} is missing or of the wrong type"
+        ) from None
 
 
 _GRAMMARS: dict[str, Callable[[str], str]] = {

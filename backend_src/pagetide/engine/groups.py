@@ -33,7 +33,10 @@ class ModelLimits:
 
 
 def group_of(request: Request, limits: ModelLimits, arrival: int, now_ns: int) -> SequenceGroup:
-    """A request's group. Its sequences beside the first are followers of that, or, with beam search, come later."""
+    """A request's group.
+
+    Its sequences beside the first are followers of that, or, with beam search, come later.
+    """
     params = request.params
     search = search_of(params, limits)
     group = SequenceGroup(request, search or strategy_of(params), search, request.arrival_ns or now_ns)
@@ -57,7 +60,12 @@ def is_plain(request: Request, sampling: RowParams) -> bool:
     """True if nothing but tokens is asked for, and no logits have to be changed for them."""
     params = request.params
     changes = len(sampling.edits) or sampling.has_penalties or sampling.allowed or params.guide is not None
-    reports = params.logprobs is not None or params.prompt_logprobs is not None or request.context_logits or request.generation_logits
+    reports = (
+        params.logprobs is not None
+        or params.prompt_logprobs is not None
+        or request.context_logits
+        or request.generation_logits
+    )
     return not (changes or reports or params.picks_best)
 
 
@@ -66,9 +74,12 @@ def search_of(params: SamplingParams, limits: ModelLimits) -> Search | None:
         return None
     width, num_ends = params.beam_width, len(end_ids_of(params, limits))
     num_candidates = max(2, 1 + num_ends) * width
-    # Of one beam, the first `width` count, and the first `width` that do not end: at most num_ends lie between.
+    # Of one beam, the first `width` count, and the first `width` that do not end: at most num_ends lie
+    # between.
     num_for_each = min(max(2 * width, width + num_ends), limits.vocab_size)
-    return BeamSearch(width, num_candidates, num_for_each, params.n, params.length_penalty, params.early_stopping)
+    return BeamSearch(
+        width, num_candidates, num_for_each, params.n, params.length_penalty, params.early_stopping
+    )
 
 
 def strategy_of(params: SamplingParams) -> Strategy:
@@ -87,7 +98,9 @@ def end_ids_of(params: SamplingParams, limits: ModelLimits) -> frozenset[int]:
         return limits.end_ids | frozenset(params.stop_token_ids)
     if params.ignore_eos or params.end_id == -1:
         return frozenset(params.stop_token_ids)
-    return (limits.end_ids if params.end_id is None else frozenset([params.end_id])) | frozenset(params.stop_token_ids)
+    return (limits.end_ids if params.end_id is None else frozenset([params.end_id])) | frozenset(
+        params.stop_token_ids
+    )
 
 
 def stop_rules(params: SamplingParams, limits: ModelLimits) -> StopRules:
@@ -112,24 +125,36 @@ def max_len_of(request: Request, limits: ModelLimits) -> int:
 
 
 def edits_of(params: SamplingParams, rules: StopRules, num_prompt: int, limits: ModelLimits) -> RowEdits:
-    """All changes of single logits that the request asks for; one for each token, as far as they do not depend on what came before."""
+    """All changes of single logits that the request asks for; one for each token, as far as they do not
+    depend on what came before.
+    """
     never, vocabulary = float("-inf"), limits.vocabulary
     biases = Counter(params.logit_bias)
     for word, bias in params.word_bias.items():
         biases.update({token: bias * count for token, count in Counter(vocabulary.encode(word)).items()})
     edits = [LogitEdit(token, bias) for token, bias in biases.items()]
-    edits += [LogitEdit(ids[-1], never, prefix=ids[:-1]) for word in filter(None, params.bad_words) for ids in vocabulary.spellings(word)]
-    edits = [edit for edit in edits if edit.token < limits.vocab_size]  # a tokenizer may have tokens that the model has not
+    edits += [
+        LogitEdit(ids[-1], never, prefix=ids[:-1])
+        for word in filter(None, params.bad_words)
+        for ids in vocabulary.spellings(word)
+    ]
+    edits = [
+        edit for edit in edits if edit.token < limits.vocab_size
+    ]  # a tokenizer may have tokens that the model has not
     if rules.min_tokens_to_end:
         below = num_prompt + rules.min_tokens_to_end
-        edits += [LogitEdit(token, never, below) for token in sorted(rules.end_ids) if token < limits.vocab_size]
+        edits += [
+            LogitEdit(token, never, below) for token in sorted(rules.end_ids) if token < limits.vocab_size
+        ]
     return RowEdits.of(edits) if edits else NO_EDITS
 
 
 def row_params(request: Request, seed: int, edits: RowEdits) -> RowParams:
     params = request.params
     return RowParams(
-        temperature=0.0 if params.beam_width > 1 or params.temperature < MIN_TEMPERATURE else params.temperature,
+        temperature=0.0
+        if params.beam_width > 1 or params.temperature < MIN_TEMPERATURE
+        else params.temperature,
         top_k=max(params.top_k, 0),
         top_p=params.top_p,
         min_p=params.min_p,

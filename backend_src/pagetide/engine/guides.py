@@ -1,7 +1,10 @@
-"""Guided decoding: which tokens keep an answer within a grammar. llguidance does the work; grammars are compiled in the background.
+"""Guided decoding: which tokens keep an answer within a grammar.
 
-Its parser computes masks lazily and within limits (https://github.com/guidance-ai/llguidance), so that neither a grammar nor a step of it
-can keep others waiting, and what it cannot keep of a JSON schema it refuses by name.
+llguidance does the work; grammars are compiled in the background.
+
+Its parser computes masks lazily and within limits (https://github.com/guidance-ai/llguidance), so that
+neither a grammar nor a step of it can keep others waiting, and what it cannot keep of a JSON schema it
+refuses by name.
 """
 
 from __future__ import annotations
@@ -19,8 +22,11 @@ from pagetide.text.tokens import Vocabulary
 from pagetide.types import Guide, RequestError
 
 _WORKERS = 4  # large grammars do not keep small ones waiting
-_STACK_BYTES = 512 * 2**20  # the compiler follows chains of references by recursion; only what is used becomes memory
-# About 7 ms for a mask, and 1 to 2 KB of memory for each state, by the documentation of llguidance.LLParserLimits.
+_STACK_BYTES = (
+    512 * 2**20
+)  # the compiler follows chains of references by recursion; only what is used becomes memory
+# About 7 ms for a mask, and 1 to 2 KB of memory for each state, by the documentation of
+# llguidance.LLParserLimits.
 _STEP_LEXER_FUEL, _MAX_LEXER_STATES = 100_000, 10_000
 
 
@@ -45,7 +51,8 @@ class GuideCompiler(Protocol):
 
 
 class GrammarCompiler:
-    """Compiles each request's grammar anew, about a millisecond: copies share their limits, and one request could use up another's.
+    """Compiles each request's grammar anew, about a millisecond: copies share their limits, and one request
+    could use up another's.
 
     end_ids: what may follow a complete answer.
     """
@@ -74,11 +81,15 @@ class GrammarCompiler:
         from llguidance import LLMatcher, LLParserLimits
 
         if not self._end_ids:
-            raise RequestError("guided decoding needs a model with an end-of-sequence token, and this one has none")
+            raise RequestError(
+                "guided decoding needs a model with an end-of-sequence token, and this one has none"
+            )
         limits = LLParserLimits(step_lexer_fuel=_STEP_LEXER_FUEL, max_lexer_states=_MAX_LEXER_STATES)
         matcher = LLMatcher(self._tokenizer, grammar_of(guide), log_level=0, limits=limits)
         if matcher.is_error():
-            raise RequestError(f"guided_decoding_guide is no valid {guide.kind}: {first_line(matcher.get_error())}")
+            raise RequestError(
+                f"guided_decoding_guide is no valid {guide.kind}: {first_line(matcher.get_error())}"
+            )
         # Whether it accepts anything shows at its first token.
         LlGuidanceState(matcher, guide.kind).fill(np.empty(-(-self._vocab_size // 32), np.int32))
         return lambda: LlGuidanceState(matcher.deep_copy(), guide.kind)
@@ -98,7 +109,9 @@ class _Tokens:
         self.special_token_ids: list[int] = []
 
     def __call__(self, text: bytes | str) -> list[int]:
-        return list(self._vocabulary.encode(text if isinstance(text, str) else text.decode("utf-8", "replace")))
+        return list(
+            self._vocabulary.encode(text if isinstance(text, str) else text.decode("utf-8", "replace"))
+        )
 
 
 class LlGuidanceState:
@@ -121,5 +134,8 @@ class LlGuidanceState:
             return
         reason = first_line(self._matcher.get_error())
         if reason.startswith("NoExtension"):
-            raise RequestError(f"guided_decoding_guide ({self._kind}): this grammar accepts nothing, or nothing that can follow the answer so far")
+            raise RequestError(
+                f"guided_decoding_guide ({self._kind}): this grammar accepts nothing, or nothing "
+                "that can follow the answer so far"
+            )
         raise RequestError(f"guided_decoding_guide ({self._kind}) is too large for guided decoding: {reason}")

@@ -1,4 +1,6 @@
-"""What clients and the engine process say to each other: MessagePack over a local socket, one message per batch or step."""
+"""What clients and the engine process say to each other: MessagePack over a local socket, one message per
+batch or step.
+"""
 
 from __future__ import annotations
 
@@ -9,14 +11,18 @@ import msgspec
 from pagetide.engine.statistics import Statistics
 from pagetide.types import EngineError, EngineInfo, Output, QueueFullError, Request, RequestError
 
-ERROR_PREFIX = "pagetide-error: "  # how a parent finds the reason of a failed start in the engine's standard output
+ERROR_PREFIX = (
+    "pagetide-error: "  # how a parent finds the reason of a failed start in the engine's standard output
+)
 
 
 Fault = Literal["client", "queue", "engine"]
 
 
 class Hello(msgspec.Struct, tag=True, frozen=True):
-    """A client is there, and wants to know the engine; and, if it says so, its statistics from time to time."""
+    """A client is there, and wants to know the engine; and, if it says so, its statistics from time to
+    time.
+    """
 
     wants_statistics: bool = False
 
@@ -53,13 +59,21 @@ class Refused(msgspec.Struct, tag=True, frozen=True):
 
     @classmethod
     def because_of(cls, number: int, error: Exception) -> Refused:
-        fault: Fault = "client" if isinstance(error, RequestError) else "queue" if isinstance(error, QueueFullError) else "engine"
+        fault: Fault = (
+            "client"
+            if isinstance(error, RequestError)
+            else "queue"
+            if isinstance(error, QueueFullError)
+            else "engine"
+        )
         return cls(number, str(error), fault)
 
     @property
     def error(self) -> Exception:
         """What the client of the engine raises."""
-        return {"client": RequestError, "queue": QueueFullError, "engine": EngineError}[self.fault](self.reason)
+        return {"client": RequestError, "queue": QueueFullError, "engine": EngineError}[self.fault](
+            self.reason
+        )
 
 
 ToEngine = Hello | Submit | Cancel

@@ -28,7 +28,10 @@ class SampledToken(NamedTuple):
 
 
 def sampled_tokens(plan: StepPlan, sequences: StepSequences, tokens: StepTokens) -> list[SampledToken]:
-    """A step's tokens in the plan's order. What the step has to say of prompts goes to their groups at once."""
+    """A step's tokens in the plan's order.
+
+    What the step has to say of prompts goes to their groups at once.
+    """
     sampled = zip(sequences.sampling, tokens.ids.tolist(), strict=True)
     if not (len(plan.score_index) or len(plan.beam_index) or len(plan.return_index)):
         return [SampledToken(*one) for one in sampled]
@@ -113,7 +116,9 @@ class OutputQueue:
         group = sequence.group
         if not (group.reports_tokens or group.reports_prompt):
             cut = sequence.stops.num_cut if reason else 0
-            plain = Output(group.request.number, index, ids, cut, reason, group.num_cached, timings=group.timings)
+            plain = Output(
+                group.request.number, index, ids, cut, reason, group.num_cached, timings=group.timings
+            )
             self._outputs.append(plain)
             return
         scores, sequence.scores = sequence.scores[: len(ids)], sequence.scores[len(ids) :]

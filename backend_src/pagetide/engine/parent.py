@@ -1,4 +1,6 @@
-"""Lets a process end with the one above it, whatever it is doing then: a server that dies must leave neither a stub nor an engine behind."""
+"""Lets a process end with the one above it, whatever it is doing then: a server that dies must leave
+neither a stub nor an engine behind.
+"""
 
 from __future__ import annotations
 

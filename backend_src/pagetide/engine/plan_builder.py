@@ -70,7 +70,9 @@ class PlanBuilder:
         self._copies += copies
         if known is None:
             token_ids = np.array(sequence.token_ids, np.int32)
-            self._admissions.append(Admission(sequence.row, sequence.num_computed, token_ids, sequence.sampling))
+            self._admissions.append(
+                Admission(sequence.row, sequence.num_computed, token_ids, sequence.sampling)
+            )
             known = 0
         elif copies:
             known = min(known, sequence.blocks.index(copies[0][1]))
@@ -88,7 +90,9 @@ class PlanBuilder:
         sequence.num_computed += count
 
     def _report_prompt(self, sequence: Sequence, count: int) -> None:
-        """Asks for what the model thinks of the prompt's own tokens, once for each: a preempted prompt runs again."""
+        """Asks for what the model thinks of the prompt's own tokens, once for each: a preempted prompt runs
+        again.
+        """
         group = sequence.group
         start = sequence.num_computed
         last = min(start + count, sequence.num_prompt - 1)
@@ -154,18 +158,20 @@ def _columns(rows: list[tuple[int, int, int]]) -> tuple[np.ndarray, np.ndarray, 
 
 
 def wants_score(sequence: Sequence) -> bool:
-    """True if the sampled tokens' log-probabilities are needed: for the client, or to find the best answer."""
+    """True if the sampled tokens' log-probabilities are needed: for the client, or to find the best."""
     params = sequence.group.params
     return not sequence.group.is_beam_search and (params.logprobs is not None or params.picks_best)
 
 
 def returns_logits(sequence: Sequence) -> bool:
-    """True if the logits of the position that samples are returned: as the answer's, or as the prompt's last ones."""
+    """True if the logits of the position that samples are returned: as the answer's, or as the prompt's
+    last ones.
+    """
     return sequence.request.generation_logits or (sequence.request.context_logits and samples_first(sequence))
 
 
 def samples_first(sequence: Sequence) -> bool:
-    """True if the sequence's next token, or the one on its way, is the first of the request's first answer."""
+    """True if the sequence's next token, or the one on its way, is the first of the first answer."""
     return sequence.index == 0 and sequence.num_wanted - sequence.num_pending == sequence.num_prompt
 
 

@@ -1,4 +1,6 @@
-"""The engine in its process: serves requests from a local socket, one message per batch in, one per step and client out."""
+"""The engine in its process: serves requests from a local socket, one message per batch in, one per step
+and client out.
+"""
 
 from __future__ import annotations
 

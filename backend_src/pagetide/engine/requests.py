@@ -1,4 +1,6 @@
-"""The requests that have not ended: their queueing limit, deadlines, grammars, and the faults of single ones."""
+"""The requests that have not ended: their queueing limit, deadlines, grammars, and the faults of single
+ones.
+"""
 
 from __future__ import annotations
 
@@ -86,7 +88,9 @@ class Requests:
         """
         if not self.has_room:
             limit = self._max_requests
-            raise QueueFullError(f"Exceeds maximum queue size: Maximum queue size of {limit} requests reached")
+            raise QueueFullError(
+                f"Exceeds maximum queue size: Maximum queue size of {limit} requests reached"
+            )
         try:
             group = group_of(request, self._limits, self._arrivals, self._now())
         except RequestError:
@@ -145,7 +149,9 @@ class Requests:
             self.fail(group, error)
 
     def fail(self, group: SequenceGroup, error: BaseException) -> None:
-        """Ends a request with an error in place of its further answers; raises what is meant for the process."""
+        """Ends a request with an error in place of its further answers; raises what is meant for the
+        process.
+        """
         if isinstance(error, KeyboardInterrupt | SystemExit):
             raise error
         if not isinstance(error, RequestError):

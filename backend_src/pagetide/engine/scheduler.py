@@ -45,7 +45,9 @@ class Scheduler:
         self.blocks = blocks
         self.counters = Counters()
         self.observed = Observations()
-        self.requests = Requests(settings.max_queued_requests, limits, guides, self.counters, self.observed, self._leave, now)
+        self.requests = Requests(
+            settings.max_queued_requests, limits, guides, self.counters, self.observed, self._leave, now
+        )
         self.outputs = OutputQueue(self.observed)
         self.waiting: list[Sequence] = []  # sorted by order
         self.running: list[Sequence] = []  # sorted by order
@@ -105,7 +107,7 @@ class Scheduler:
             self.waiting.remove(sequence)
         sequence.status = Status.FINISHED
 
-    # -- the next step -----------------------------------------------------------------------------------------------
+    # -- the next step -------------------------------------------------------------------------------------
 
     def schedule(self) -> StepPlan | None:
         """What runs next: running sequences first, then waiting ones, as far as budget and blocks reach.
@@ -178,7 +180,8 @@ class Scheduler:
 
     def _admit(self, step: PlanBuilder, sequence: Sequence, num_promised: int) -> bool:
         """Starts a waiting sequence if budget, rows and blocks suffice; False if it has to wait on."""
-        # Who was preempted in the last step has its last token by now: nothing is admitted in the step of a preemption.
+        # Who was preempted in the last step has its last token by now: nothing is admitted in the step of a
+        # preemption.
         assert not sequence.num_pending, sequence.num_pending
         if not step.budget or len(self._rows) - num_promised < num_rows_for(sequence):
             return False

@@ -1,4 +1,5 @@
-"""The mutable state of sequences and of the requests they belong to: the only thing in the engine that changes while a request runs.
+"""The mutable state of sequences and of the requests they belong to: the only thing in the engine that
+changes while a request runs.
 
 [0 ......... num_computed)          in the cache, or on the way there
 [num_computed ...... num_wanted)    what the next steps have to compute
@@ -97,7 +98,9 @@ class SequenceGroup:
         self.params = request.params
         self.is_beam_search = self.search is not None
         self.streams = request.stream and not request.params.picks_best
-        self.reports_tokens = request.params.logprobs is not None or request.params.picks_best or request.generation_logits
+        self.reports_tokens = (
+            request.params.logprobs is not None or request.params.picks_best or request.generation_logits
+        )
         self.reports_prompt = request.params.prompt_logprobs is not None or request.context_logits
 
     @property
@@ -159,7 +162,7 @@ class Sequence:
 
     @property
     def can_run(self) -> bool:
-        """False while all its tokens are there or on the way, or its next one has to be chosen by the host."""
+        """False while all its tokens are there or on the way, or the host has to choose its next one."""
         if self.group.is_beam_search and (self.num_pending or self.candidates is not None):
             return False
         return len(self.token_ids) + self.num_pending < self.max_len

@@ -1,4 +1,5 @@
-"""Decides when a sequence ends, and which of its tokens may be shown: end-of-sequence ids, stop texts, whole characters.
+"""Decides when a sequence ends, and which of its tokens may be shown: end-of-sequence ids, stop texts,
+whole characters.
 
 Works on bytes through the table token id -> bytes, so no tokenizer runs per step:
    released tokens | held tokens: their bytes end inside a character, or in what may become a stop text
@@ -13,7 +14,9 @@ from functools import lru_cache
 
 
 def num_incomplete_bytes(text: bytes | bytearray) -> int:
-    """How many bytes at the end of text are the beginning of a UTF-8 character that is not whole yet (0 to 3)."""
+    """How many bytes at the end of text are the beginning of a UTF-8 character that is not whole yet (0 to
+    3).
+    """
     for length in range(1, min(len(text), 3) + 1):
         byte = text[-length]
         if byte >= 0xC0:  # begins a character; whether what follows fits, nobody can tell before it is there
@@ -31,12 +34,16 @@ def _may_go_on(text: bytes | bytearray) -> bool:
     """True if these bytes can be the beginning of a character (The Unicode Standard, table 3-7)."""
     if len(text) == 1:
         return True
-    low, high = {0xE0: (0xA0, 0xBF), 0xED: (0x80, 0x9F), 0xF0: (0x90, 0xBF), 0xF4: (0x80, 0x8F)}.get(text[0], (0x80, 0xBF))
+    low, high = {0xE0: (0xA0, 0xBF), 0xED: (0x80, 0x9F), 0xF0: (0x90, 0xBF), 0xF4: (0x80, 0x8F)}.get(
+        text[0], (0x80, 0xBF)
+    )
     return low <= text[1] <= high
 
 
 class StopText:
-    """A text that ends a sequence, searched for byte by byte (Knuth, Morris and Pratt 1977): each byte is looked at once."""
+    """A text that ends a sequence, searched for byte by byte (Knuth, Morris and Pratt 1977): each byte is
+    looked at once.
+    """
 
     def __init__(self, text: bytes):
         self.text = text
@@ -45,7 +52,8 @@ class StopText:
     def advance(self, matched: int, following: bytes) -> tuple[int, int]:
         """Goes on from `matched` bytes that have been found so far.
 
-        Returns how many are found at the end of `following`, and where in it the first whole text ends (-1: there is none).
+        Returns how many are found at the end of `following`, and where in it the first whole text ends (-1:
+        there is none).
         """
         text, fallback, end = self.text, self._fallback, -1
         if not matched and text[0] not in following:
@@ -79,7 +87,8 @@ def stop_text(text: bytes) -> StopText:
 class StopRules:
     """When a sequence ends.
 
-    shown: token id -> bytes that its text shows; full: with the texts of special tokens too, in which stop texts are found as well.
+    shown: token id -> bytes that its text shows; full: with the texts of special tokens too, in which stop
+    texts are found as well.
     end_ids, stops: tokens and texts that end it; includes_stop: they stay in the text.
     min_tokens_to_end, min_tokens: not before so many new tokens, for end_ids and for stops.
     """
@@ -106,7 +115,11 @@ class StopChecker:
 
     def copy(self) -> StopChecker:
         following = copy.copy(self)
-        following._held_ids, following._held, following._matched = list(self._held_ids), self._held[:], list(self._matched)
+        following._held_ids, following._held, following._matched = (
+            list(self._held_ids),
+            self._held[:],
+            list(self._matched),
+        )
         return following
 
     def is_end(self, token: int) -> bool:
@@ -126,7 +139,9 @@ class StopChecker:
         return "stop" if rules.stops and self._find_stop_text(_bytes_of(rules.full, token)) else ""
 
     def _find_stop_text(self, text: bytes) -> bool:
-        """Follows all stop texts through the full text of the last token; of those that end in it the one that begins first counts."""
+        """Follows all stop texts through the full text of the last token; of those that end in it the one
+        that begins first counts.
+        """
         found = []
         for i, stop in enumerate(self._rules.stops):
             self._matched[i], end = stop.advance(self._matched[i], text)
@@ -163,7 +178,9 @@ class StopChecker:
         return self._take_before(len(self._held) - num_held)
 
     def _take_before(self, num_free: int) -> list[int]:
-        """Releases the longest run of whole tokens within num_free bytes that ends at a character's border, and before any stop text may begin."""
+        """Releases the longest run of whole tokens within num_free bytes that ends at a character's border,
+        and before any stop text may begin.
+        """
         best, end, position = 0, 0, 0
         for count, token in enumerate(self._held_ids[: self._num_free_tokens()], 1):
             position += len(_bytes_of(self._rules.shown, token))
@@ -184,7 +201,9 @@ class StopChecker:
 
     def _num_held_bytes(self) -> int:
         """How many bytes at the end must not be shown yet."""
-        return max(self._num_shown_in_last(max(self._matched, default=0)), num_incomplete_bytes(self._held[-4:]))
+        return max(
+            self._num_shown_in_last(max(self._matched, default=0)), num_incomplete_bytes(self._held[-4:])
+        )
 
 
 def _bytes_of(table: Seq[bytes], token: int) -> bytes:

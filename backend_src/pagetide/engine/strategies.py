@@ -63,12 +63,17 @@ class BeamSearch:
         for place, (beam, rank) in enumerate(self._best(beams)):
             if place >= self.width and beam.stops.is_end(int(known(beam).ids[rank])):
                 continue
-            # A step's work is bounded: where nearly all texts are stop texts, the search has nothing to go on with.
+            # A step's work is bounded: where nearly all texts are stop texts, the search has nothing to go
+            # on with.
             num_examined += 1
-            if num_examined > _MAX_EXAMINED * self.width or (len(following) == self.width and place >= self.width):
+            if num_examined > _MAX_EXAMINED * self.width or (
+                len(following) == self.width and place >= self.width
+            ):
                 break
             child = beam.child(rank)
-            reason = child.stops.push(child.token_ids[-1]) or ("length" if len(child.token_ids) >= child.max_len else "")
+            reason = child.stops.push(child.token_ids[-1]) or (
+                "length" if len(child.token_ids) >= child.max_len else ""
+            )
             if not reason:
                 if len(following) < self.width:
                     following.append((beam, child))

@@ -17,7 +17,10 @@ class KVStore(Protocol):
     pool: torch.Tensor  # [num_layers, num_blocks, *block_shape]
 
     def copy_blocks(self, sources: torch.Tensor, targets: torch.Tensor) -> None:
-        """Copies whole blocks, all layers, in stream order. Both int32 [num_copies]; no target is also a source."""
+        """Copies whole blocks, all layers, in stream order.
+
+        Both int32 [num_copies]; no target is also a source.
+        """
 
 
 class TorchStore:
@@ -26,7 +29,8 @@ class TorchStore:
     def __init__(self, layout: KVLayout, num_blocks: int, device: torch.device):
         # Zeros, not empty: masked reads of memory that was never written must not meet NaN.
         if device.type == "cpu":
-            # NumPy's zeros are pages that the kernel brings when they are first used; torch's would take all memory now.
+            # NumPy's zeros are pages that the kernel brings when they are first used; torch's would take
+            # all memory now.
             memory = np.zeros(num_blocks * layout.block_bytes, np.uint8)
             self.pool = torch.from_numpy(memory).view(layout.dtype).view(layout.pool_shape(num_blocks))
         else:

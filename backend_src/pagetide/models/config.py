@@ -14,7 +14,10 @@ class UnsupportedModelError(ValueError):
 
 @dataclass(frozen=True)
 class DecoderConfig:
-    """Sizes in elements. windows: for each layer the tokens that a token sees, 0: all. rope: the Hugging Face rope parameters."""
+    """Sizes in elements. windows: for each layer the tokens that a token sees, 0: all.
+
+    rope: the Hugging Face rope parameters.
+    """
 
     vocab_size: int
     hidden_size: int
@@ -43,7 +46,10 @@ def read_config(model: Path, has_qk_norm: bool) -> DecoderConfig:
     if raw.get("hidden_act", "silu") != "silu":
         raise UnsupportedModelError(f"hidden_act is {raw['hidden_act']}, only silu is supported")
     if raw.get("quantization_config"):
-        raise UnsupportedModelError("the checkpoint is quantized (quantization_config); only unquantized weights and GGUF are supported")
+        raise UnsupportedModelError(
+            "the checkpoint is quantized (quantization_config); only unquantized weights and GGUF "
+            "are supported"
+        )
     heads = raw["num_attention_heads"]
     end_ids = _end_ids(model, raw)
     rope = _rope(raw)
@@ -68,8 +74,14 @@ def read_config(model: Path, has_qk_norm: bool) -> DecoderConfig:
 
 
 def _end_ids(model: Path, raw: dict[str, Any]) -> frozenset[int]:
-    """All tokens that some file of the model calls its end: models differ in which of them is right, and none is an answer's text."""
-    told = [raw.get("eos_token_id"), read_json(model / "generation_config.json").get("eos_token_id"), _end_of_tokenizer(model)]
+    """All tokens that some file of the model calls its end: models differ in which of them is right, and
+    none is an answer's text.
+    """
+    told = [
+        raw.get("eos_token_id"),
+        read_json(model / "generation_config.json").get("eos_token_id"),
+        _end_of_tokenizer(model),
+    ]
     ids = [token for one in told if one is not None for token in (one if isinstance(one, list) else [one])]
     return frozenset(token for token in ids if isinstance(token, int) and 0 <= token < raw["vocab_size"])
 
@@ -88,7 +100,9 @@ def _end_of_tokenizer(model: Path) -> int | None:
 
 
 def _max_position(raw: dict[str, Any], rope: dict[str, Any]) -> int:
-    """The context that the model was made for; files that scale an earlier one by YaRN, or evenly, often name only that."""
+    """The context that the model was made for; files that scale an earlier one by YaRN, or evenly, often
+    name only that.
+    """
     named = raw["max_position_embeddings"]
     if rope["rope_type"] not in ("yarn", "linear"):
         return named
@@ -97,7 +111,9 @@ def _max_position(raw: dict[str, Any], rope: dict[str, Any]) -> int:
 
 
 def _rope(raw: dict[str, Any]) -> dict[str, Any]:
-    """Rope parameters in one form: older files have rope_theta and rope_scaling, newer ones rope_parameters."""
+    """Rope parameters in one form: older files have rope_theta and rope_scaling, newer ones
+    rope_parameters.
+    """
     rope = dict(raw.get("rope_parameters") or raw.get("rope_scaling") or {})
     rope.setdefault("rope_theta", raw.get("rope_theta", 10000.0))
     rope["rope_type"] = rope.get("rope_type") or rope.get("type") or "default"

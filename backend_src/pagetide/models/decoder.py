@@ -19,10 +19,25 @@ from pagetide.ops.weights import DenseWeight
 
 
 class Decoder:
-    """Pre-norm transformer decoder with rotary attention and SwiGLU MLP (Llama, arXiv:2302.13971), its weights read from a checkpoint."""
+    """Pre-norm transformer decoder with rotary attention and SwiGLU MLP (Llama, arXiv:2302.13971), its
+    weights read from a checkpoint.
+    """
 
-    def __init__(self, config: DecoderConfig, family: Family, checkpoint: Checkpoint, ops: Ops, shape: LayerShape, activations: torch.dtype):
-        self._config, self._family, self._checkpoint, self._activations = config, family, checkpoint, activations
+    def __init__(
+        self,
+        config: DecoderConfig,
+        family: Family,
+        checkpoint: Checkpoint,
+        ops: Ops,
+        shape: LayerShape,
+        activations: torch.dtype,
+    ):
+        self._config, self._family, self._checkpoint, self._activations = (
+            config,
+            family,
+            checkpoint,
+            activations,
+        )
         self._layers = ops.make_layers(shape, self._read_layers())
         self._embedding = ops.make_embedding(self._read_embedding())
 
@@ -31,7 +46,10 @@ class Decoder:
         return KVLayout(self._config.num_layers, self._layers.block_shape, dtype)
 
     def forward(self, batch: Batch, pool: torch.Tensor) -> torch.Tensor:
-        """Runs the step's tokens; their keys and values go into the pool. Returns logits float32 [s, vocab_size]."""
+        """Runs the step's tokens; their keys and values go into the pool.
+
+        Returns logits float32 [s, vocab_size].
+        """
         residual = self._embedding.embed(batch.ids)
         self._layers(residual, batch, pool)
         return self._embedding.logits(residual[batch.logit_index])
@@ -48,7 +66,7 @@ class Decoder:
         )
 
     def _read_layers(self) -> Iterator[LayerWeights]:
-        """One after the other, so that a device that stores them in another form never needs room for both."""
+        """One after the other: a device that stores them in another form never needs room for both."""
         for index in range(self._config.num_layers):
             yield self._read_layer(self._family.layer.format(index), self._config.windows[index])
 

@@ -10,7 +10,9 @@ from pagetide.models.config import DecoderConfig, UnsupportedModelError, read_co
 
 @dataclass(frozen=True)
 class Family:
-    """Names of a layer's weights in the checkpoint; biases have the same name with .bias and are loaded where they exist."""
+    """Names of a layer's weights in the checkpoint; biases have the same name with .bias and are loaded
+    where they exist.
+    """
 
     qk_norm: bool = False
     embedding: str = "model.embed_tokens"
@@ -39,9 +41,14 @@ def read_model(model: Path) -> tuple[Family, DecoderConfig]:
     """Family and configuration of a Hugging Face model directory. Raises UnsupportedModelError."""
     raw = read_json(model / "config.json")
     if not raw:
-        raise UnsupportedModelError(f"{model} has no config.json: give a Hugging Face model directory, a hub id, or a .gguf file")
+        raise UnsupportedModelError(
+            f"{model} has no config.json: give a Hugging Face model directory, a hub id, or a .gguf file"
+        )
     names = raw.get("architectures") or []
     for name in names:
         if name in FAMILIES:
             return FAMILIES[name], read_config(model, FAMILIES[name].qk_norm)
-    raise UnsupportedModelError(f"the architecture {', '.join(names) or '(none named)'} is not supported; known: {', '.join(FAMILIES)}")
+    raise UnsupportedModelError(
+        f"the architecture {', '.join(names) or '(none named)'} is not supported; known: "
+        f"{', '.join(FAMILIES)}"
+    )

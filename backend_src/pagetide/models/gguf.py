@@ -1,4 +1,6 @@
-"""Turns a GGUF file into a Hugging Face model directory, once: weights dequantized, tokenizer and chat template taken over."""
+"""Turns a GGUF file into a Hugging Face model directory, once: weights dequantized, tokenizer and chat
+template taken over.
+"""
 
 from __future__ import annotations
 
@@ -35,13 +37,19 @@ _NAMES = {
 
 
 def convert_gguf(file: Path, target: Path) -> None:
-    """Writes config, tokenizer and bfloat16 weights of a GGUF file into the folder target. Raises UnsupportedModelError, OSError."""
+    """Writes config, tokenizer and bfloat16 weights of a GGUF file into the folder target.
+
+    Raises UnsupportedModelError, OSError.
+    """
     from gguf import GGUFReader  # only needed for GGUF files
 
     reader = GGUFReader(file)
     architecture = _write_config(file, reader, target)
     _write_tokenizer(file, reader, target)
-    tensors = {name: tensor.to(torch.bfloat16).contiguous() for name, tensor in _read_tensors(reader, architecture, target)}
+    tensors = {
+        name: tensor.to(torch.bfloat16).contiguous()
+        for name, tensor in _read_tensors(reader, architecture, target)
+    }
     save_file(tensors, target / "model.safetensors", metadata={"format": "pt"})
 
 
@@ -52,11 +60,15 @@ def _value(reader: Any, key: str) -> Any:
 
 
 def _write_tokenizer(file: Path, reader: Any, target: Path) -> None:
-    """Leaves the vocabulary to transformers, but not the rule by which texts are split, which it does not look at."""
+    """Leaves the vocabulary to transformers, but not the rule by which texts are split, which it does not
+    look at.
+    """
     from transformers import AutoTokenizer  # only needed here: the engine itself starts without it
 
     AutoTokenizer.from_pretrained(str(file.parent), gguf_file=file.name).save_pretrained(str(target))
-    if (name := _value(reader, "tokenizer.ggml.pre")) is not None and _value(reader, "tokenizer.ggml.model") == "gpt2":
+    if (name := _value(reader, "tokenizer.ggml.pre")) is not None and _value(
+        reader, "tokenizer.ggml.model"
+    ) == "gpt2":
         written = target / "tokenizer.json"
         tokenizer = json.loads(written.read_bytes())
         use_pretokenizer(tokenizer, name)
@@ -70,7 +82,10 @@ def _write_config(file: Path, reader: Any, target: Path) -> str:
     config = AutoConfig.from_pretrained(str(file.parent), gguf_file=file.name).to_dict()
     architecture = config["model_type"]
     if architecture not in ARCHITECTURES:
-        raise UnsupportedModelError(f"{file.name} holds the architecture {architecture}; known in GGUF files: {', '.join(ARCHITECTURES)}")
+        raise UnsupportedModelError(
+            f"{file.name} holds the architecture {architecture}; known in GGUF files: "
+            f"{', '.join(ARCHITECTURES)}"
+        )
     config["architectures"] = [ARCHITECTURES[architecture]]
     config["dtype"] = "bfloat16"
     config.pop("quantization_config", None)
@@ -87,15 +102,24 @@ def _end_ids(reader: Any) -> list[int]:
 
 
 def _add_rope_scaling(config: dict[str, Any], reader: Any, architecture: str) -> None:
-    """Rope scaling by type, and by a factor for each frequency, which is how GGUF says what Llama 3.x does. Raises UnsupportedModelError."""
+    """Rope scaling by type, and by a factor for each frequency, which is how GGUF says what Llama 3.x does.
+
+    Raises UnsupportedModelError.
+    """
     from gguf import dequantize
 
     kind = _value(reader, f"{architecture}.rope.scaling.type") or "none"
     if kind not in ("none", "linear", "yarn"):
-        raise UnsupportedModelError(f"{architecture}.rope.scaling.type is {kind!r}, which is not supported; none, linear and yarn are")
+        raise UnsupportedModelError(
+            f"{architecture}.rope.scaling.type is {kind!r}, which is not supported; none, linear and yarn are"
+        )
     if kind != "none":
         rope = {"rope_theta": _value(reader, f"{architecture}.rope.freq_base") or 10000.0, "rope_type": kind}
-        names = {"factor": "factor", "original_context_length": "original_max_position_embeddings", "attn_factor": "attention_factor"}
+        names = {
+            "factor": "factor",
+            "original_context_length": "original_max_position_embeddings",
+            "attn_factor": "attention_factor",
+        }
         for theirs, ours in names.items():
             if (value := _value(reader, f"{architecture}.rope.scaling.{theirs}")) is not None:
                 rope[ours] = value

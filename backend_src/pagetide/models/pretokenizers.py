@@ -1,4 +1,5 @@
-"""How a byte-level BPE tokenizer splits a text before it merges, by the name that GGUF files give it (tokenizer.ggml.pre).
+"""How a byte-level BPE tokenizer splits a text before it merges, by the name that GGUF files give it
+(tokenizer.ggml.pre).
 
 The rules are those of llama.cpp (src/llama-vocab.cpp), in the form of a tokenizer.json.
 """
@@ -23,7 +24,9 @@ _TEKKEN = (
 # Splits that follow each other, by name; and the names of tokenizers whose whole words need no merges.
 _SPLITS: dict[str, tuple[str, ...]] = {
     **dict.fromkeys(("gpt-2", "gpt2", "olmo", "mpt", "phi-2", "trillion", "exaone4"), (_GPT2,)),
-    **dict.fromkeys(("smollm", "starcoder", "refact", "command-r", "codeshell", "exaone", "minerva-7b"), (r"\p{N}", _GPT2)),
+    **dict.fromkeys(
+        ("smollm", "starcoder", "refact", "command-r", "codeshell", "exaone", "minerva-7b"), (r"\p{N}", _GPT2)
+    ),
     **dict.fromkeys(("qwen2", "deepseek-r1-qwen", "stablelm2"), (_QWEN2,)),
     **dict.fromkeys(("llama3", "llama-v3", "llama-bpe", "falcon3"), (_LLAMA3,)),
     "tekken": (_TEKKEN,),
@@ -35,8 +38,13 @@ _WHOLE_WORDS = {"llama3", "llama-v3", "llama-bpe", "falcon3", "tekken"}
 def use_pretokenizer(tokenizer: dict[str, Any], name: str) -> None:
     """Makes a tokenizer.json split texts by the rule of this name. Raises UnsupportedModelError."""
     if name not in _SPLITS:
-        raise UnsupportedModelError(f"tokenizer.ggml.pre is {name!r}, which is not known; known are {', '.join(sorted(_SPLITS))}")
-    splits = [{"type": "Split", "pattern": {"Regex": regex}, "behavior": "Isolated", "invert": False} for regex in _SPLITS[name]]
+        raise UnsupportedModelError(
+            f"tokenizer.ggml.pre is {name!r}, which is not known; known are {', '.join(sorted(_SPLITS))}"
+        )
+    splits = [
+        {"type": "Split", "pattern": {"Regex": regex}, "behavior": "Isolated", "invert": False}
+        for regex in _SPLITS[name]
+    ]
     to_bytes = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": False}
     tokenizer["pre_tokenizer"] = {"type": "Sequence", "pretokenizers": [*splits, to_bytes]}
     tokenizer["model"]["ignore_merges"] = name in _WHOLE_WORDS

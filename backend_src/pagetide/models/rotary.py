@@ -1,4 +1,6 @@
-"""The table of cosines and sines for rotary position embeddings, with the scaling rules of the Llama family."""
+"""The table of cosines and sines for rotary position embeddings, with the scaling rules of the Llama
+family.
+"""
 
 from __future__ import annotations
 
@@ -20,8 +22,12 @@ def _frequencies(config: DecoderConfig) -> tuple[torch.Tensor, float]:
     kind = config.rope["rope_type"]
     if kind == "default":
         exponents = torch.arange(0, config.head_dim, 2, dtype=torch.int64).float() / config.head_dim
-        return 1.0 / (config.rope["rope_theta"] ** exponents * torch.tensor(config.rope.get("factors", 1.0))), 1.0
-    from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS  # takes a second to import; most models do not scale
+        return 1.0 / (
+            config.rope["rope_theta"] ** exponents * torch.tensor(config.rope.get("factors", 1.0))
+        ), 1.0
+    from transformers.modeling_rope_utils import (
+        ROPE_INIT_FUNCTIONS,
+    )  # takes a second to import; most models do not scale
 
     if kind not in ROPE_INIT_FUNCTIONS or kind in ("dynamic", "longrope"):
         raise UnsupportedModelError(f"rope_type {kind} is not supported")

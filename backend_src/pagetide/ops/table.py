@@ -1,4 +1,7 @@
-"""The set of functions that one device uses. Chosen once, at load; it travels as an object in constructors."""
+"""The set of functions that one device uses.
+
+Chosen once, at load; it travels as an object in constructors.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,6 @@
-"""What a matrix of a checkpoint is made of: dense values, and where a format has them scales, zero points, codes."""
+"""What a matrix of a checkpoint is made of: dense values, and where a format has them scales, zero points,
+codes.
+"""
 
 from __future__ import annotations
 

@@ -10,7 +10,10 @@ from pagetide.runner.rows import Rows
 
 
 def make_batch(plan: StepPlan, tensors: PlanTensors, rows: Rows, block_size: int, ops: Ops) -> Batch:
-    """Where every token of the step stands, and what it is. Afterwards the rows are as long as the step makes them."""
+    """Where every token of the step stands, and what it is.
+
+    Afterwards the rows are as long as the step makes them.
+    """
     ids, positions, slots, block_table, lengths = ops.gather(
         rows.history,
         rows.block_table,

@@ -1,4 +1,6 @@
-"""What differs between devices: how work is queued, how results reach the host, how much memory the KV cache may take."""
+"""What differs between devices: how work is queued, how results reach the host, how much memory the KV
+cache may take.
+"""
 
 from __future__ import annotations
 
@@ -27,8 +29,12 @@ class Device(Protocol):
     def queue(self, function: Callable[..., Any], *args: Any) -> None:
         """Runs the function behind everything queued before, and returns at once."""
 
-    def fetch(self, function: Callable[..., list[torch.Tensor]], *args: Any) -> Callable[[], list[np.ndarray]]:
-        """Like queue; the result waits for the function's tensors, on the host, and raises what anything queued has raised."""
+    def fetch(
+        self, function: Callable[..., list[torch.Tensor]], *args: Any
+    ) -> Callable[[], list[np.ndarray]]:
+        """Like queue; the result waits for the function's tensors, on the host, and raises what anything
+        queued has raised.
+        """
 
     def kv_cache_bytes(self, settings: Settings) -> int:
         """How many bytes the KV cache may take, now that the weights are loaded."""
@@ -57,7 +63,9 @@ class CpuDevice:
     def queue(self, function: Callable[..., Any], *args: Any) -> None:
         self._queued.append(self._worker.submit(function, *args))
 
-    def fetch(self, function: Callable[..., list[torch.Tensor]], *args: Any) -> Callable[[], list[np.ndarray]]:
+    def fetch(
+        self, function: Callable[..., list[torch.Tensor]], *args: Any
+    ) -> Callable[[], list[np.ndarray]]:
         before, self._queued = self._queued, []
         future = self._worker.submit(function, *args)
 
@@ -90,7 +98,9 @@ class CudaDevice:
     def queue(self, function: Callable[..., Any], *args: Any) -> None:
         function(*args)
 
-    def fetch(self, function: Callable[..., list[torch.Tensor]], *args: Any) -> Callable[[], list[np.ndarray]]:
+    def fetch(
+        self, function: Callable[..., list[torch.Tensor]], *args: Any
+    ) -> Callable[[], list[np.ndarray]]:
         hosts = []
         for result in function(*args):
             host = torch.empty(result.shape, dtype=result.dtype, pin_memory=True)

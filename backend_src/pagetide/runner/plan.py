@@ -1,8 +1,10 @@
-"""The only language between engine, runner and ranks: what runs in a step, and what came out. numpy, no torch.
+"""The only language between engine, runner and ranks: what runs in a step, and what came out.
 
-Legend: [n] sequences of the step, [t] tokens of the step, [m] positions whose logits are computed, the first [s] of which sample a token.
-A row is a sequence's place in device state. The tokens of the step lie one sequence after the other, in the order of `rows`; token k of
-sequence i is at sum(counts[:i]) + k.
+numpy, no torch.
+
+Legend: [n] sequences of the step, [t] tokens of the step, [m] positions whose logits are computed, the
+first [s] of which sample a token. A row is a sequence's place in device state. The tokens of the step lie
+one sequence after the other, in the order of `rows`; token k of sequence i is at sum(counts[:i]) + k.
 """
 
 from __future__ import annotations
@@ -29,7 +31,9 @@ def bits_of(tokens: Iterable[int], vocab_size: int) -> np.ndarray:
 
 @dataclass(frozen=True)
 class LogitEdit:
-    """bias is added to the logit of token for positions below `below`, if the answer so far ends with prefix."""
+    """bias is added to the logit of token for positions below `below`, if the answer so far ends with
+    prefix.
+    """
 
     token: int
     bias: float
@@ -39,7 +43,9 @@ class LogitEdit:
 
 @dataclass(frozen=True, eq=False)
 class RowEdits:
-    """The LogitEdits of one row as arrays, int32 [e] each but biases (float32); prefixes: of all edits, one after the other."""
+    """The LogitEdits of one row as arrays, int32 [e] each but biases (float32); prefixes: of all edits, one
+    after the other.
+    """
 
     tokens: np.ndarray
     biases: np.ndarray
@@ -68,7 +74,9 @@ NO_EDITS = RowEdits.of(())
 
 @dataclass(frozen=True)
 class RowParams:
-    """What the sampler needs to know of a sequence, constant while it holds its row. Fields are those of SamplingParams.
+    """What the sampler needs to know of a sequence, constant while it holds its row.
+
+    Fields are those of SamplingParams.
 
     edits: changes of single logits; allowed: the only tokens that may be sampled, empty for all.
     """
@@ -96,7 +104,9 @@ class RowParams:
 
 @dataclass(frozen=True)
 class Admission:
-    """A sequence takes a row: its tokens so far (int32 [len]), of which num_computed are in the cache, and its parameters."""
+    """A sequence takes a row: its tokens so far (int32 [len]), of which num_computed are in the cache, and
+    its parameters.
+    """
 
     row: int
     num_computed: int
@@ -159,7 +169,9 @@ class StepPlan:
 
 @dataclass(frozen=True)
 class TokenScores:
-    """For [w] positions: log-probability and rank of the token there [w], and the likeliest tokens [w, k], best first."""
+    """For [w] positions: log-probability and rank of the token there [w], and the likeliest tokens [w, k],
+    best first.
+    """
 
     logprobs: np.ndarray
     ranks: np.ndarray
@@ -171,8 +183,8 @@ class TokenScores:
 class BeamCandidates:
     """For [b] beams the [k] likeliest tokens after all changes of logits, best first.
 
-    scores: log-probabilities by which beams are compared. logprobs, ranks: of the same tokens under the model's own distribution, with its
-    likeliest tokens [b, w].
+    scores: log-probabilities by which beams are compared. logprobs, ranks: of the same tokens under the
+    model's own distribution, with its likeliest tokens [b, w].
     """
 
     ids: np.ndarray
@@ -185,7 +197,10 @@ class BeamCandidates:
 
 @dataclass(frozen=True)
 class StepTokens:
-    """What a step brought. ids int64 [s], in the order of sample_rows; NO_TOKEN where all are ruled out, or the logits are no numbers.
+    """What a step brought.
+
+    ids int64 [s], in the order of sample_rows; NO_TOKEN where all are ruled out, or the logits are no
+    numbers.
 
     scores, candidates, logits float32 [k, vocabulary]: as the plan asked.
     """

@@ -1,4 +1,7 @@
-"""State of each row on the device: its tokens, its block table, its sampling parameters. Changed by a plan's differences only."""
+"""State of each row on the device: its tokens, its block table, its sampling parameters.
+
+Changed by a plan's differences only.
+"""
 
 from __future__ import annotations
 
@@ -14,12 +17,13 @@ _INTEGERS = ("top_k", "seed", "num_prompt")
 
 
 class Rows:
-    """history int64 [max_rows, max_len]: all tokens of each row, sampled ones too, so that the next step finds
-    its input on the device.
+    """history int64 [max_rows, max_len]: all tokens of each row, sampled ones too, so that the next step
+    finds its input on the device.
 
-    lengths int32 [max_rows]: how many of them are in the cache, or on the way there.
-    block_table int32 [max_rows, max_blocks]; params: tensors [max_rows] by RowParams' names; masks int32 [max_rows, vocabulary / 32]: bit i of
-    word w says whether token 32 * w + i may be sampled, where is_masked [max_rows] is true; edits: of all rows.
+    lengths int32 [max_rows]: how many of them are in the cache, or on the way there. block_table int32
+    [max_rows, max_blocks]; params: tensors [max_rows] by RowParams' names; masks int32 [max_rows,
+    vocabulary / 32]: bit i of word w says whether token 32 * w + i may be sampled, where is_masked
+    [max_rows] is true; edits: of all rows.
     """
 
     def __init__(self, max_rows: int, max_len: int, block_size: int, vocab_size: int, device: torch.device):
@@ -62,7 +66,10 @@ class Rows:
         self.is_masked[rows] = False
         for admission in admissions:
             if admission.params.allowed:
-                self.set_masks(torch.tensor([admission.row], device=self._device), bits_of(admission.params.allowed, self._vocab_size)[None])
+                self.set_masks(
+                    torch.tensor([admission.row], device=self._device),
+                    bits_of(admission.params.allowed, self._vocab_size)[None],
+                )
 
     def _write_edits(self, admissions: tuple[Admission, ...]) -> None:
         before = [self._edits_of[a.row] for a in admissions]
@@ -91,5 +98,6 @@ class Rows:
 
     def to_device(self, array: np.ndarray) -> torch.Tensor:
         host = torch.from_numpy(np.ascontiguousarray(array))
-        # Even a copy to where it is already would hand the interpreter to the host's thread, which keeps it for a while.
+        # Even a copy to where it is already would hand the interpreter to the host's thread, which keeps it
+        # for a while.
         return host if self._device.type == "cpu" else host.to(self._device, non_blocking=True)

@@ -1,4 +1,6 @@
-"""Runs plans on one device: forward() and sample() queue work and return at once, wait() brings a step's tokens to the host."""
+"""Runs plans on one device: forward() and sample() queue work and return at once, wait() brings a step's
+tokens to the host.
+"""
 
 from __future__ import annotations
 
@@ -21,7 +23,9 @@ from pagetide.runner.sampler import Sampler, read_results
 class Runner:
     """The model, its KV cache and the rows of one device."""
 
-    def __init__(self, device: Device, decoder: Decoder, store: KVStore, ops: Ops, rows: Rows, block_size: int):
+    def __init__(
+        self, device: Device, decoder: Decoder, store: KVStore, ops: Ops, rows: Rows, block_size: int
+    ):
         self.device = device
         self._decoder = decoder
         self._store = store
@@ -59,7 +63,10 @@ class Runner:
         return self._sampler(plan, tensors, logits, masks)
 
     def warm_up(self, num_tokens: int) -> None:
-        """Runs a prompt chunk of num_tokens and one token of decode, so that no request waits for compilers. Writes to block 0 only."""
+        """Runs a prompt chunk of num_tokens and one token of decode, so that no request waits for compilers.
+
+        Writes to block 0 only.
+        """
         for count, start, temperature in ((num_tokens, 0, 0.0), (1, num_tokens, 0.0), (1, num_tokens, 1.0)):
             plan = warm_up_plan(count, start, temperature, self._block_size)
             self.forward(plan)

@@ -21,13 +21,20 @@ class Sampler:
         self._rows = rows
         self._ops = ops
 
-    def __call__(self, plan: StepPlan, tensors: PlanTensors, logits: torch.Tensor, masks: np.ndarray | None) -> list[torch.Tensor]:
-        """logits float32 [m, vocabulary], changed in place; masks of plan.guided_rows. Returns what read_results takes."""
+    def __call__(
+        self, plan: StepPlan, tensors: PlanTensors, logits: torch.Tensor, masks: np.ndarray | None
+    ) -> list[torch.Tensor]:
+        """logits float32 [m, vocabulary], changed in place; masks of plan.guided_rows.
+
+        Returns what read_results takes.
+        """
         state = self._rows
         rows, positions = tensors.sample_rows, tensors.sample_positions
         raw = _take(logits, tensors.score_index, plan.adjusts_logits)
         raw_of_beams = _take(logits, tensors.beam_index, will_change=True) if plan.adjusts_logits else None
-        returned = _take(logits, tensors.return_index, will_change=True)  # the next step's logits take their place
+        returned = _take(
+            logits, tensors.return_index, will_change=True
+        )  # the next step's logits take their place
         sampled, own = logits[: plan.num_sampled], rows[: plan.num_sampled]
         places = positions[: plan.num_sampled]
         if masks is not None:
@@ -46,8 +53,13 @@ class Sampler:
             results += self._candidates(plan, sampled[chosen], known[chosen], raw_of_beams)
         return results if returned is None else [*results, returned]
 
-    def _candidates(self, plan: StepPlan, logits: torch.Tensor, ids: torch.Tensor, raw: torch.Tensor | None) -> list[torch.Tensor]:
-        """BeamCandidates' fields. logits: of the plan's beams, after all changes; raw: before them, None if there were none."""
+    def _candidates(
+        self, plan: StepPlan, logits: torch.Tensor, ids: torch.Tensor, raw: torch.Tensor | None
+    ) -> list[torch.Tensor]:
+        """BeamCandidates' fields.
+
+        logits: of the plan's beams, after all changes; raw: before them, None if there were none.
+        """
         _, _, tokens, scores = self._ops.score(logits, ids, max(plan.num_candidates, plan.num_top))
         if raw is None:
             ranks = torch.arange(1, tokens.shape[1] + 1, device=tokens.device).expand_as(tokens)
@@ -56,13 +68,19 @@ class Sampler:
         logprobs, ranks = reference.score_many(raw, tokens)
         return [tokens, scores, logprobs, ranks, *top]
 
-    def _adjust(self, plan: StepPlan, logits: torch.Tensor, rows: torch.Tensor, positions: torch.Tensor) -> None:
+    def _adjust(
+        self, plan: StepPlan, logits: torch.Tensor, rows: torch.Tensor, positions: torch.Tensor
+    ) -> None:
         state = self._rows
         if plan.has_penalties:
             names = ("num_prompt", "repetition_penalty", "presence_penalty", "frequency_penalty")
-            self._ops.penalize(logits, state.history, rows, positions, *(state.params[name][rows] for name in names))
+            self._ops.penalize(
+                logits, state.history, rows, positions, *(state.params[name][rows] for name in names)
+            )
         if plan.has_edits:
-            self._ops.edit(logits, state.history, rows, positions, state.params["num_prompt"][rows], state.edits)
+            self._ops.edit(
+                logits, state.history, rows, positions, state.params["num_prompt"][rows], state.edits
+            )
         if plan.has_masks:
             self._ops.mask(logits, state.masks, state.is_masked, rows)
 

@@ -1,4 +1,6 @@
-"""The way from a stub process to the engine: EngineClient talks to it, EngineSupervisor starts it and starts it again when it dies."""
+"""The way from a stub process to the engine: EngineClient talks to it, EngineSupervisor starts it and
+starts it again when it dies.
+"""
 
 from __future__ import annotations
 
@@ -22,7 +24,17 @@ import zmq.utils.monitor
 
 import pagetide
 from pagetide.config import Settings
-from pagetide.engine.messages import ERROR_PREFIX, Cancel, FromEngine, Hello, Outputs, Ready, Refused, Submit, ToEngine
+from pagetide.engine.messages import (
+    ERROR_PREFIX,
+    Cancel,
+    FromEngine,
+    Hello,
+    Outputs,
+    Ready,
+    Refused,
+    Submit,
+    ToEngine,
+)
 from pagetide.engine.statistics import Statistics
 from pagetide.types import EngineInfo, Output, Request
 
@@ -38,16 +50,25 @@ class EngineStartError(RuntimeError):
 
 
 def socket_path(server_pid: int) -> Path:
-    """Where the engine of the Triton server with this process id listens. Raises EngineStartError if no such place is safe."""
+    """Where the engine of the Triton server with this process id listens.
+
+    Raises EngineStartError if no such place is safe.
+    """
     folder = Path(tempfile.gettempdir()) / f"pagetide-{os.getuid()}"
     folder.mkdir(mode=0o700, exist_ok=True)
     facts = folder.lstat()
     if not stat.S_ISDIR(facts.st_mode) or facts.st_uid != os.getuid() or facts.st_mode & 0o022:
         # Whoever can write there could put a socket of his own in the engine's place.
-        raise EngineStartError(f"{folder} must be a folder that only user {os.getuid()} can write to; remove it, or set TMPDIR to another place")
+        raise EngineStartError(
+            f"{folder} must be a folder that only user {os.getuid()} can write to; remove it, or "
+            "set TMPDIR to another place"
+        )
     path = folder / f"engine-{server_pid}.sock"
     if len(os.fsencode(path)) > _MAX_SOCKET_PATH:
-        raise EngineStartError(f"{path} is too long for a socket (more than {_MAX_SOCKET_PATH} bytes); set TMPDIR to a shorter path")
+        raise EngineStartError(
+            f"{path} is too long for a socket (more than {_MAX_SOCKET_PATH} bytes); set TMPDIR to "
+            "a shorter path"
+        )
     return path
 
 
@@ -57,10 +78,14 @@ def failure_file(path: Path) -> Path:
 
 
 class EngineClient:
-    """Sends requests to the engine and hands on what comes back. All callbacks run on the client's own thread.
+    """Sends requests to the engine and hands on what comes back.
 
-    on_outputs: what a step brought. on_refused(number, error): a request that the engine does not take, and what its client is told.
-    on_lost: the engine is gone, and with it everything that was sent to it. on_statistics: called a few times a second, if given.
+    All callbacks run on the client's own thread.
+
+    on_outputs: what a step brought. on_refused(number, error): a request that the engine does not take, and
+    what its client is told.
+    on_lost: the engine is gone, and with it everything that was sent to it. on_statistics: called a few
+    times a second, if given.
     """
 
     def __init__(
@@ -76,19 +101,24 @@ class EngineClient:
         self._on_refused = on_refused
         self._on_lost = on_lost
         self._decoder = msgspec.msgpack.Decoder(FromEngine)
-        self._to_send: queue.SimpleQueue[tuple[bytes, list[int]] | None] = queue.SimpleQueue()  # (message, numbers of the requests in it)
+        self._to_send: queue.SimpleQueue[tuple[bytes, list[int]] | None] = (
+            queue.SimpleQueue()
+        )  # (message, numbers of the requests in it)
         self._wake_read, self._wake_write = os.pipe()
         self._connected = threading.Event()
         self.engine: EngineInfo | None = None
         self._socket = zmq.Context.instance().socket(zmq.DEALER)
         self._socket.sndhwm = self._socket.rcvhwm = 0
         self._socket.linger = 0
-        # A connection that has just been made takes its first message a moment later; one that is gone takes none.
+        # A connection that has just been made takes its first message a moment later; one that is gone
+        # takes none.
         self._socket.sndtimeo = _SEND_TIMEOUT_MS
         self._socket.reconnect_ivl, self._socket.reconnect_ivl_max = 20, 200
         # Messages go to an engine that is there, or nowhere: never to one that is started later.
         self._socket.immediate = True
-        self._monitor = self._socket.get_monitor_socket(zmq.EVENT_HANDSHAKE_SUCCEEDED | zmq.EVENT_DISCONNECTED)
+        self._monitor = self._socket.get_monitor_socket(
+            zmq.EVENT_HANDSHAKE_SUCCEEDED | zmq.EVENT_DISCONNECTED
+        )
         self._socket.connect(f"ipc://{path}")
         self._thread = threading.Thread(target=self._run, name="pagetide-client", daemon=True)
         self._thread.start()
@@ -101,7 +131,10 @@ class EngineClient:
         return self._connected.wait(timeout_s)
 
     def submit(self, requests: list[Request]) -> None:
-        """Sends requests; those that cannot be delivered are refused through on_refused. Raises what cannot be written as a message."""
+        """Sends requests; those that cannot be delivered are refused through on_refused.
+
+        Raises what cannot be written as a message.
+        """
         self._post(Submit(requests), [request.number for request in requests])
 
     def cancel(self, numbers: list[int], request_id: str = "") -> None:
@@ -177,7 +210,9 @@ class EngineClient:
         return True
 
     def _send(self, message: bytes) -> bool:
-        """False if the engine has gone meanwhile: waiting for the next one would stop this thread, and with it every answer."""
+        """False if the engine has gone meanwhile: waiting for the next one would stop this thread, and with
+        it every answer.
+        """
         try:
             self._socket.send(message)
         except zmq.Again:
@@ -190,7 +225,8 @@ class EngineClient:
 class EngineSupervisor:
     """Owns the engine process: starts it, and starts it again whenever it ends by itself.
 
-    Raises EngineStartError if another one of the same server does so already: two engines cannot listen on one socket.
+    Raises EngineStartError if another one of the same server does so already: two engines cannot listen on
+    one socket.
     """
 
     def __init__(self, settings: Settings, path: Path, log: Callable[[str], None]):
@@ -221,10 +257,15 @@ class EngineSupervisor:
 
     def _spawn(self) -> subprocess.Popen[str]:
         source = str(Path(pagetide.__file__).parents[1])
-        environment = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, (source, os.environ.get("PYTHONPATH"))))}
+        environment = {
+            **os.environ,
+            "PYTHONPATH": os.pathsep.join(filter(None, (source, os.environ.get("PYTHONPATH")))),
+        }
         settings = msgspec.json.encode(self._settings).decode()
         command = [sys.executable, "-m", "pagetide.engine", str(os.getpid()), settings, f"ipc://{self._path}"]
-        return subprocess.Popen(command, stdout=subprocess.PIPE, stdin=subprocess.DEVNULL, text=True, env=environment)
+        return subprocess.Popen(
+            command, stdout=subprocess.PIPE, stdin=subprocess.DEVNULL, text=True, env=environment
+        )
 
     def _watch(self) -> None:
         delay = 0.0
@@ -265,13 +306,16 @@ def _exclusive_lock(file: Path) -> TextIO:
     except BlockingIOError:
         opened.close()
         raise EngineStartError(
-            "another model of this server runs its engine already: `llm` must have one instance, and no copy; unload it before it is loaded again"
+            "another model of this server runs its engine already: `llm` must have one instance, "
+            "and no copy; unload it before it is loaded again"
         ) from None
     return opened
 
 
 def wait_for_engine(client: EngineClient, path: Path, timeout_s: float) -> None:
-    """Returns when the engine is ready; raises EngineStartError with the reason if it is not in time, or ended."""
+    """Returns when the engine is ready; raises EngineStartError with the reason if it is not in time, or
+    ended.
+    """
     begin = time.monotonic()
     failed = failure_file(path)
     while not client.wait_until_ready(0.1):
@@ -279,4 +323,6 @@ def wait_for_engine(client: EngineClient, path: Path, timeout_s: float) -> None:
         if failed.exists() and time.time() - failed.stat().st_mtime < time.monotonic() - begin + 1:
             raise EngineStartError(f"the engine could not start: {failed.read_text(encoding='utf-8')}")
         if time.monotonic() - begin > timeout_s:
-            raise EngineStartError(f"the engine was not ready within {timeout_s:.0f} s (the setting engine_start_timeout_s)")
+            raise EngineStartError(
+                f"the engine was not ready within {timeout_s:.0f} s (the setting engine_start_timeout_s)"
+            )

@@ -1,6 +1,7 @@
 """The models `llm` (decoupled: one response for each chunk) and `llm_unary` (one response for each request).
 
-Thin: Triton requests become engine requests, engine outputs become responses. `llm` also starts and watches the engine.
+Thin: Triton requests become engine requests, engine outputs become responses. `llm` also starts and watches
+the engine.
 """
 
 from __future__ import annotations
@@ -23,7 +24,14 @@ from pagetide.contract.checks import check_request
 from pagetide.contract.parse import ParsedRequest, parse, timed
 from pagetide.engine.parent import end_with_parent
 from pagetide.serving import triton
-from pagetide.serving.client import NOT_RUNNING, EngineClient, EngineStartError, EngineSupervisor, socket_path, wait_for_engine
+from pagetide.serving.client import (
+    NOT_RUNNING,
+    EngineClient,
+    EngineStartError,
+    EngineSupervisor,
+    socket_path,
+    wait_for_engine,
+)
 from pagetide.serving.defaults import read_defaults
 from pagetide.serving.metrics import EngineMetrics
 from pagetide.serving.pacer import ResponsePacer
@@ -51,13 +59,17 @@ class LlmModel:
         try:
             path = socket_path(triton.server_pid())
             # Only one of the engine's clients starts it.
-            self._supervisor = EngineSupervisor(self._settings, path, log.warning) if self._is_decoupled else None
+            self._supervisor = (
+                EngineSupervisor(self._settings, path, log.warning) if self._is_decoupled else None
+            )
         except EngineStartError as error:
             raise pb_utils.TritonModelException(str(error)) from error
         self._pacer = ResponsePacer(self._send)
         self._metrics = None
         if self._supervisor is not None:
-            self._metrics = EngineMetrics(args["model_name"], self._settings.metric_names, self._supervisor, self._pacer.take_gaps)
+            self._metrics = EngineMetrics(
+                args["model_name"], self._settings.metric_names, self._supervisor, self._pacer.take_gaps
+            )
         on_statistics = self._metrics.update if self._metrics is not None else None
         self._client = EngineClient(path, self._pacer.put, self._on_refused, self._on_lost, on_statistics)
         try:
@@ -143,15 +155,20 @@ class LlmModel:
         ids = arrays.get("input_ids", np.zeros((len(parsed), 0), np.int32))
         if any(one.cancel for one in parsed):
             ids, lengths = np.zeros((len(parsed), 0), np.int32), None
-        if lengths is not None and (lengths.size != len(ids) or lengths.min() < 0 or lengths.max() > ids.shape[1]):
-            raise RequestError(f"input_lengths is {lengths.reshape(-1).tolist()}, must be from 0 to {ids.shape[1]} for each prompt")
+        if lengths is not None and (
+            lengths.size != len(ids) or lengths.min() < 0 or lengths.max() > ids.shape[1]
+        ):
+            raise RequestError(
+                f"input_lengths is {lengths.reshape(-1).tolist()}, must be from 0 to "
+                f"{ids.shape[1]} for each prompt"
+            )
         counts = [ids.shape[1]] * len(parsed) if lengths is None else lengths.reshape(-1).tolist()
         return [
             Prompt(next(self._numbers), index, one, row[:count].tolist(), is_direct=packed is None)
             for index, (one, row, count) in enumerate(zip(parsed, ids, counts, strict=True))
         ]
 
-    # -- answers -----------------------------------------------------------------------------------------------------
+    # -- answers -------------------------------------------------------------------------------------------
 
     def _send(self, output: Output) -> None:
         """Called by the pacer, in order for each sequence."""
@@ -178,7 +195,9 @@ class LlmModel:
         self._pacer.forget_all()
         if self._metrics is not None:
             self._metrics.count_failed(len(numbers))
-        self._fail(numbers, EngineError("the engine failed while it was working on this request; send it again"))
+        self._fail(
+            numbers, EngineError("the engine failed while it was working on this request; send it again")
+        )
 
     def _fail(self, numbers: list[int], error: Exception) -> None:
         with self._lock:
@@ -195,7 +214,7 @@ class LlmModel:
             for number in opened.numbers:
                 self._open.pop(number, None)
 
-    # -- cancelling --------------------------------------------------------------------------------------------------
+    # -- cancelling ----------------------------------------------------------------------------------------
 
     def _cancel_named(self, request_id: str, opened: ClientRequest) -> None:
         """Ends the running requests of this name, and answers the request that asked for it."""
@@ -206,7 +225,10 @@ class LlmModel:
             opened.take(Output(prompt.number, 0, [], finish_reason="cancelled"))
 
     def _poll_cancels(self) -> None:
-        """Looks for clients that are gone. Inside an ensemble Triton never says so here, and `postprocessing` hears of it instead."""
+        """Looks for clients that are gone.
+
+        Inside an ensemble Triton never says so here, and `postprocessing` hears of it instead.
+        """
         while not self._closing.wait(_CANCEL_POLL_S):
             with self._lock:
                 opened = {id(one): one for one in self._open.values()}.values()
@@ -233,4 +255,6 @@ def _unpack(packed: bytes) -> ParsedRequest:
     try:
         return msgspec.msgpack.decode(packed, type=ParsedRequest)
     except msgspec.MsgspecError as error:
-        raise RequestError(f"PARAMS is not what preprocessing makes ({error}); send the parameters by their own names") from None
+        raise RequestError(
+            f"PARAMS is not what preprocessing makes ({error}); send the parameters by their own names"
+        ) from None

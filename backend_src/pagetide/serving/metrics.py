@@ -1,6 +1,7 @@
 """The engine's statistics as Triton metrics (port 8002), all labelled `model`.
 
-Each change of a metric is a message to the server, which takes as long as sending a chunk: a thread of its own does it, in the time between chunks.
+Each change of a metric is a message to the server, which takes as long as sending a chunk: a thread of its
+own does it, in the time between chunks.
 """
 
 from __future__ import annotations
@@ -49,9 +50,14 @@ HISTOGRAMS = {
     "e2e_s": ("pagetide_request_seconds", "arrival to end", _SECONDS),
     "queue_s": ("pagetide_queue_seconds", "arrival to admission", _SECONDS),
 }
-# Of each chunk and step: so many that they are added up here (Triton takes single observations only, each of them a message).
+# Of each chunk and step: so many that they are added up here (Triton takes single observations only, each
+# of them a message).
 ADDED_HISTOGRAMS = {
-    "gap_s": ("pagetide_chunk_gap_seconds", "time between two chunks of an answer, as they are sent", _SECONDS),
+    "gap_s": (
+        "pagetide_chunk_gap_seconds",
+        "time between two chunks of an answer, as they are sent",
+        _SECONDS,
+    ),
     "step_tokens": ("pagetide_step_tokens", "tokens of an engine step", _COUNTS),
     "step_sequences": ("pagetide_step_sequences", "sequences of an engine step", _COUNTS),
 }
@@ -80,12 +86,16 @@ OTHER_NAMES: dict[str, dict[str, tuple[str, dict[str, str]]]] = {
 
 
 class AddedHistogram:
-    """A histogram as Prometheus reads it, made of counters: any number of observations is written at once, one message for each changed bucket."""
+    """A histogram as Prometheus reads it, made of counters: any number of observations is written at once,
+    one message for each changed bucket.
+    """
 
     def __init__(self, bounds: list[float], counter: Callable[[str, dict[str, str]], Any]):
         """counter(suffix, labels) makes a counter of the histogram."""
         self._bounds = bounds
-        self._buckets = [counter("_bucket", {"le": label}) for label in (*(f"{bound:g}" for bound in bounds), "+Inf")]
+        self._buckets = [
+            counter("_bucket", {"le": label}) for label in (*(f"{bound:g}" for bound in bounds), "+Inf")
+        ]
         self._count, self._sum = counter("_count", {}), counter("_sum", {})
         self._values: list[float] = []
 
@@ -106,10 +116,13 @@ class AddedHistogram:
 class EngineMetrics:
     """Counters go on over restarts of the engine: what each engine counted since its start is added up.
 
-    update() and count_failed() return at once. take_gaps: seconds between chunks as sent, since the last call.
+    update() and count_failed() return at once. take_gaps: seconds between chunks as sent, since the last
+    call.
     """
 
-    def __init__(self, model: str, names: str, supervisor: EngineSupervisor, take_gaps: Callable[[], list[float]]):
+    def __init__(
+        self, model: str, names: str, supervisor: EngineSupervisor, take_gaps: Callable[[], list[float]]
+    ):
         self._supervisor = supervisor
         self._take_gaps = take_gaps
         self._labels = {"model": model}
@@ -117,9 +130,16 @@ class EngineMetrics:
         self._others = OTHER_NAMES[names]
         kinds = pb_utils.MetricFamily
         self._gauges = {field: self._metrics(field, *about, kinds.GAUGE) for field, about in GAUGES.items()}
-        self._counters = {field: self._metrics(field, *about, kinds.COUNTER) for field, about in COUNTERS.items()}
-        self._histograms = {field: self._metrics(field, *about[:2], kinds.HISTOGRAM, about[2]) for field, about in HISTOGRAMS.items()}
-        self._added = {field: self._added_histograms(field, *about) for field, about in ADDED_HISTOGRAMS.items()}
+        self._counters = {
+            field: self._metrics(field, *about, kinds.COUNTER) for field, about in COUNTERS.items()
+        }
+        self._histograms = {
+            field: self._metrics(field, *about[:2], kinds.HISTOGRAM, about[2])
+            for field, about in HISTOGRAMS.items()
+        }
+        self._added = {
+            field: self._added_histograms(field, *about) for field, about in ADDED_HISTOGRAMS.items()
+        }
         self._added_at = 0.0
         self._before: dict[str, int] = {}
         self._shown: dict[str, int] = {}
@@ -193,26 +213,47 @@ class EngineMetrics:
             for counter in self._counters[field]:
                 counter.increment(by)
 
-    def _metrics(self, field: str, name: str, description: str, kind: Any, buckets: list[float] | None = None) -> list[Any]:
+    def _metrics(
+        self, field: str, name: str, description: str, kind: Any, buckets: list[float] | None = None
+    ) -> list[Any]:
         """A metric of ours, and the one that other dashboards know it by."""
-        return [self._metric(its, description, kind, labels, buckets) for its, labels in self._names(field, name)]
+        return [
+            self._metric(its, description, kind, labels, buckets) for its, labels in self._names(field, name)
+        ]
 
     def _names(self, field: str, name: str) -> list[tuple[str, dict[str, str]]]:
-        """What a metric is called, with its labels: by us, and by the other engine whose dashboards are to work."""
+        """What a metric is called, with its labels: by us, and by the other engine whose dashboards are to
+        work.
+        """
         return [(name, {}), *([self._others[field]] if field in self._others else [])]
 
-    def _added_histograms(self, field: str, name: str, description: str, bounds: list[float]) -> list[AddedHistogram]:
+    def _added_histograms(
+        self, field: str, name: str, description: str, bounds: list[float]
+    ) -> list[AddedHistogram]:
         def histogram(its: str, labels: dict[str, str]) -> AddedHistogram:
             kind = pb_utils.MetricFamily.COUNTER
-            return AddedHistogram(bounds, lambda suffix, more: self._metric(its + suffix, description, kind, {**labels, **more}))
+            return AddedHistogram(
+                bounds, lambda suffix, more: self._metric(its + suffix, description, kind, {**labels, **more})
+            )
 
         return [histogram(*named) for named in self._names(field, name)]
 
-    def _metric(self, name: str, description: str, kind: Any, labels: dict[str, str], buckets: list[float] | None = None) -> Any:
+    def _metric(
+        self,
+        name: str,
+        description: str,
+        kind: Any,
+        labels: dict[str, str],
+        buckets: list[float] | None = None,
+    ) -> Any:
         if name not in self._families:
             self._families[name] = pb_utils.MetricFamily(name=name, description=description, kind=kind)
         labels = {**self._labels, **labels}
-        return self._families[name].Metric(labels=labels, buckets=buckets) if buckets else self._families[name].Metric(labels=labels)
+        return (
+            self._families[name].Metric(labels=labels, buckets=buckets)
+            if buckets
+            else self._families[name].Metric(labels=labels)
+        )
 
     def close(self) -> None:
         """Gives the metrics back while the stub can still do it: first they, then their families."""

@@ -1,8 +1,10 @@
-"""Sends responses on a thread of its own, and joins chunks of the same sequence where each token by itself would cost too much.
+"""Sends responses on a thread of its own, and joins chunks of the same sequence where each token by itself
+would cost too much.
 
-Sending is a blocking round trip of about 0.2 ms. Where the model runs on a processor of its own, every token goes as soon as the way is free.
-Where it shares Triton's cores, each response takes time from the engine: there all streams are sent together, in rounds whose interval is as
-long as their cost asks for, and no longer than a reader should wait. A sequence's first and last chunk never wait for a round.
+Sending is a blocking round trip of about 0.2 ms. Where the model runs on a processor of its own, every
+token goes as soon as the way is free. Where it shares Triton's cores, each response takes time from the
+engine: there all streams are sent together, in rounds whose interval is as long as their cost asks for, and
+no longer than a reader should wait. A sequence's first and last chunk never wait for a round.
 """
 
 from __future__ import annotations
@@ -18,10 +20,13 @@ from pagetide.types import Output
 
 Key = tuple[int, int]  # request number, sample
 
-# A chunk's way through stub, core, postprocessing and front end takes this many times what its sender sees of it.
+# A chunk's way through stub, core, postprocessing and front end takes this many times what its sender sees
+# of it.
 _COST_FACTOR = 4.0
 _SHARE = 0.15  # of one core that sending may take, as far as the limits below allow
-_MAX_CHARGE_S = 0.002  # what takes longer is one large response's own: others must not wait for it many times as long
+_MAX_CHARGE_S = (
+    0.002  # what takes longer is one large response's own: others must not wait for it many times as long
+)
 _FEW, _MANY, _VERY_MANY = 8, 32, 256  # streams
 _STEPS_OF_FEW = 1.5  # up to _FEW streams wait so many steps, which makes it every second one
 _GAP_OF_MANY_S, _GAP_OF_VERY_MANY_S = 0.15, 0.4
@@ -30,7 +35,9 @@ _MAX_GAPS = 20_000  # nobody may be there to take them
 
 
 class ChunkQueue:
-    """What has not been sent, and what of it may go when. Knows no clock and no thread: times are seconds that the caller gives.
+    """What has not been sent, and what of it may go when.
+
+    Knows no clock and no thread: times are seconds that the caller gives.
 
     shares_processor: each response takes time from the engine.
     """
@@ -115,13 +122,17 @@ class ChunkQueue:
         return min(count * self._cost_s * _COST_FACTOR / _SHARE, self._longest(count))
 
     def _longest(self, count: int) -> float:
-        """So long a reader may wait: some steps where there are few streams, and a time that grows with their number."""
+        """So long a reader may wait: some steps where there are few streams, and a time that grows with
+        their number.
+        """
         few = _STEPS_OF_FEW * self._step_s
         if count <= _FEW:
             return few
         if count <= _MANY:
             return few + max(0.0, _GAP_OF_MANY_S - few) * (count - _FEW) / (_MANY - _FEW)
-        return _GAP_OF_MANY_S + (_GAP_OF_VERY_MANY_S - _GAP_OF_MANY_S) * min(1.0, (count - _MANY) / (_VERY_MANY - _MANY))
+        return _GAP_OF_MANY_S + (_GAP_OF_VERY_MANY_S - _GAP_OF_MANY_S) * min(
+            1.0, (count - _MANY) / (_VERY_MANY - _MANY)
+        )
 
     def sent(self, seconds: float) -> None:
         """A chunk has been sent, which has taken so long."""

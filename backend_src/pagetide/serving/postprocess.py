@@ -1,4 +1,7 @@
-"""The model `postprocessing`: chunks of token ids to text. Never fails, keeps no state, and tells the engine of cancelled requests."""
+"""The model `postprocessing`: chunks of token ids to text.
+
+Never fails, keeps no state, and tells the engine of cancelled requests.
+"""
 
 from __future__ import annotations
 
@@ -21,13 +24,19 @@ _PASSED = {name: POSTPROCESSING_NAMES[output] for name, output in PASSED.items()
 
 
 class PostprocessModel:
-    """Triton's Python model class. Exactly one instance, and no dynamic batching: Triton pairs responses by order of arrival."""
+    """Triton's Python model class.
+
+    Exactly one instance, and no dynamic batching: Triton pairs responses by order of arrival.
+    """
 
     def initialize(self, args: dict[str, str]) -> None:
         settings = settings_beside(args["model_repository"])
         self._vocabulary = Vocabulary.read(find_model(settings.model, settings.cache_path))
         self._client = EngineClient(
-            socket_path(triton.server_pid()), on_outputs=lambda outputs: None, on_refused=lambda number, error: None, on_lost=lambda: None
+            socket_path(triton.server_pid()),
+            on_outputs=lambda outputs: None,
+            on_refused=lambda number, error: None,
+            on_lost=lambda: None,
         )
 
     def execute(self, requests: list[Any]) -> list[Any]:
@@ -36,8 +45,13 @@ class PostprocessModel:
     def _answer(self, request: Any) -> Any:
         arrays, wanted = triton.input_arrays(request), request.requested_output_names()
         # Ids and lengths only pass.
-        tensors = [triton.tensor(output, arrays[name]) for output, name in _PASSED.items() if output in wanted and name in arrays]
-        # An error from here would leak the whole request inside Triton's ensemble: the client gets what text there is instead.
+        tensors = [
+            triton.tensor(output, arrays[name])
+            for output, name in _PASSED.items()
+            if output in wanted and name in arrays
+        ]
+        # An error from here would leak the whole request inside Triton's ensemble: the client gets what
+        # text there is instead.
         try:
             self._report_cancel(request, arrays)
             texts = self._texts(arrays) if "OUTPUT" in wanted else []
@@ -57,7 +71,11 @@ class PostprocessModel:
         if "TOKENS_BATCH" not in arrays:
             return [""]
         ids = arrays["TOKENS_BATCH"]
-        rows = ids.reshape(-1, ids.shape[-1]) if ids.size else np.zeros((ids.shape[0] * ids.shape[1], 0), np.int32)
+        rows = (
+            ids.reshape(-1, ids.shape[-1])
+            if ids.size
+            else np.zeros((ids.shape[0] * ids.shape[1], 0), np.int32)
+        )
         lengths = _flat(arrays.get("SEQUENCE_LENGTH"), len(rows), rows.shape[1])
         cuts = _flat(arrays.get("TEXT_CUT"), len(rows), 0)
         prompts = _flat(arrays.get("PROMPT_TEXT"), len(rows), b"")

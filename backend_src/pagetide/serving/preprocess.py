@@ -33,7 +33,9 @@ class PreprocessModel:
         model = find_model(settings.model, settings.cache_path)
         self._defaults = read_defaults(model, settings)
         params = msgspec.structs.replace(self._defaults.params, max_tokens=_VLLM_MAX_TOKENS)
-        self._vllm_defaults = Defaults(params, is_greedy=False, excludes_input=False, flag_asks_for_logprobs=False)
+        self._vllm_defaults = Defaults(
+            params, is_greedy=False, excludes_input=False, flag_asks_for_logprobs=False
+        )
         self._reader = PromptReader(model, settings)
 
     def execute(self, requests: list[Any]) -> list[Any]:

@@ -18,7 +18,8 @@ from pagetide.types import RequestError
 class PromptText:
     """A prompt on its way from text to ids.
 
-    text: None if the client has sent ids. shown: what stands in front of the answer, if the client wants that.
+    text: None if the client has sent ids. shown: what stands in front of the answer, if the client wants
+    that.
     adds_special_tokens: False for chats, whose templates write them.
     """
 
@@ -50,7 +51,10 @@ class PromptText:
 
 
 class PromptReader:
-    """The tokenizer and chat template of a model directory. Raises OSError if settings name a template that is not there."""
+    """The tokenizer and chat template of a model directory.
+
+    Raises OSError if settings name a template that is not there.
+    """
 
     def __init__(self, model: Path, settings: Settings):
         _, config = read_model(model)
@@ -58,7 +62,8 @@ class PromptReader:
         self._vocabulary = Vocabulary.read(model)
         self._max_bytes = self._max_len * max(map(len, self._vocabulary.full), default=1)
         template = read_template(settings.chat_template)
-        # Slow to import: after the settings have been found to be right. AutoTokenizer would import torch too.
+        # Slow to import: after the settings have been found to be right. AutoTokenizer would import torch
+        # too.
         from transformers import PreTrainedTokenizerFast
 
         self._tokenizer: Any = PreTrainedTokenizerFast.from_pretrained(str(model))
@@ -89,7 +94,10 @@ class PromptReader:
         Tokenizing 10 MB would keep all others waiting for half a minute.
         """
         if prompt.text is not None and len(prompt.text.encode()) > self._max_bytes:
-            raise RequestError(f"the prompt has {len(prompt.text)} characters, which are more tokens than the model's context has ({self._max_len})")
+            raise RequestError(
+                f"the prompt has {len(prompt.text)} characters, which are more tokens than the "
+                f"model's context has ({self._max_len})"
+            )
         return prompt
 
     def tokenize(self, prompts: list[PromptText]) -> None:

@@ -1,4 +1,6 @@
-"""From the engine's outputs to Triton responses: one client request, its prompts, and what it has been sent so far."""
+"""From the engine's outputs to Triton responses: one client request, its prompts, and what it has been sent
+so far.
+"""
 
 from __future__ import annotations
 
@@ -25,8 +27,9 @@ _ASK_AGAIN_S = 0.05
 class ClientRequest:
     """A client's request that is not answered completely.
 
-    Usually take() sends a response for each output. A request that collects gets one response for all its answers, in the order of prompts
-    and answers; if it streams all the same (vllm_model), each response has a row for every answer.
+    Usually take() sends a response for each output. A request that collects gets one response for all its
+    answers, in the order of prompts and answers; if it streams all the same (vllm_model), each response has
+    a row for every answer.
     """
 
     def __init__(
@@ -49,7 +52,9 @@ class ClientRequest:
         self._num_responses: Counter[tuple[int, int]] = Counter()
         self._collected: list[Chunk] = []
         self._reasons: dict[tuple[int, int], str] = {}
-        self._ask_at: dict[int, float] = {}  # when `postprocessing` is to look for the client of each prompt again
+        self._ask_at: dict[
+            int, float
+        ] = {}  # when `postprocessing` is to look for the client of each prompt again
         self._is_closed = False  # the last response has been sent
         self._lock = threading.Lock()  # outputs and failures come from different threads
 
@@ -90,7 +95,14 @@ class ClientRequest:
     def _silent_rows(self, prompt: Prompt, speaking: int) -> list[Chunk]:
         """Rows of the answers that have nothing new to say."""
         others = [index for index in range(prompt.num_answers) if index != speaking]
-        return [Chunk(prompt, Output(prompt.number, index, [], finish_reason=self._reasons.get((prompt.number, index), "")), 0) for index in others]
+        return [
+            Chunk(
+                prompt,
+                Output(prompt.number, index, [], finish_reason=self._reasons.get((prompt.number, index), "")),
+                0,
+            )
+            for index in others
+        ]
 
     def fail(self, error: Exception) -> None:
         """Sends the error as the last response."""

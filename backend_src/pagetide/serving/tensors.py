@@ -1,4 +1,6 @@
-"""The output tensors of responses: one row for each chunk of an answer, by the table of contract/outputs.py."""
+"""The output tensors of responses: one row for each chunk of an answer, by the table of
+contract/outputs.py.
+"""
 
 from __future__ import annotations
 
@@ -107,12 +109,14 @@ class ResponseTensors:
             chosen = [
                 (name, _MAKERS[name])
                 for name, output in ALL_OUTPUTS.items()
-                if name in self._wanted and (not output.asked_by or output.asked_by in asked) and (output not in VLLM_OUTPUTS or self._is_vllm)
+                if name in self._wanted
+                and (not output.asked_by or output.asked_by in asked)
+                and (output not in VLLM_OUTPUTS or self._is_vllm)
             ]
             self._makers[asked] = chosen
         return self._makers[asked]
 
-    # -- outputs that are more than one number for each row: arrays [rows, ...], None where there is none --------
+    # -- outputs that are more than one number for each row: arrays [rows, ...], None where there is none --
 
     def ids(self, rows: list[Chunk]) -> np.ndarray:
         pad_id = rows[0].prompt.parsed.pad_id
@@ -150,10 +154,14 @@ class ResponseTensors:
     def vllm_logprobs(self, rows: list[Chunk]) -> np.ndarray:
         shown = [chunk.prompt.parsed.shows_logprobs for chunk in rows]
         found = [self._logprobs_of(chunk).get("logprobs") for chunk in rows]
-        return _texts(json.dumps(one if is_shown else None) for one, is_shown in zip(found, shown, strict=True))
+        return _texts(
+            json.dumps(one if is_shown else None) for one, is_shown in zip(found, shown, strict=True)
+        )
 
     def _logprobs_of(self, chunk: Chunk) -> dict[str, Any]:
-        """`logprobs`: an entry for each new token; `prompt_logprobs`: one for each of the prompt, none for its first."""
+        """`logprobs`: an entry for each new token; `prompt_logprobs`: one for each of the prompt, none for
+        its first.
+        """
         params, found = chunk.prompt.parsed.params, {}
         if params.logprobs is not None:
             found["logprobs"] = self._entries(chunk.output.ids, chunk.output.scores)
@@ -222,7 +230,9 @@ _VALUES: dict[str, Callable[[Chunk], Any]] = {
     "cum_log_probs": lambda chunk: chunk.output.cumulative_logprob,
     "kv_cache_reused_blocks": lambda chunk: chunk.output.timings.reused_blocks,
     "kv_cache_alloc_new_blocks": lambda chunk: chunk.output.timings.new_blocks,
-    "kv_cache_alloc_total_blocks": lambda chunk: chunk.output.timings.reused_blocks + chunk.output.timings.new_blocks,
+    "kv_cache_alloc_total_blocks": lambda chunk: (
+        chunk.output.timings.reused_blocks + chunk.output.timings.new_blocks
+    ),
     "arrival_time_ns": lambda chunk: chunk.output.timings.arrival_ns,
     "first_scheduled_time_ns": lambda chunk: chunk.output.timings.first_scheduled_ns,
     "first_token_time_ns": lambda chunk: chunk.output.timings.first_token_ns,
@@ -242,7 +252,9 @@ _MAKERS: dict[str, Maker] = {name: _numbers(name, value) for name, value in _VAL
     "generation_logits": lambda rows, tensors: tensors.generation_logits(rows),
     "text_cut": _numbers_if_any("text_cut", lambda chunk: chunk.output.num_cut, 0),
     "prompt_text": lambda rows, tensors: tensors.prompt_texts(rows),
-    "skip_special_tokens": _numbers_if_any("skip_special_tokens", lambda chunk: chunk.prompt.parsed.params.skip_special_tokens, True),
+    "skip_special_tokens": _numbers_if_any(
+        "skip_special_tokens", lambda chunk: chunk.prompt.parsed.params.skip_special_tokens, True
+    ),
     f"{VLLM}finish_reason": lambda rows, _: _texts(chunk.output.finish_reason or "None" for chunk in rows),
     f"{VLLM}logprobs": lambda rows, tensors: tensors.vllm_logprobs(rows),
     # One number for all answers, which have one prompt.

@@ -1,4 +1,6 @@
-"""What the four models share in their dealings with Triton's Python backend: requests to numpy, errors to Triton's codes."""
+"""What the four models share in their dealings with Triton's Python backend: requests to numpy, errors to
+Triton's codes.
+"""
 
 from __future__ import annotations
 
@@ -28,7 +30,9 @@ def parameters(request: Any) -> dict[str, Any]:
 
 
 def timeout_us(request: Any, parameters: dict[str, Any]) -> int:
-    """The request's own time limit in microseconds, 0: none; HTTP's generate brings it as a parameter, which is taken out. Raises RequestError."""
+    """The request's own time limit in microseconds, 0: none; HTTP's generate brings it as a parameter,
+    which is taken out. Raises RequestError.
+    """
     given = integer("timeout", parameters.pop("timeout", 0))
     if given < 0:
         raise RequestError(f"timeout is {given}, must be a number of microseconds, 0 for no limit")
@@ -45,7 +49,9 @@ def text_array(texts: list[bytes]) -> np.ndarray:
 
 
 def error_of(error: Exception) -> Any:
-    """An exception as Triton reports it: the client's fault, a full queue, or ours, of which clients learn the kind and the log the rest."""
+    """An exception as Triton reports it: the client's fault, a full queue, or ours, of which clients learn
+    the kind and the log the rest.
+    """
     if isinstance(error, RequestError):
         code = pb_utils.TritonError.INVALID_ARG
     elif isinstance(error, QueueFullError | ConnectionError):
@@ -54,7 +60,9 @@ def error_of(error: Exception) -> Any:
         code = pb_utils.TritonError.INTERNAL
     if code == pb_utils.TritonError.INTERNAL and not isinstance(error, EngineError):
         log.error("a request has failed", exc_info=error)
-        return pb_utils.TritonError(f"internal error ({type(error).__name__}); the server's log says more", code)
+        return pb_utils.TritonError(
+            f"internal error ({type(error).__name__}); the server's log says more", code
+        )
     return pb_utils.TritonError(str(error), code)
 
 

@@ -1,4 +1,7 @@
-"""Tables made at load: token id -> the bytes of its text. Detokenizing, stop texts and grammars use them; no tokenizer runs per step."""
+"""Tables made at load: token id -> the bytes of its text.
+
+Detokenizing, stop texts and grammars use them; no tokenizer runs per step.
+"""
 
 from __future__ import annotations
 
@@ -13,9 +16,11 @@ _BYTE_TOKEN = re.compile(r"<0x([0-9A-F]{2})>")
 
 
 class Vocabulary:
-    """shown: token id -> the bytes that an answer shows, none for special tokens; full: with the special tokens' own texts.
+    """shown: token id -> the bytes that an answer shows, none for special tokens; full: with the special
+    tokens' own texts.
 
-    Two kinds of vocabulary are known: byte-level BPE (GPT-2, Llama 3, Qwen) and SentencePiece (Llama 2, Mistral) with a space as U+2581.
+    Two kinds of vocabulary are known: byte-level BPE (GPT-2, Llama 3, Qwen) and SentencePiece (Llama 2,
+    Mistral) with a space as U+2581.
     """
 
     def __init__(self, shown: list[bytes], full: list[bytes], file: Path | None = None):
@@ -38,7 +43,11 @@ class Vocabulary:
             full[added["id"]] = added["content"].encode()
             shown[added["id"]] = b"" if added["special"] else full[added["id"]]
         size = max(full) + 1
-        return cls([shown.get(index, b"") for index in range(size)], [full.get(index, b"") for index in range(size)], file)
+        return cls(
+            [shown.get(index, b"") for index in range(size)],
+            [full.get(index, b"") for index in range(size)],
+            file,
+        )
 
     def table(self, skips_special: bool) -> list[bytes]:
         return self.shown if skips_special else self.full
@@ -51,18 +60,26 @@ class Vocabulary:
 
     def encode(self, text: str) -> tuple[int, ...]:
         """The text's tokens, without special ones; none if the model has no tokenizer."""
-        return tuple(self._tokenizer.encode(text, add_special_tokens=False).ids) if self._tokenizer is not None else ()
+        return (
+            tuple(self._tokenizer.encode(text, add_special_tokens=False).ids)
+            if self._tokenizer is not None
+            else ()
+        )
 
     def spellings(self, word: str) -> list[tuple[int, ...]]:
         """The tokens of a word at the beginning of a text and behind a space."""
-        return list(dict.fromkeys(ids for ids in (self.encode(word), self.encode(" " + word.lstrip())) if ids))
+        return list(
+            dict.fromkeys(ids for ids in (self.encode(word), self.encode(" " + word.lstrip())) if ids)
+        )
 
 
 def _vocabulary(model: dict[str, Any]) -> Iterator[tuple[str, int]]:
     vocabulary = model["vocab"]
     if isinstance(vocabulary, dict):
         return iter(vocabulary.items())
-    return ((token, index) for index, (token, _score) in enumerate(vocabulary))  # Unigram: a list of (token, score)
+    return (
+        (token, index) for index, (token, _score) in enumerate(vocabulary)
+    )  # Unigram: a list of (token, score)
 
 
 def _decoder_types(decoder: dict[str, Any]) -> Iterator[str]:
@@ -73,7 +90,11 @@ def _decoder_types(decoder: dict[str, Any]) -> Iterator[str]:
 
 def _byte_of_character() -> dict[str, int]:
     """GPT-2's way to write bytes as printable characters, backwards."""
-    printable = [*range(ord("!"), ord("~") + 1), *range(ord("¡"), ord("¬") + 1), *range(ord("®"), ord("ÿ") + 1)]
+    printable = [
+        *range(ord("!"), ord("~") + 1),
+        *range(ord("¡"), ord("¬") + 1),
+        *range(ord("®"), ord("ÿ") + 1),
+    ]
     others = [byte for byte in range(256) if byte not in set(printable)]
     return {chr(byte): byte for byte in printable} | {chr(256 + at): byte for at, byte in enumerate(others)}
 

@@ -1,8 +1,10 @@
-"""Paged attention straight on the packed KV blocks, with online softmax (arXiv:1805.02867) over spans of 128 keys.
+"""Paged attention straight on the packed KV blocks, with online softmax (arXiv:1805.02867) over spans of
+128 keys.
 
-A task is one (sequence, KV head, tile of queries, range of keys): all query heads that share the KV head are rows of one matrix, so that keys and
-values are read once for the whole group. Long contexts of single queries are split over several tasks, whose parts are merged afterwards
-(Flash-Decoding, https://pytorch.org/blog/flash-decoding).
+A task is one (sequence, KV head, tile of queries, range of keys): all query heads that share the KV head
+are rows of one matrix, so that keys and values are read once for the whole group. Long contexts of single
+queries are split over several tasks, whose parts are merged afterwards (Flash-Decoding,
+https://pytorch.org/blog/flash-decoding).
 """
 
 from __future__ import annotations
@@ -29,9 +31,10 @@ _MINUS_INFINITY = np.float32(-3.0e38)
 class AttentionTasks(NamedTuple):
     """In the order in which threads take them.
 
-    tasks int64 [num_tasks, 7]: sequence, KV head, first token in the step, queries, position of the first, first key, part or -1.
-    ends int64 [num_tasks]: the key after the last; merges int64 [num_merges, 4]: token, KV head, first part, parts.
-    parts float32 [num_parts, group, D + 2]: sums, then peak and total.
+    tasks int64 [num_tasks, 7]: sequence, KV head, first token in the step, queries, position of the first,
+    first key, part or -1.
+    ends int64 [num_tasks]: the key after the last; merges int64 [num_merges, 4]: token, KV head, first
+    part, parts. parts float32 [num_parts, group, D + 2]: sums, then peak and total.
     """
 
     tasks: np.ndarray
@@ -41,7 +44,10 @@ class AttentionTasks(NamedTuple):
 
 
 class Scratch(NamedTuple):
-    """Each thread's own memory. Rows of the last tile that stand for nothing are read too, so it begins as zeros."""
+    """Each thread's own memory.
+
+    Rows of the last tile that stand for nothing are read too, so it begins as zeros.
+    """
 
     queries: np.ndarray  # [threads, rows, D], as the queries
     weights: np.ndarray  # [threads, rows, _SPAN], as the queries
@@ -111,7 +117,15 @@ def _divide(starts, counts, tile_queries, share, heads, tasks, ends, cost, merge
                     merged += 1
                 for begin in range(0, last, share if is_split else last):
                     ends[number] = min(begin + share, last) if is_split else last
-                    tasks[number] = i, head, first + offset, queries, position, begin, part if is_split else -1
+                    tasks[number] = (
+                        i,
+                        head,
+                        first + offset,
+                        queries,
+                        position,
+                        begin,
+                        part if is_split else -1,
+                    )
                     cost[number] = (ends[number] - begin + 32) * queries
                     part += is_split
                     number += 1
@@ -127,11 +141,21 @@ def attend(sync, phase, thread, scratch, q, layer, kv, block_table, work, window
     head_dim = q.shape[2]
     num_kv_heads = kv.shape[3]
     group = q.shape[1] // num_kv_heads
-    queries, weights, scores, sums = scratch.queries[thread], scratch.weights[thread], scratch.scores[thread], scratch.sums[thread]
+    queries, weights, scores, sums = (
+        scratch.queries[thread],
+        scratch.weights[thread],
+        scratch.scores[thread],
+        scratch.sums[thread],
+    )
     peaks, totals = scratch.peaks[thread], scratch.totals[thread]
     number = take(sync, phase, thread, work.tasks.shape[0])
     while number >= 0:
-        sequence, head, first, num_queries = work.tasks[number, 0], work.tasks[number, 1], work.tasks[number, 2], work.tasks[number, 3]
+        sequence, head, first, num_queries = (
+            work.tasks[number, 0],
+            work.tasks[number, 1],
+            work.tasks[number, 2],
+            work.tasks[number, 3],
+        )
         start, begin, part = work.tasks[number, 4], work.tasks[number, 5], work.tasks[number, 6]
         rows = num_queries * group
         for row in range(rows):
@@ -149,7 +173,9 @@ def attend(sync, phase, thread, scratch, q, layer, kv, block_table, work, window
                 position = start + row // group
                 low = max(position - window + 1 - at, 0) if window > 0 else 0
                 before = peaks[row]
-                peak, total = soften(scores, row * _SPAN, low, min(position + 1, end) - at, width, before, weights, row * _SPAN)
+                peak, total = soften(
+                    scores, row * _SPAN, low, min(position + 1, end) - at, width, before, weights, row * _SPAN
+                )
                 peaks[row] = peak
                 if peak > before:
                     decay = fast_exp(before - peak)
@@ -177,7 +203,12 @@ def merge(sync, phase, thread, scratch, work, head_dim, out):  # type: ignore[no
     sums = scratch.sums[thread]
     number = take(sync, phase, thread, work.merges.shape[0])
     while number >= 0:
-        token, head, first, count = work.merges[number, 0], work.merges[number, 1], work.merges[number, 2], work.merges[number, 3]
+        token, head, first, count = (
+            work.merges[number, 0],
+            work.merges[number, 1],
+            work.merges[number, 2],
+            work.merges[number, 3],
+        )
         for g in range(group):
             peak = _MINUS_INFINITY
             for part in range(first, first + count):
@@ -232,22 +263,127 @@ def _add_values(rows, weights, layer, kv, head, block_table, sequence, begin, en
                 at, out_at = place + panel * PAGE * PAGE, row * head_dim + panel * PAGE
                 if panels - panel >= 4 and left <= 4 and TILE_ROWS > 3:
                     if left == 1:
-                        tile(1, 4, True, False, weights, x_at, _SPAN, kv, at, PAGE * PAGE, size, sums, out_at, head_dim)
+                        tile(
+                            1,
+                            4,
+                            True,
+                            False,
+                            weights,
+                            x_at,
+                            _SPAN,
+                            kv,
+                            at,
+                            PAGE * PAGE,
+                            size,
+                            sums,
+                            out_at,
+                            head_dim,
+                        )
                     elif left == 2:
-                        tile(2, 4, True, False, weights, x_at, _SPAN, kv, at, PAGE * PAGE, size, sums, out_at, head_dim)
+                        tile(
+                            2,
+                            4,
+                            True,
+                            False,
+                            weights,
+                            x_at,
+                            _SPAN,
+                            kv,
+                            at,
+                            PAGE * PAGE,
+                            size,
+                            sums,
+                            out_at,
+                            head_dim,
+                        )
                     elif left == 3:
-                        tile(3, 4, True, False, weights, x_at, _SPAN, kv, at, PAGE * PAGE, size, sums, out_at, head_dim)
+                        tile(
+                            3,
+                            4,
+                            True,
+                            False,
+                            weights,
+                            x_at,
+                            _SPAN,
+                            kv,
+                            at,
+                            PAGE * PAGE,
+                            size,
+                            sums,
+                            out_at,
+                            head_dim,
+                        )
                     else:
-                        tile(4, 4, True, False, weights, x_at, _SPAN, kv, at, PAGE * PAGE, size, sums, out_at, head_dim)
+                        tile(
+                            4,
+                            4,
+                            True,
+                            False,
+                            weights,
+                            x_at,
+                            _SPAN,
+                            kv,
+                            at,
+                            PAGE * PAGE,
+                            size,
+                            sums,
+                            out_at,
+                            head_dim,
+                        )
                     panel += 4
                 elif panels - panel >= 2:
                     if left >= 3:
-                        tile(TILE_ROWS, 2, True, False, weights, x_at, _SPAN, kv, at, PAGE * PAGE, size, sums, out_at, head_dim)
+                        tile(
+                            TILE_ROWS,
+                            2,
+                            True,
+                            False,
+                            weights,
+                            x_at,
+                            _SPAN,
+                            kv,
+                            at,
+                            PAGE * PAGE,
+                            size,
+                            sums,
+                            out_at,
+                            head_dim,
+                        )
                     else:
-                        tile(2, 2, True, False, weights, x_at, _SPAN, kv, at, PAGE * PAGE, size, sums, out_at, head_dim)
+                        tile(
+                            2,
+                            2,
+                            True,
+                            False,
+                            weights,
+                            x_at,
+                            _SPAN,
+                            kv,
+                            at,
+                            PAGE * PAGE,
+                            size,
+                            sums,
+                            out_at,
+                            head_dim,
+                        )
                     panel += 2
                 else:
-                    tile(TILE_ROWS, 1, True, False, weights, x_at, _SPAN, kv, at, PAGE * PAGE, size, sums, out_at, head_dim)
+                    tile(
+                        TILE_ROWS,
+                        1,
+                        True,
+                        False,
+                        weights,
+                        x_at,
+                        _SPAN,
+                        kv,
+                        at,
+                        PAGE * PAGE,
+                        size,
+                        sums,
+                        out_at,
+                        head_dim,
+                    )
                     panel += 1
 
 
@@ -259,4 +395,6 @@ def _page_place(layer, kv, which, head, block_table, sequence, key, head_dim):  
         block = key // PAGE
     else:
         block, offset = key * head_dim // kv.shape[4], key * head_dim % kv.shape[4]
-    return (((layer * kv.shape[1] + block_table[sequence, block]) * 2 + which) * kv.shape[3] + head) * kv.shape[4] + offset
+    return (
+        ((layer * kv.shape[1] + block_table[sequence, block]) * 2 + which) * kv.shape[3] + head
+    ) * kv.shape[4] + offset

@@ -1,6 +1,7 @@
 """What all Numba kernels share: how they are compiled, and bfloat16 as the upper half of a float32.
 
-Numba knows no bfloat16: arrays of it come as uint16, and float32 arrays as they are. load() and store() take both.
+Numba knows no bfloat16: arrays of it come as uint16, and float32 arrays as they are. load() and store()
+take both.
 """
 
 from __future__ import annotations
@@ -28,18 +29,23 @@ def _has_openmp() -> bool:
     return True
 
 
-# torch's kind of threads, so that both can use one pool (see pagetide/__init__.py); Numba's own where the system has no OpenMP runtime.
+# torch's kind of threads, so that both can use one pool (see pagetide/__init__.py); Numba's own where the
+# system has no OpenMP runtime.
 numba.config.THREADING_LAYER = "omp" if _has_openmp() else "workqueue"
 
 
 def _source_hash() -> str:
-    """Of all kernels: Numba looks only at the file of the kernel that is called, not at what is compiled into it."""
+    """Of all kernels: Numba looks only at the file of the kernel that is called, not at what is compiled
+    into it.
+    """
     sources = sorted(Path(__file__).parent.glob("*.py"))
     return hashlib.blake2b(b"".join(source.read_bytes() for source in sources), digest_size=8).hexdigest()
 
 
 # Where that cannot be written, Numba goes on to its other places.
-numba.config.CACHE_DIR = numba.config.CACHE_DIR or str(Path(__file__).parent / "__pycache__" / f"kernels-{_source_hash()}")
+numba.config.CACHE_DIR = numba.config.CACHE_DIR or str(
+    Path(__file__).parent / "__pycache__" / f"kernels-{_source_hash()}"
+)
 
 
 def _features() -> set[str]:
@@ -58,13 +64,19 @@ FAST_MATH = {"reassoc", "contract", "arcp", "nsz"}
 
 
 def kernel(function: Callable[..., Any]) -> Any:
-    """A function compiled for all cores, kept on disk, that leaves the interpreter lock alone while it runs."""
-    return numba.njit(parallel=True, fastmath=FAST_MATH, nogil=True, cache=True, error_model="numpy", boundscheck=False)(function)
+    """A function compiled for all cores, kept on disk, that leaves the interpreter lock alone while it
+    runs.
+    """
+    return numba.njit(
+        parallel=True, fastmath=FAST_MATH, nogil=True, cache=True, error_model="numpy", boundscheck=False
+    )(function)
 
 
 def device_function(function: Callable[..., Any]) -> Any:
     """A function for use inside kernels."""
-    return numba.njit(fastmath=FAST_MATH, nogil=True, cache=True, error_model="numpy", boundscheck=False)(function)
+    return numba.njit(fastmath=FAST_MATH, nogil=True, cache=True, error_model="numpy", boundscheck=False)(
+        function
+    )
 
 
 @intrinsic
@@ -82,9 +94,11 @@ def load(typing_context, value):  # type: ignore[no-untyped-def]
 
 @intrinsic
 def store(typing_context, array, index, value):  # type: ignore[no-untyped-def]
-    """Element number `index` of a contiguous float32 or bfloat16 (uint16) array = value; rounds to nearest, ties to even.
+    """Element number `index` of a contiguous float32 or bfloat16 (uint16) array = value; rounds to nearest,
+    ties to even.
 
-    A row of an array is a view that counts its references with locked instructions, so kernels give places as such numbers.
+    A row of an array is a view that counts its references with locked instructions, so kernels give places
+    as such numbers.
     """
     is_wide = array.dtype == types.float32
 
@@ -105,7 +119,8 @@ def store(typing_context, array, index, value):  # type: ignore[no-untyped-def]
 
 @intrinsic
 def borrowed(typing_context, value):  # type: ignore[no-untyped-def]
-    """The same arrays (one, or a tuple of tuples of them) without counting references, which locks memory whenever a function takes one.
+    """The same arrays (one, or a tuple of tuples of them) without counting references, which locks memory
+    whenever a function takes one.
 
     Whoever gave them keeps them alive.
     """
@@ -123,7 +138,10 @@ def _without_owner(context: Any, builder: ir.IRBuilder, kind: Any, value: ir.Val
         array.parent = ir.Constant(array.parent.type, None)
         return array._getvalue()
     if isinstance(kind, types.BaseTuple):
-        parts = [_without_owner(context, builder, part, builder.extract_value(value, i)) for i, part in enumerate(kind.types)]
+        parts = [
+            _without_owner(context, builder, part, builder.extract_value(value, i))
+            for i, part in enumerate(kind.types)
+        ]
         return context.make_tuple(builder, kind, parts)
     return value
 
@@ -140,9 +158,11 @@ def _float_of_bits(typing_context, bits):  # type: ignore[no-untyped-def]
 
 @device_function
 def fast_exp(x):  # type: ignore[no-untyped-def]
-    """exp of a float32, relative error below 3e-7, in operations that the compiler can vectorize; below -87 it is 0.
+    """exp of a float32, relative error below 3e-7, in operations that the compiler can vectorize; below -87
+    it is 0.
 
-    exp(x) = 2^n * exp(r) with n the nearest integer to x / ln 2 and |r| <= ln 2 / 2 (the range reduction of Cephes' expf).
+    exp(x) = 2^n * exp(r) with n the nearest integer to x / ln 2 and |r| <= ln 2 / 2 (the range reduction of
+    Cephes' expf).
     """
     clamped = min(max(x, np.float32(-87.0)), np.float32(88.0))
     n = np.floor(clamped * np.float32(1.44269504) + np.float32(0.5))

@@ -54,11 +54,13 @@ class CompiledEmbedding:
         normed = np.empty((rows, self._hidden_size), activation_type(head))
         out = self._room(rows, head.size // self._hidden_size)
         sync = make_sync(2, self._num_threads)
-        _logits(sync, len(residual), residual.numpy(), self._norm, self._eps, normed, head, _NO_BIAS, out.numpy())
+        _logits(
+            sync, len(residual), residual.numpy(), self._norm, self._eps, normed, head, _NO_BIAS, out.numpy()
+        )
         return out[: len(residual), : self._vocab_size].contiguous()
 
     def _room(self, rows: int, columns: int) -> torch.Tensor:
-        """The same memory for every usual step: fresh memory costs the kernel's time for each of its pages."""
+        """The same memory for every usual step: fresh memory costs the kernel time for each page."""
         if rows > _MOST_KEPT_ROWS:
             return torch.empty((rows, columns), dtype=torch.float32)
         if self._logits.numel() < rows * columns:

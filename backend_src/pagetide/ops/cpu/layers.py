@@ -1,4 +1,5 @@
-"""All layers of the decoder in one call: the threads of one parallel region go through the phases of every layer and wait for each other in between.
+"""All layers of the decoder in one call: the threads of one parallel region go through the phases of every
+layer and wait for each other in between.
 
 phase of a layer    reads        writes
 0 norm              residual     normed
@@ -36,7 +37,10 @@ PHASES = 9
 
 
 class Weights(NamedTuple):
-    """All layers' weights, stacked; matrices packed. A bias or norm that the model does not have is empty: [layers, 0]."""
+    """All layers' weights, stacked; matrices packed.
+
+    A bias or norm that the model does not have is empty: [layers, 0].
+    """
 
     attention_norm: np.ndarray  # float32 [layers, hidden]
     qkv: np.ndarray  # [layers, packed]
@@ -54,7 +58,10 @@ class Weights(NamedTuple):
 
 
 class Activations(NamedTuple):
-    """What passes from phase to phase, with room for whole tiles of rows. bfloat16, but for residual and qkv, where the processor has the product."""
+    """What passes from phase to phase, with room for whole tiles of rows.
+
+    bfloat16, but for residual and qkv, where the processor has the product.
+    """
 
     residual: np.ndarray  # float32 [rows, hidden]
     normed: np.ndarray  # [rows, hidden]
@@ -90,26 +97,86 @@ def _run_thread(thread, sync, weights, acts, scratch, places, work, kv, eps, sca
         normalize(sync, phase, thread, acts.residual, t, weights.attention_norm[layer], eps, acts.normed)
         finish(sync, phase, thread)
         at = layer * weights.qkv.shape[1]
-        project(sync, phase + 1, thread, acts.normed, t, weights.qkv, at, hidden, weights.qkv_bias[layer], False, acts.qkv)
+        project(
+            sync,
+            phase + 1,
+            thread,
+            acts.normed,
+            t,
+            weights.qkv,
+            at,
+            hidden,
+            weights.qkv_bias[layer],
+            False,
+            acts.qkv,
+        )
         finish(sync, phase + 1, thread)
         norms = weights.q_norm[layer], weights.k_norm[layer]
         write(sync, phase + 2, thread, scratch, acts.qkv, layer, kv, places, norms, eps, scale, acts.queries)
         finish(sync, phase + 2, thread)
-        attend(sync, phase + 3, thread, scratch, acts.queries, layer, kv, places.block_table, work, weights.windows[layer], acts.attended)
+        attend(
+            sync,
+            phase + 3,
+            thread,
+            scratch,
+            acts.queries,
+            layer,
+            kv,
+            places.block_table,
+            work,
+            weights.windows[layer],
+            acts.attended,
+        )
         finish(sync, phase + 3, thread)
         if len(work.merges):
             merge(sync, phase + 4, thread, scratch, work, head_dim, acts.attended)
             finish(sync, phase + 4, thread)
         at = layer * weights.out.shape[1]
-        project(sync, phase + 5, thread, acts.attended, t, weights.out, at, acts.attended.shape[1], weights.out_bias[layer], True, acts.residual)
+        project(
+            sync,
+            phase + 5,
+            thread,
+            acts.attended,
+            t,
+            weights.out,
+            at,
+            acts.attended.shape[1],
+            weights.out_bias[layer],
+            True,
+            acts.residual,
+        )
         finish(sync, phase + 5, thread)
         normalize(sync, phase + 6, thread, acts.residual, t, weights.mlp_norm[layer], eps, acts.normed)
         finish(sync, phase + 6, thread)
         at = layer * weights.gate_up.shape[1]
-        project_gated(sync, phase + 7, thread, sums, acts.normed, t, weights.gate_up, at, hidden, weights.gate_up_bias[layer], acts.gated)
+        project_gated(
+            sync,
+            phase + 7,
+            thread,
+            sums,
+            acts.normed,
+            t,
+            weights.gate_up,
+            at,
+            hidden,
+            weights.gate_up_bias[layer],
+            acts.gated,
+        )
         finish(sync, phase + 7, thread)
         at = layer * weights.down.shape[1]
-        project(sync, phase + 8, thread, acts.gated, t, weights.down, at, acts.gated.shape[1], weights.down_bias[layer], True, acts.residual)
+        project(
+            sync,
+            phase + 8,
+            thread,
+            acts.gated,
+            t,
+            weights.down,
+            at,
+            acts.gated.shape[1],
+            weights.down_bias[layer],
+            True,
+            acts.residual,
+        )
         finish(sync, phase + 8, thread)
 
 
@@ -122,7 +189,9 @@ class CompiledLayers:
         self._cos_sin = shape.cos_sin.numpy()
         self._num_threads = num_concurrent_threads()
         self._activations: Activations | None = None
-        self._scratch = make_scratch(self._num_threads, shape.heads.head_dim, activation_type(self._weights.qkv))
+        self._scratch = make_scratch(
+            self._num_threads, shape.heads.head_dim, activation_type(self._weights.qkv)
+        )
 
     @property
     def block_shape(self) -> tuple[int, ...]:
@@ -133,12 +202,24 @@ class CompiledLayers:
         shape = self._shape
         t = len(residual)
         work = plan_tasks(batch, shape.heads, self._num_threads)
-        places = Places(batch.slot_mapping.numpy(), batch.positions.numpy(), batch.block_table.numpy(), self._cos_sin)
+        places = Places(
+            batch.slot_mapping.numpy(), batch.positions.numpy(), batch.block_table.numpy(), self._cos_sin
+        )
         sync = make_sync(PHASES * shape.num_layers, self._num_threads)
         acts = self._make_room(t)
         acts.residual[:t] = residual.numpy()
         scale = np.float32(shape.heads.head_dim**-0.5)
-        _run(sync, self._weights, acts, self._scratch, places, work, as_numpy(pool), np.float32(shape.eps), scale)
+        _run(
+            sync,
+            self._weights,
+            acts,
+            self._scratch,
+            places,
+            work,
+            as_numpy(pool),
+            np.float32(shape.eps),
+            scale,
+        )
         residual.copy_(torch.from_numpy(acts.residual[:t]))
 
     def _make_room(self, t: int) -> Activations:
@@ -152,11 +233,17 @@ def can_run(shape: LayerShape) -> bool:
     """Whether all sizes are whole numbers of the kernels' tiles and pages, as those of common models are."""
     heads = shape.heads
     sizes = (heads.head_dim, shape.intermediate_size, shape.block_size)
-    return shape.hidden_size % GROUP == 0 and all(size % LANES == 0 for size in sizes) and heads.group <= MAX_ROWS
+    return (
+        shape.hidden_size % GROUP == 0
+        and all(size % LANES == 0 for size in sizes)
+        and heads.group <= MAX_ROWS
+    )
 
 
 def activation_type(weight: np.ndarray) -> type[np.generic]:
-    """What matrix products with this weight take: bfloat16 (uint16) where the processor multiplies it, float32 otherwise."""
+    """What matrix products with this weight take: bfloat16 (uint16) where the processor multiplies it,
+    float32 otherwise.
+    """
     return np.uint16 if HAS_BF16_DOT and weight.dtype == np.uint16 else np.float32
 
 
@@ -199,7 +286,10 @@ def _allocate(rows: int, shape: LayerShape, weights: Weights) -> Activations:
     return Activations(
         residual=np.zeros((rows, shape.hidden_size), np.float32),
         normed=np.zeros((rows, shape.hidden_size), dtype),
-        qkv=np.zeros((rows, -(-(heads.num_heads + 2 * heads.num_kv_heads) * heads.head_dim // GROUP) * GROUP), np.float32),
+        qkv=np.zeros(
+            (rows, -(-(heads.num_heads + 2 * heads.num_kv_heads) * heads.head_dim // GROUP) * GROUP),
+            np.float32,
+        ),
         queries=np.zeros((rows, heads.num_heads, heads.head_dim), dtype),
         attended=np.zeros((rows, heads.num_heads * heads.head_dim), dtype),
         gated=np.zeros((rows, shape.intermediate_size), dtype),

@@ -1,6 +1,9 @@
-"""Changes of logits before sampling, one row per thread: penalties, single tokens, masks. The rules of ops/reference.py.
+"""Changes of logits before sampling, one row per thread: penalties, single tokens, masks.
 
-A row's penalties are read from its own tokens, so that no table of the size of the vocabulary has to be kept for each sequence.
+The rules of ops/reference.py.
+
+A row's penalties are read from its own tokens, so that no table of the size of the vocabulary has to be
+kept for each sequence.
 """
 
 from __future__ import annotations
@@ -26,7 +29,9 @@ def _penalize(num_rows, logits, history, rows, positions, num_prompt, repetition
             token = tokens[at]
             if not seen[token]:
                 seen[token] = True
-                values[token] = values[token] / repetition[i] if values[token] > 0 else values[token] * repetition[i]
+                values[token] = (
+                    values[token] / repetition[i] if values[token] > 0 else values[token] * repetition[i]
+                )
         seen[:] = False
         for at in range(num_prompt[i], positions[i]):
             token = tokens[at]
@@ -52,7 +57,20 @@ def penalize(
 
 
 @kernel
-def _edit(num_rows, logits, history, rows, positions, num_prompt, starts, tokens, biases, below, prefix_starts, prefixes):  # type: ignore[no-untyped-def]
+def _edit(  # type: ignore[no-untyped-def]
+    num_rows,
+    logits,
+    history,
+    rows,
+    positions,
+    num_prompt,
+    starts,
+    tokens,
+    biases,
+    below,
+    prefix_starts,
+    prefixes,
+):
     for i in prange(num_rows):
         row, position = rows[i], positions[i]
         for e in range(starts[row], starts[row + 1]):
@@ -66,7 +84,12 @@ def _edit(num_rows, logits, history, rows, positions, num_prompt, starts, tokens
 
 
 def edit(
-    logits: torch.Tensor, history: torch.Tensor, rows: torch.Tensor, positions: torch.Tensor, num_prompt: torch.Tensor, edits: LogitEdits
+    logits: torch.Tensor,
+    history: torch.Tensor,
+    rows: torch.Tensor,
+    positions: torch.Tensor,
+    num_prompt: torch.Tensor,
+    edits: LogitEdits,
 ) -> None:
     """As ops.reference.edit."""
     tensors = (logits, history, rows, positions, num_prompt)

@@ -13,7 +13,9 @@ _ROWS = 4  # of a task
 
 @device_function
 def normalize(sync, phase, thread, rows, num_rows, weight, eps, out):  # type: ignore[no-untyped-def]
-    """out [m, size], in its own type, = the norms of rows float32 [m, size], times weight [size], a multiple of 16."""
+    """out [m, size], in its own type, = the norms of rows float32 [m, size], times weight [size], a
+    multiple of 16.
+    """
     size = weight.shape[0]
     num_tasks = (num_rows + _ROWS - 1) // _ROWS
     task = take(sync, phase, thread, num_tasks)

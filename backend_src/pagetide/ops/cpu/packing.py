@@ -13,7 +13,8 @@ GROUP = 2 * LANES  # outputs that are computed at a time
 
 
 def pack(weight: torch.Tensor) -> torch.Tensor:
-    """weight [n, k], bfloat16 or float32, to one dimension of panels [n / 16, k / depth, 16, depth]; n is filled up to whole groups with zeros.
+    """weight [n, k], bfloat16 or float32, to one dimension of panels [n / 16, k / depth, 16, depth]; n is
+    filled up to whole groups with zeros.
 
     k is even where the weight is bfloat16.
     """

@@ -15,7 +15,8 @@ _TOKENS = 4  # of a task
 
 @device_function
 def write(sync, phase, thread, scratch, qkv, layer, kv, places, norms, eps, scale, q):  # type: ignore[no-untyped-def]
-    """qkv float32 [t, (H + 2K) * D]: queries, times scale, go to q [t, H, D]; keys and values to kv [layers, blocks, 2, K, block_size * D].
+    """qkv float32 [t, (H + 2K) * D]: queries, times scale, go to q [t, H, D]; keys and values to kv
+    [layers, blocks, 2, K, block_size * D].
 
     places: layers.Places; norms: weights of queries and keys float32 [D], or empty.
     """
@@ -41,9 +42,29 @@ def write(sync, phase, thread, scratch, qkv, layer, kv, places, norms, eps, scal
                 first = (num_heads + head) * head_dim
                 keys = ((layer * kv.shape[1] + block) * 2 * num_kv_heads + head) * kv.shape[4] + page
                 values = keys + num_kv_heads * kv.shape[4]
-                _rotate(qkv, token * width + first, turns, position, norms[1], eps, np.float32(1), scratch.sums[thread, 1], rotated, 0)
+                _rotate(
+                    qkv,
+                    token * width + first,
+                    turns,
+                    position,
+                    norms[1],
+                    eps,
+                    np.float32(1),
+                    scratch.sums[thread, 1],
+                    rotated,
+                    0,
+                )
                 _write_key(kv, keys, line, rotated)
-                _write_value(kv, values, line, qkv, token * width + first + num_kv_heads * head_dim, head_dim, follows, is_followed)
+                _write_value(
+                    kv,
+                    values,
+                    line,
+                    qkv,
+                    token * width + first + num_kv_heads * head_dim,
+                    head_dim,
+                    follows,
+                    is_followed,
+                )
         task = take(sync, phase, thread, num_tasks)
 
 
@@ -60,9 +81,13 @@ def _write_key(kv, page, line, key):  # type: ignore[no-untyped-def]
 
 @device_function
 def _write_value(kv, page, line, rows, at, size, follows, is_followed):  # type: ignore[no-untyped-def]
-    """rows' elements `at` and on. In bfloat16 two tokens of the step that make a pair are written together, when the first one's turn comes.
+    """rows' elements `at` and on.
 
-    What comes after the last token is multiplied by zero, so it must be a number: its place is filled with zeros.
+    In bfloat16 two tokens of the step that make a pair are written together, when the first one's turn
+    comes.
+
+    What comes after the last token is multiplied by zero, so it must be a number: its place is filled with
+    zeros.
     """
     if depth_of(kv) == 1:
         for i in range(0, size, LANES):
@@ -80,7 +105,9 @@ def _write_value(kv, page, line, rows, at, size, follows, is_followed):  # type:
 
 @device_function
 def _rotate(rows, at, turns, position, norm, eps, factor, head, out, out_at):  # type: ignore[no-untyped-def]
-    """One head: rows' elements `at` and on, normalized if norm is not empty (in the scratch memory `head`), turned, times factor."""
+    """One head: rows' elements `at` and on, normalized if norm is not empty (in the scratch memory `head`),
+    turned, times factor.
+    """
     size = turns.shape[1]
     if norm.shape[0] > 0:
         scale = np.float32(1) / np.sqrt(sum_of_squares(rows, at, size) / np.float32(size) + eps)

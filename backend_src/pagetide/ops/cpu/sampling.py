@@ -57,7 +57,9 @@ def _sample(num_rows, logits, temperature, top_k, top_p, min_p, seed, position, 
 
 @device_function
 def _argmax_row(values):  # type: ignore[no-untyped-def]
-    """Where the largest value is; NO_TOKEN if that is not finite, or some value is no number: nothing can be said of such a row."""
+    """Where the largest value is; NO_TOKEN if that is not finite, or some value is no number: nothing can
+    be said of such a row.
+    """
     # The largest value first, in a loop that the compiler can vectorize; its place second.
     peak = _MINUS_INFINITY
     for i in range(values.shape[0]):
@@ -89,7 +91,9 @@ def _threshold(scaled, peak, top_k, top_p, min_p):  # type: ignore[no-untyped-de
 
 @device_function
 def _likeliest(values, peak, count):  # type: ignore[no-untyped-def]
-    """At least count of the largest values, largest first: those above a border that is lowered until they are enough."""
+    """At least count of the largest values, largest first: those above a border that is lowered until they
+    are enough.
+    """
     border = peak
     reach = np.float32(4)
     for _ in range(_MAX_DOUBLINGS):
@@ -109,7 +113,8 @@ def _likeliest(values, peak, count):  # type: ignore[no-untyped-def]
 def _nucleus(scaled, peak, threshold, top_p):  # type: ignore[no-untyped-def]
     """The smallest logit of the smallest set, among those from threshold on, whose probability reaches top_p.
 
-    Probabilities are added up by distance from the peak, in buckets; only the bucket where the sum reaches top_p is sorted.
+    Probabilities are added up by distance from the peak, in buckets; only the bucket where the sum reaches
+    top_p is sorted.
     """
     masses = np.zeros(_BUCKETS + 1, np.float64)
     total = 0.0
@@ -143,9 +148,11 @@ def _bucket(value, peak):  # type: ignore[no-untyped-def]
 
 @device_function
 def _gumbel_argmax(scaled, peak_at, threshold, seed, position):  # type: ignore[no-untyped-def]
-    """argmax of logit + Gumbel noise among the logits from threshold on; the noise is that of ops.reference.gumbel_noise.
+    """argmax of logit + Gumbel noise among the logits from threshold on; the noise is that of
+    ops.reference.gumbel_noise.
 
-    A token beats `best` only if 1 - uniform < exp(logit - best): that is asked first, of all tokens in one loop that can be vectorized.
+    A token beats `best` only if 1 - uniform < exp(logit - best): that is asked first, of all tokens in one
+    loop that can be vectorized.
     """
     state = _mix((seed & _MASK_32) ^ _mix(seed >> np.uint64(32)))
     state = _mix(state ^ _mix(position & _MASK_32))
@@ -212,7 +219,12 @@ def _score(num_rows, logits, ids, logprobs, ranks, top_ids, top_logprobs):  # ty
 def score(logits: torch.Tensor, ids: torch.Tensor, num_top: int) -> list[torch.Tensor]:
     """As ops.reference.score."""
     num_rows, count = len(ids), min(num_top, logits.shape[1])
-    shapes = ((num_rows,), torch.float32), ((num_rows,), torch.int64), ((num_rows, count), torch.int64), ((num_rows, count), torch.float32)
+    shapes = (
+        ((num_rows,), torch.float32),
+        ((num_rows,), torch.int64),
+        ((num_rows, count), torch.int64),
+        ((num_rows, count), torch.float32),
+    )
     results = [torch.empty(shape, dtype=dtype) for shape, dtype in shapes]
     _score(num_rows, logits.numpy(), ids.numpy(), *(result.numpy() for result in results))
     return results

@@ -1,7 +1,8 @@
 """How the threads of one kernel take tasks and wait for each other, without leaving the kernel.
 
-sync int64 [1 + phases, threads, 8], zeros at the beginning, a cache line for each thread: [0, 0, 0] counts arrivals at barriers, [0, 0, 1] the
-threads that sleep at one; then, for each phase and thread, [tasks taken of the thread's share, processor's clock at the phase's end].
+sync int64 [1 + phases, threads, 8], zeros at the beginning, a cache line for each thread: [0, 0, 0] counts
+arrivals at barriers, [0, 0, 1] the threads that sleep at one; then, for each phase and thread, [tasks taken
+of the thread's share, processor's clock at the phase's end].
 """
 
 from __future__ import annotations
@@ -25,7 +26,10 @@ _syscall = types.ExternalFunction("syscall", types.int64(*[types.int64] * 7))
 
 @intrinsic
 def _fetch_add(typing_context, array, index, value):  # type: ignore[no-untyped-def]
-    """Adds to an array's element number `index` in one indivisible step and returns what was there before. Nothing moves across it."""
+    """Adds to an array's element number `index` in one indivisible step and returns what was there before.
+
+    Nothing moves across it.
+    """
 
     def generate(context, builder, signature, args):  # type: ignore[no-untyped-def]
         data = context.make_array(signature.args[0])(context, builder, args[0]).data
@@ -50,7 +54,9 @@ def _address(typing_context, array):  # type: ignore[no-untyped-def]
     """Where an array's memory begins."""
 
     def generate(context, builder, signature, args):  # type: ignore[no-untyped-def]
-        return builder.ptrtoint(context.make_array(signature.args[0])(context, builder, args[0]).data, ir.IntType(64))
+        return builder.ptrtoint(
+            context.make_array(signature.args[0])(context, builder, args[0]).data, ir.IntType(64)
+        )
 
     return types.int64(array), generate
 
@@ -70,7 +76,8 @@ def _clock(typing_context):  # type: ignore[no-untyped-def]
 def take(sync, phase, thread, num_tasks):  # type: ignore[no-untyped-def]
     """The number of a task that no other thread gets, or -1 if none is left.
 
-    Each thread has a contiguous share, so that what it reads from memory lies in one line; when that is done it helps others with theirs.
+    Each thread has a contiguous share, so that what it reads from memory lies in one line; when that is
+    done it helps others with theirs.
     """
     num_threads = sync.shape[1]
     for helped in range(num_threads):
@@ -86,8 +93,9 @@ def take(sync, phase, thread, num_tasks):  # type: ignore[no-untyped-def]
 def finish(sync, phase, thread):  # type: ignore[no-untyped-def]
     """Ends a phase: returns when all threads have called it as often as this one.
 
-    The last to come is usually microseconds behind, so the others spin. Where it is not, something else has its core: spinning on, or only
-    yielding, each of some hundred barriers in a step would last a time slice of the scheduler.
+    The last to come is usually microseconds behind, so the others spin. Where it is not, something else has
+    its core: spinning on, or only yielding, each of some hundred barriers in a step would last a time slice
+    of the scheduler.
     """
     num_threads = sync.shape[1]
     arrivals = _fetch_add(sync, _ARRIVALS, 1) + 1
@@ -122,7 +130,9 @@ def _meet(num_threads, sync, patience):  # type: ignore[no-untyped-def]
 
 
 def num_concurrent_threads() -> int:
-    """The threads of the pool, if all really run side by side; otherwise 1, since kernels whose threads wait for each other would never end."""
+    """The threads of the pool, if all really run side by side; otherwise 1, since kernels whose threads
+    wait for each other would never end.
+    """
     count = numba.get_num_threads()
     sync = make_sync(1, count)
     _meet(count, sync, 1_000_000)

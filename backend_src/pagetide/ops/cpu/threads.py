@@ -1,7 +1,8 @@
 """One thread of each OpenMP pool for each core, held there.
 
-Left to itself, the kernel moves the threads of a pool together onto one core whenever they pause, and a parallel region of 1 us takes 50 us.
-torch and Numba share a pool where they can (see pagetide/__init__.py); otherwise there are two, of which one works at a time.
+Left to itself, the kernel moves the threads of a pool together onto one core whenever they pause, and a
+parallel region of 1 us takes 50 us. torch and Numba share a pool where they can (see pagetide/__init__.py);
+otherwise there are two, of which one works at a time.
 """
 
 from __future__ import annotations
@@ -26,10 +27,12 @@ def _touch(counts):  # type: ignore[no-untyped-def]
 
 
 def open_pools(num_threads: int) -> None:
-    """Opens the calling thread's pools with num_threads threads (0: one for each core that this process may use).
+    """Opens the calling thread's pools with num_threads threads (0: one for each core that this process may
+    use).
 
-    Each thread is held on a core of its own, where the pool has a thread for every core of the machine: elsewhere another process
-    (another server, the neighbours of a container) may be on the cores that would be chosen here, while others are idle.
+    Each thread is held on a core of its own, where the pool has a thread for every core of the machine:
+    elsewhere another process (another server, the neighbours of a container) may be on the cores that would
+    be chosen here, while others are idle.
     """
     cores = sorted(os.sched_getaffinity(0))
     count = min(num_threads or num_usable_cores(), len(cores))
@@ -43,7 +46,9 @@ def open_pools(num_threads: int) -> None:
 
 
 def num_usable_cores(cgroups: Path = Path("/sys/fs/cgroup")) -> int:
-    """The cores that this process may use: those of its affinity, and no more than its control group's quota pays for (docker --cpus)."""
+    """The cores that this process may use: those of its affinity, and no more than its control group's
+    quota pays for (docker --cpus).
+    """
     cores = len(os.sched_getaffinity(0))
     quota = _quota(cgroups)
     return cores if quota is None else max(1, min(cores, int(quota)))
@@ -55,7 +60,9 @@ def _quota(cgroups: Path) -> float | None:
         if (cgroups / "cpu.max").exists():
             quota, period = (cgroups / "cpu.max").read_text().split()
         else:
-            quota, period = ((cgroups / "cpu" / f"cpu.cfs_{name}_us").read_text() for name in ("quota", "period"))
+            quota, period = (
+                (cgroups / "cpu" / f"cpu.cfs_{name}_us").read_text() for name in ("quota", "period")
+            )
         return int(quota) / int(period) if quota != "max" and int(quota) > 0 else None
     except (OSError, ValueError):
         return None
@@ -71,7 +78,8 @@ def _threads_made_by(action: Callable[[], object]) -> list[int]:
 def _open_numba_pool(count: int) -> None:
     numba.set_num_threads(count)  # makes the threads already
     _touch(np.zeros(1024, np.int64))
-    # Numba allows regions inside regions, and torch's attention would then open a pool in each thread of its pool, a hundred times slower.
+    # Numba allows regions inside regions, and torch's attention would then open a pool in each thread of
+    # its pool, a hundred times slower.
     with contextlib.suppress(OSError):
         ctypes.CDLL("libgomp.so.1.0.0").omp_set_max_active_levels(1)
 

@@ -1,13 +1,16 @@
-"""The register tile under every matrix product on a CPU: a few rows of x times 16 outputs for each panel of packed weights.
+"""The register tile under every matrix product on a CPU: a few rows of x times 16 outputs for each panel of
+packed weights.
 
-A matrix [n, k] is packed into panels of 16 outputs. In a panel, bfloat16 elements stand in pairs along k, which is what the processor's
-bfloat16 dot product (AVX512_BF16) takes, and one 32-bit word that other processors widen with a shift and a mask:
+A matrix [n, k] is packed into panels of 16 outputs. In a panel, bfloat16 elements stand in pairs along k,
+which is what the processor's bfloat16 dot product (AVX512_BF16) takes, and one 32-bit word that other
+processors widen with a shift and a mask:
 
    bfloat16  [n / 16, k / 2, 16, 2]          float32  [n / 16, k, 16]
 
-Keys and values in the cache are packed the same way, 16 tokens to a page (see kv_cache/layout.py), so that attention is made of these tiles too.
-x is bfloat16 (uint16) where the processor has the dot product, and float32 otherwise; sums are float32.
-Written in LLVM's vector types: in Numba's own loops every partial sum would go through memory, since arrays might overlap.
+Keys and values in the cache are packed the same way, 16 tokens to a page (see kv_cache/layout.py), so that
+attention is made of these tiles too. x is bfloat16 (uint16) where the processor has the dot product, and
+float32 otherwise; sums are float32. Written in LLVM's vector types: in Numba's own loops every partial sum
+would go through memory, since arrays might overlap.
 """
 
 from __future__ import annotations
@@ -42,15 +45,36 @@ _CHAINS = 12  # independent sums that hide the latency of a multiplication
 
 
 def _literals(*values: types.Type) -> list[int] | None:
-    return [value.literal_value for value in values] if all(isinstance(value, types.Literal) for value in values) else None
+    return (
+        [value.literal_value for value in values]
+        if all(isinstance(value, types.Literal) for value in values)
+        else None
+    )
 
 
 @intrinsic(prefer_literal=True)
-def tile(typing_context, rows, panels, keeps, looks_ahead, x, x_at, x_stride, w, w_at, w_stride, k, out, out_at, out_stride):  # type: ignore[no-untyped-def]
-    """out[r, p * 16 + lane] = sum over i < k of x[r, i] * w[p, i, lane], added to what is there if keeps; if it looks ahead, the
-    panels behind those of w are on their way into the cache afterwards.
+def tile(  # type: ignore[no-untyped-def]
+    typing_context,
+    rows,
+    panels,
+    keeps,
+    looks_ahead,
+    x,
+    x_at,
+    x_stride,
+    w,
+    w_at,
+    w_stride,
+    k,
+    out,
+    out_at,
+    out_stride,
+):
+    """out[r, p * 16 + lane] = sum over i < k of x[r, i] * w[p, i, lane], added to what is there if keeps;
+    if it looks ahead, the panels behind those of w are on their way into the cache afterwards.
 
-    rows, panels, keeps, looks_ahead: literals. Arrays are contiguous, of any shape; _at: the element at which the operand begins; x_stride, w_stride,
+    rows, panels, keeps, looks_ahead: literals. Arrays are contiguous, of any shape; _at: the element at
+    which the operand begins; x_stride, w_stride,
     out_stride: elements from one row, panel, row to the next. k is even where w is bfloat16.
     """
     found = _literals(rows, panels, keeps, looks_ahead)
@@ -59,16 +83,27 @@ def tile(typing_context, rows, panels, keeps, looks_ahead, x, x_at, x_stride, w,
 
     def generate(context, builder, signature, args):  # type: ignore[no-untyped-def]
         x_data, w_data, out_data = (_data(context, builder, signature.args[i], args[i]) for i in (4, 7, 11))
-        _Tile(builder, found, (x_data, args[5], args[6]), (w_data, args[8], args[9]), (out_data, args[12], args[13])).emit(args[10])
+        _Tile(
+            builder,
+            found,
+            (x_data, args[5], args[6]),
+            (w_data, args[8], args[9]),
+            (out_data, args[12], args[13]),
+        ).emit(args[10])
         return context.get_dummy_value()
 
     index = types.int64
-    return types.none(rows, panels, keeps, looks_ahead, x, index, index, w, index, index, index, out, index, index), generate
+    return types.none(
+        rows, panels, keeps, looks_ahead, x, index, index, w, index, index, index, out, index, index
+    ), generate
 
 
 @intrinsic
 def depth_of(typing_context, packed):  # type: ignore[no-untyped-def]
-    """Elements along k that stand together in a lane of a packed array: 2 of bfloat16, 1 of float32. Known when a kernel is compiled."""
+    """Elements along k that stand together in a lane of a packed array: 2 of bfloat16, 1 of float32.
+
+    Known when a kernel is compiled.
+    """
     depth = 2 if packed.dtype == types.uint16 else 1
     return types.int64(packed), lambda context, builder, signature, args: _int(depth)
 
@@ -78,7 +113,9 @@ def emit_prefetch(builder: ir.IRBuilder, pointer: ir.Value) -> None:
     address = ir.IntType(8).as_pointer()
     kind = ir.FunctionType(ir.VoidType(), [address, _WORD, _WORD, _WORD])
     function = cgutils.get_or_insert_function(builder.module, kind, "llvm.prefetch.p0")
-    builder.call(function, [builder.bitcast(pointer, address), *(ir.Constant(_WORD, value) for value in (0, 3, 1))])
+    builder.call(
+        function, [builder.bitcast(pointer, address), *(ir.Constant(_WORD, value) for value in (0, 3, 1))]
+    )
 
 
 class _Tile:
@@ -99,7 +136,10 @@ class _Tile:
         builder = self._builder
         sums_each = _CHAINS // (self._rows * self._panels)
         unroll = 4 if sums_each >= 4 else 2 if sums_each >= 2 else 1
-        sums = [[[self._start(r, p, u) for u in range(unroll)] for p in range(self._panels)] for r in range(self._rows)]
+        sums = [
+            [[self._start(r, p, u) for u in range(unroll)] for p in range(self._panels)]
+            for r in range(self._rows)
+        ]
         steps = builder.lshr(k, _int(1)) if self._is_packed else k
         whole = builder.and_(steps, _int(-unroll))
         with cgutils.for_range_slice(builder, _int(0), whole, _int(unroll), _INDEX) as (step, _):
@@ -118,7 +158,10 @@ class _Tile:
     def _start(self, r: int, p: int, u: int) -> ir.Value:
         builder = self._builder
         is_kept = self._keeps and u == 0
-        return cgutils.alloca_once_value(builder, builder.load(self._out_place(r, p), align=4) if is_kept else ir.Constant(_FLOATS, [0.0] * LANES))
+        return cgutils.alloca_once_value(
+            builder,
+            builder.load(self._out_place(r, p), align=4) if is_kept else ir.Constant(_FLOATS, [0.0] * LANES),
+        )
 
     def _multiply(self, step: ir.Value, sums: list[list[list[ir.Value]]], u: int) -> None:
         """Adds the products of one step along k: an element, or a pair of elements."""
@@ -141,18 +184,29 @@ class _Tile:
                     self._dot(sums[r][p][u], pair, weight)
             else:
                 for i in range(width):
-                    element = self._broadcast(builder.load(builder.gep(self._x, [builder.add(first, _int(i))])))
+                    element = self._broadcast(
+                        builder.load(builder.gep(self._x, [builder.add(first, _int(i))]))
+                    )
                     for p, weight in enumerate(weights):
                         product = builder.fmul(element, weight[i], flags=_FAST)
-                        builder.store(builder.fadd(builder.load(sums[r][p][u]), product, flags=_FAST), sums[r][p][u])
+                        builder.store(
+                            builder.fadd(builder.load(sums[r][p][u]), product, flags=_FAST), sums[r][p][u]
+                        )
 
     def _dot(self, total: ir.Value, a: ir.Value, b: ir.Value) -> None:
         """total += the two products of each lane's pair."""
         builder = self._builder
         function = cgutils.get_or_insert_function(
-            builder.module, ir.FunctionType(_FLOATS, [_FLOATS, _BFLOATS, _BFLOATS]), "llvm.x86.avx512bf16.dpbf16ps.512"
+            builder.module,
+            ir.FunctionType(_FLOATS, [_FLOATS, _BFLOATS, _BFLOATS]),
+            "llvm.x86.avx512bf16.dpbf16ps.512",
         )
-        builder.store(builder.call(function, [builder.load(total), builder.bitcast(a, _BFLOATS), builder.bitcast(b, _BFLOATS)]), total)
+        builder.store(
+            builder.call(
+                function, [builder.load(total), builder.bitcast(a, _BFLOATS), builder.bitcast(b, _BFLOATS)]
+            ),
+            total,
+        )
 
     def _widened(self, words: ir.Value) -> list[ir.Value]:
         """The elements of each lane as float32: one, or the two of a pair."""
@@ -165,7 +219,10 @@ class _Tile:
 
     def _load(self, data: ir.Value, place: ir.Value, kind: ir.Type) -> ir.Value:
         builder = self._builder
-        return builder.load(builder.bitcast(builder.gep(data, [place]), kind.as_pointer()), align=2 if data.type.pointee == _HALF else 4)
+        return builder.load(
+            builder.bitcast(builder.gep(data, [place]), kind.as_pointer()),
+            align=2 if data.type.pointee == _HALF else 4,
+        )
 
     def _out_place(self, r: int, p: int) -> ir.Value:
         builder = self._builder
@@ -180,12 +237,16 @@ class _Tile:
         builder = self._builder
         vector = ir.VectorType(element.type, LANES)
         one = builder.insert_element(ir.Constant(vector, ir.Undefined), element, ir.Constant(_WORD, 0))
-        return builder.shuffle_vector(one, ir.Constant(vector, ir.Undefined), ir.Constant(_WORDS, [0] * LANES))
+        return builder.shuffle_vector(
+            one, ir.Constant(vector, ir.Undefined), ir.Constant(_WORDS, [0] * LANES)
+        )
 
 
 @device_function
 def multiply(rows, x, x_at, x_stride, w, w_at, w_stride, k, out, out_at, out_stride):  # type: ignore[no-untyped-def]
-    """out = a tile of two panels and `rows` rows, at most TILE_ROWS; whole sizes of tiles are read and written."""
+    """out = a tile of two panels and `rows` rows, at most TILE_ROWS; whole sizes of tiles are read and
+    written.
+    """
     if rows == 1:
         tile(1, 2, False, True, x, x_at, x_stride, w, w_at, w_stride, k, out, out_at, out_stride)
     elif rows == 2:

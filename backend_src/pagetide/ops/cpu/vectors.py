@@ -1,4 +1,6 @@
-"""Softmax, SiLU, rotation, scaling, stores of bfloat16 and prefetching in LLVM's vector types: what Numba's own loops do not become by themselves."""
+"""Softmax, SiLU, rotation, scaling, stores of bfloat16 and prefetching in LLVM's vector types: what Numba's
+own loops do not become by themselves.
+"""
 
 from __future__ import annotations
 
@@ -21,19 +23,25 @@ _LINE_BYTES = 64
 
 @intrinsic
 def soften(typing_context, scores, at, low, high, size, peak, weights, weights_at):  # type: ignore[no-untyped-def]
-    """weights[weights_at + i] = exp(scores[at + i] - new peak) for low <= i < high, and 0 for all other i < size, a multiple of 16.
+    """weights[weights_at + i] = exp(scores[at + i] - new peak) for low <= i < high, and 0 for all other i <
+    size, a multiple of 16.
 
-    The new peak is the largest of the old one and those scores, or -3e38. Returns it and the sum of the weights. scores float32, changed.
+    The new peak is the largest of the old one and those scores, or -3e38. Returns it and the sum of the
+    weights. scores float32, changed.
     """
 
     def generate(context, builder, signature, args):  # type: ignore[no-untyped-def]
-        score_data, weight_data = (context.make_array(signature.args[i])(context, builder, args[i]).data for i in (0, 6))
+        score_data, weight_data = (
+            context.make_array(signature.args[i])(context, builder, args[i]).data for i in (0, 6)
+        )
         _, at, low, high, size, peak, _, weights_at = args
         lowest = _all(_LOWEST)
         largest = cgutils.alloca_once_value(builder, _spread(builder, peak))
         with cgutils.for_range_slice(builder, _int(0), size, _int(LANES), _INDEX) as (i, _):
             place = builder.bitcast(builder.gep(score_data, [builder.add(at, i)]), _FLOATS.as_pointer())
-            lanes = builder.add(_spread(builder, builder.trunc(i, _WORD)), ir.Constant(_WORDS, list(range(LANES))))
+            lanes = builder.add(
+                _spread(builder, builder.trunc(i, _WORD)), ir.Constant(_WORDS, list(range(LANES)))
+            )
             is_seen = builder.and_(
                 builder.icmp_signed(">=", lanes, _spread(builder, builder.trunc(low, _WORD))),
                 builder.icmp_signed("<", lanes, _spread(builder, builder.trunc(high, _WORD))),
@@ -41,12 +49,16 @@ def soften(typing_context, scores, at, low, high, size, peak, weights, weights_a
             seen = builder.select(is_seen, builder.load(place, align=4), lowest)
             builder.store(seen, place, align=4)
             before = builder.load(largest)
-            builder.store(builder.select(builder.fcmp_ordered(">", seen, before, flags=_FAST), seen, before), largest)
+            builder.store(
+                builder.select(builder.fcmp_ordered(">", seen, before, flags=_FAST), seen, before), largest
+            )
         new_peak = _reduce(builder, "fmax", builder.load(largest))
         spread_peak = _spread(builder, new_peak)
         total = cgutils.alloca_once_value(builder, _all(0.0))
         with cgutils.for_range_slice(builder, _int(0), size, _int(LANES), _INDEX) as (i, _):
-            score = builder.load(builder.bitcast(builder.gep(score_data, [builder.add(at, i)]), _FLOATS.as_pointer()), align=4)
+            score = builder.load(
+                builder.bitcast(builder.gep(score_data, [builder.add(at, i)]), _FLOATS.as_pointer()), align=4
+            )
             weight = _exp(builder, builder.fsub(score, spread_peak, flags=_FAST))
             builder.store(builder.fadd(builder.load(total), weight, flags=_FAST), total)
             _store(builder, weight, builder.gep(weight_data, [builder.add(weights_at, i)]))
@@ -59,7 +71,10 @@ def soften(typing_context, scores, at, low, high, size, peak, weights, weights_a
 
 @intrinsic
 def store_pair(typing_context, array, at, first, second):  # type: ignore[no-untyped-def]
-    """array[at] = first, array[at + 1] = second, for a bfloat16 (uint16) array; at is even. float32 arrays are not stored to."""
+    """array[at] = first, array[at + 1] = second, for a bfloat16 (uint16) array; at is even.
+
+    float32 arrays are not stored to.
+    """
 
     def generate(context, builder, signature, args):  # type: ignore[no-untyped-def]
         data = context.make_array(signature.args[0])(context, builder, args[0]).data
@@ -68,7 +83,9 @@ def store_pair(typing_context, array, at, first, second):  # type: ignore[no-unt
             for i in range(2):
                 pair = builder.insert_element(pair, args[2 + i], ir.Constant(_WORD, i))
             halves = _narrow(builder, pair)
-            builder.store(halves, builder.bitcast(builder.gep(data, [args[1]]), halves.type.as_pointer()), align=4)
+            builder.store(
+                halves, builder.bitcast(builder.gep(data, [args[1]]), halves.type.as_pointer()), align=4
+            )
         return context.get_dummy_value()
 
     return types.none(array, types.int64, types.float32, types.float32), generate
@@ -76,18 +93,24 @@ def store_pair(typing_context, array, at, first, second):  # type: ignore[no-unt
 
 @intrinsic
 def rotate(typing_context, rows, at, turns, turn_at, half, factor, out, out_at):  # type: ignore[no-untyped-def]
-    """Turns the pairs (i, half + i) of rows' elements `at` and on: out[out_at + ...] = them, turned and times factor.
+    """Turns the pairs (i, half + i) of rows' elements `at` and on: out[out_at + ...] = them, turned and
+    times factor.
 
-    turns, from turn_at on: half cosines, then half sines. half: a multiple of 8. rows, turns float32; out float32 or bfloat16 (uint16).
+    turns, from turn_at on: half cosines, then half sines. half: a multiple of 8. rows, turns float32; out
+    float32 or bfloat16 (uint16).
     """
     width = 8
 
     def generate(context, builder, signature, args):  # type: ignore[no-untyped-def]
-        source, turn, target = (context.make_array(signature.args[i])(context, builder, args[i]).data for i in (0, 2, 6))
+        source, turn, target = (
+            context.make_array(signature.args[i])(context, builder, args[i]).data for i in (0, 2, 6)
+        )
         _, at, _, turn_at, half, factor, _, out_at = args
         kind = ir.VectorType(_FLOAT, width)
         one = builder.insert_element(ir.Constant(kind, ir.Undefined), factor, ir.Constant(_WORD, 0))
-        factors = builder.shuffle_vector(one, ir.Constant(kind, ir.Undefined), ir.Constant(ir.VectorType(_WORD, width), [0] * width))
+        factors = builder.shuffle_vector(
+            one, ir.Constant(kind, ir.Undefined), ir.Constant(ir.VectorType(_WORD, width), [0] * width)
+        )
 
         def read(data: ir.Value, *offsets: ir.Value) -> ir.Value:
             place = offsets[0]
@@ -100,10 +123,21 @@ def rotate(typing_context, rows, at, turns, turn_at, half, factor, out, out_at):
 
         with cgutils.for_range_slice(builder, _int(0), half, _int(width), _INDEX) as (i, _):
             left, right = read(source, at, i), read(source, at, half, i)
-            cosine, sine = times(read(turn, turn_at, i), factors), times(read(turn, turn_at, half, i), factors)
+            cosine, sine = (
+                times(read(turn, turn_at, i), factors),
+                times(read(turn, turn_at, half, i), factors),
+            )
             place = builder.add(out_at, i)
-            _store(builder, builder.fsub(times(left, cosine), times(right, sine), flags=_FAST), builder.gep(target, [place]))
-            _store(builder, builder.fadd(times(right, cosine), times(left, sine), flags=_FAST), builder.gep(target, [builder.add(place, half)]))
+            _store(
+                builder,
+                builder.fsub(times(left, cosine), times(right, sine), flags=_FAST),
+                builder.gep(target, [place]),
+            )
+            _store(
+                builder,
+                builder.fadd(times(right, cosine), times(left, sine), flags=_FAST),
+                builder.gep(target, [builder.add(place, half)]),
+            )
         return context.get_dummy_value()
 
     index = types.int64
@@ -112,10 +146,15 @@ def rotate(typing_context, rows, at, turns, turn_at, half, factor, out, out_at):
 
 @intrinsic
 def scale(typing_context, x, x_at, factor, count, out, out_at):  # type: ignore[no-untyped-def]
-    """out[out_at + i] = x[x_at + i] * factor for i < count, a multiple of 16. x float32; out float32 or bfloat16 (uint16)."""
+    """out[out_at + i] = x[x_at + i] * factor for i < count, a multiple of 16.
+
+    x float32; out float32 or bfloat16 (uint16).
+    """
 
     def generate(context, builder, signature, args):  # type: ignore[no-untyped-def]
-        source, target = (context.make_array(signature.args[i])(context, builder, args[i]).data for i in (0, 4))
+        source, target = (
+            context.make_array(signature.args[i])(context, builder, args[i]).data for i in (0, 4)
+        )
         factors = _spread(builder, args[2])
         with _lanes(builder, args[3]) as i:
             product = builder.fmul(_read(builder, source, args[1], i), factors, flags=_FAST)
@@ -131,7 +170,9 @@ def scale_by(typing_context, x, x_at, weight, factor, count, out, out_at):  # ty
     """out[out_at + i] = x[x_at + i] * weight[i] * factor, otherwise as scale."""
 
     def generate(context, builder, signature, args):  # type: ignore[no-untyped-def]
-        source, weights, target = (context.make_array(signature.args[i])(context, builder, args[i]).data for i in (0, 2, 5))
+        source, weights, target = (
+            context.make_array(signature.args[i])(context, builder, args[i]).data for i in (0, 2, 5)
+        )
         factors = _spread(builder, args[3])
         with _lanes(builder, args[4]) as i:
             product = builder.fmul(_read(builder, source, args[1], i), factors, flags=_FAST)
@@ -152,7 +193,9 @@ def sum_of_squares(typing_context, x, x_at, count):  # type: ignore[no-untyped-d
         total = cgutils.alloca_once_value(builder, _all(0.0))
         with _lanes(builder, args[2]) as i:
             lanes = _read(builder, source, args[1], i)
-            builder.store(builder.fadd(builder.load(total), builder.fmul(lanes, lanes, flags=_FAST), flags=_FAST), total)
+            builder.store(
+                builder.fadd(builder.load(total), builder.fmul(lanes, lanes, flags=_FAST), flags=_FAST), total
+            )
         return _reduce(builder, "fadd", builder.load(total))
 
     return types.float32(x, types.int64, types.int64), generate
@@ -163,10 +206,14 @@ def copy(typing_context, x, x_at, count, out, out_at):  # type: ignore[no-untype
     """out[out_at + i] = x[x_at + i] for i < count; both of one type."""
 
     def generate(context, builder, signature, args):  # type: ignore[no-untyped-def]
-        source, target = (context.make_array(signature.args[i])(context, builder, args[i]).data for i in (0, 3))
+        source, target = (
+            context.make_array(signature.args[i])(context, builder, args[i]).data for i in (0, 3)
+        )
         if source.type == target.type:
             size = context.get_abi_sizeof(source.type.pointee)
-            cgutils.raw_memcpy(builder, builder.gep(target, [args[4]]), builder.gep(source, [args[1]]), args[2], size)
+            cgutils.raw_memcpy(
+                builder, builder.gep(target, [args[4]]), builder.gep(source, [args[1]]), args[2], size
+            )
         return context.get_dummy_value()
 
     return types.none(x, types.int64, types.int64, out, types.int64), generate
@@ -189,18 +236,23 @@ def clear(typing_context, out, at, count):  # type: ignore[no-untyped-def]
 def weave(typing_context, array, at, rows, low, high):  # type: ignore[no-untyped-def]
     """array[at + 2 * i] = rows' element low + i, array[at + 2 * i + 1] = rows' element high + i, for i < 16.
 
-    low None: what is there stays; high None: zeros. array: bfloat16 (uint16); float32 arrays are not stored to. rows float32, of any shape.
+    low None: what is there stays; high None: zeros. array: bfloat16 (uint16); float32 arrays are not stored
+    to. rows float32, of any shape.
     """
 
     def generate(context, builder, signature, args):  # type: ignore[no-untyped-def]
-        target, source = (context.make_array(signature.args[i])(context, builder, args[i]).data for i in (0, 2))
+        target, source = (
+            context.make_array(signature.args[i])(context, builder, args[i]).data for i in (0, 2)
+        )
         if target.type.pointee != _HALF:
             return context.get_dummy_value()
         lane_pairs = ir.VectorType(_HALF, 2 * LANES)
         place = builder.bitcast(builder.gep(target, [args[1]]), lane_pairs.as_pointer())
 
         def lanes(first: ir.Value) -> ir.Value:
-            floats = builder.load(builder.bitcast(builder.gep(source, [first]), _FLOATS.as_pointer()), align=4)
+            floats = builder.load(
+                builder.bitcast(builder.gep(source, [first]), _FLOATS.as_pointer()), align=4
+            )
             return _narrow(builder, floats)
 
         def picked(a: ir.Value, b: ir.Value, indices: list[int]) -> ir.Value:
@@ -223,7 +275,9 @@ def gate(typing_context, sums, at, out, out_at):  # type: ignore[no-untyped-def]
     """out[out_at + i] = silu(sums[at + i]) * sums[at + 16 + i] for i < 16; sums float32."""
 
     def generate(context, builder, signature, args):  # type: ignore[no-untyped-def]
-        source, target = (context.make_array(signature.args[i])(context, builder, args[i]).data for i in (0, 2))
+        source, target = (
+            context.make_array(signature.args[i])(context, builder, args[i]).data for i in (0, 2)
+        )
 
         def read(offset: int) -> ir.Value:
             place = builder.gep(source, [builder.add(args[1], _int(offset))])
@@ -268,9 +322,13 @@ def _exp(builder: ir.IRBuilder, x: ir.Value) -> ir.Value:
     """As compiled.fast_exp, for 16 lanes."""
 
     def multiply_add(a: ir.Value, b: ir.Value, c: float | ir.Value) -> ir.Value:
-        return builder.fadd(builder.fmul(a, b, flags=_FAST), _all(c) if isinstance(c, float) else c, flags=_FAST)
+        return builder.fadd(
+            builder.fmul(a, b, flags=_FAST), _all(c) if isinstance(c, float) else c, flags=_FAST
+        )
 
-    floor = cgutils.get_or_insert_function(builder.module, ir.FunctionType(_FLOATS, [_FLOATS]), "llvm.floor.v16f32")
+    floor = cgutils.get_or_insert_function(
+        builder.module, ir.FunctionType(_FLOATS, [_FLOATS]), "llvm.floor.v16f32"
+    )
     is_tiny = builder.fcmp_ordered("<", x, _all(-87.0), flags=_FAST)
     is_huge = builder.fcmp_ordered(">", x, _all(88.0), flags=_FAST)
     clamped = builder.select(is_tiny, _all(-87.0), builder.select(is_huge, _all(88.0), x))
@@ -296,7 +354,9 @@ def _narrow(builder: ir.IRBuilder, floats: ir.Value) -> ir.Value:
     """A vector of floats as bfloat16, rounded to nearest, ties to even, in 16-bit words."""
     count = floats.type.count
     if HAS_BF16_DOT:
-        return builder.bitcast(builder.fptrunc(floats, ir.VectorType(BFLOAT, count)), ir.VectorType(_HALF, count))
+        return builder.bitcast(
+            builder.fptrunc(floats, ir.VectorType(BFLOAT, count)), ir.VectorType(_HALF, count)
+        )
     words = ir.VectorType(_WORD, count)
 
     def every(value: int) -> ir.Constant:
