@@ -33,7 +33,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parent))
 
 import numpy as np
 import tritonclient.grpc as grpc
-from pagetide.contract.fields import FIELDS, Field, tensor_fields
+from pagetide.contract.field import Field
+from pagetide.contract.fields import FIELDS, tensor_fields
 from triton_server import ROOT, Address, TritonServer, find_running, free_address
 
 ANSWER_TIMEOUT_S = 120

@@ -18,7 +18,7 @@ from numba import njit, prange
 from pagetide.ops import reference
 from pagetide.ops.attention import HeadShape
 from pagetide.ops.batch import Batch
-from pagetide.ops.cpu.attention import MAX_ROWS, plan_tasks
+from pagetide.ops.cpu.attention_tasks import MAX_ROWS, plan_tasks
 from pagetide.ops.cpu.embedding import CompiledEmbedding
 from pagetide.ops.cpu.gather import gather
 from pagetide.ops.cpu.layers import CompiledLayers

@@ -16,13 +16,8 @@ import pytest
 import zmq
 from pagetide.config import Settings
 from pagetide.engine.messages import FromEngine, Outputs, Ready, Refused, ToEngine
-from pagetide.serving.client import (
-    EngineClient,
-    EngineStartError,
-    EngineSupervisor,
-    _exclusive_lock,
-    socket_path,
-)
+from pagetide.serving.client import EngineClient, EngineStartError, socket_path
+from pagetide.serving.supervisor import EngineSupervisor, _exclusive_lock
 from pagetide.types import (
     EngineError,
     EngineInfo,

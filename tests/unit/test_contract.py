@@ -12,7 +12,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from pagetide.contract.checks import check_params, check_request
 from pagetide.contract.fields import FIELDS, MAX_WORDS, tensor_fields
-from pagetide.contract.parse import Defaults, parse, timed
+from pagetide.contract.parse import parse
+from pagetide.contract.parsed import Defaults, timed
 from pagetide.types import EngineInfo, Guide, Request, RequestError, SamplingParams
 
 

@@ -83,6 +83,16 @@ def with_top(score: TokenScore, num_top: int) -> TokenScore:
     return TokenScore(score.logprob, score.rank, score.top_ids[:num_top], score.top_logprobs[:num_top])
 
 
+def no_token_left(sequence: Sequence) -> str:
+    """What the client is told of an answer that cannot go on."""
+    count = len(sequence.token_ids) - sequence.num_prompt
+    return (
+        f"no token is left to choose after {count} tokens of the answer: the request's rules (a grammar, "
+        "allowed_token_ids, bad_words, min_tokens, biases) exclude all together, or the model's logits are "
+        "no finite numbers"
+    )
+
+
 class OutputQueue:
     """The outputs since they were last taken. observed: gets the pace of each answer."""
 

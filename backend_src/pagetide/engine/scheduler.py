@@ -8,17 +8,18 @@ preemption are all that one subtraction.
 from __future__ import annotations
 
 import time
-from bisect import insort
 from collections.abc import Callable, Iterable
 
 import numpy as np
 
 from pagetide.config import Settings
+from pagetide.engine.admissions import admittance, num_promised_rows, num_rows_for
 from pagetide.engine.blocks import BlockManager
 from pagetide.engine.groups import ModelLimits
 from pagetide.engine.guides import GuideCompiler
-from pagetide.engine.outputs import OutputQueue, SampledToken, keep_report, sampled_tokens
+from pagetide.engine.outputs import OutputQueue, SampledToken, keep_report, no_token_left, sampled_tokens
 from pagetide.engine.plan_builder import PlanBuilder, StepSequences
+from pagetide.engine.queues import Queues
 from pagetide.engine.requests import Requests
 from pagetide.engine.sequence import Answer, Search, Sequence, SequenceGroup, Status
 from pagetide.engine.statistics import Counters, Observations
@@ -43,15 +44,14 @@ class Scheduler:
         self._settings = settings
         self._now = now
         self.blocks = blocks
+        self.queues = Queues(settings.max_num_seqs, blocks)
+        self.waiting, self.running = self.queues.waiting, self.queues.running
         self.counters = Counters()
         self.observed = Observations()
         self.requests = Requests(
-            settings.max_queued_requests, limits, guides, self.counters, self.observed, self._leave, now
+            settings.max_queued_requests, limits, guides, self.counters, self.observed, self.queues.leave, now
         )
         self.outputs = OutputQueue(self.observed)
-        self.waiting: list[Sequence] = []  # sorted by order
-        self.running: list[Sequence] = []  # sorted by order
-        self._rows = list(range(settings.max_num_seqs - 1, -1, -1))
         self._in_flight: dict[int, StepSequences] = {}  # by step
         self._batch_is_open = True
 
@@ -69,7 +69,7 @@ class Scheduler:
     def add(self, request: Request) -> None:
         """Queues a request that has been checked. Raises QueueFullError, RequestError, EngineError."""
         if (group := self.requests.add(request)) is not None:
-            self._enqueue(group.unfinished[0])
+            self.queues.enqueue(group.unfinished[0])
 
     def cancel(self, numbers: Iterable[int]) -> None:
         """Ends the requests with these numbers; unknown ones have ended already."""
@@ -90,22 +90,13 @@ class Scheduler:
         ended = list(sequences)
         group.unfinished = [sequence for sequence in group.unfinished if sequence not in ended]
         for sequence in ended:
-            self._leave(sequence)
+            self.queues.leave(sequence)
         self._answer(group, group.strategy.end(ended, reason))
 
     def _answer(self, group: SequenceGroup, answers: list[Answer]) -> None:
         self.outputs.add_answers(group, answers)
         if not group.unfinished:
             self.requests.forget(group)
-
-    def _leave(self, sequence: Sequence) -> None:
-        """Takes a sequence that has ended out of its queue; what it has computed stays findable."""
-        if sequence.status is Status.RUNNING:
-            self.blocks.publish(sequence)
-            self._release(sequence)
-        elif sequence in self.waiting:
-            self.waiting.remove(sequence)
-        sequence.status = Status.FINISHED
 
     # -- the next step -------------------------------------------------------------------------------------
 
@@ -116,7 +107,7 @@ class Scheduler:
         """
         self._end_late()
         for group in self.requests.take_compiled():
-            self._enqueue(group.unfinished[0])
+            self.queues.enqueue(group.unfinished[0])
         step = PlanBuilder(self._settings.max_num_batched_tokens)
         for sequence in list(self.running):
             if sequence.status is Status.RUNNING and step.budget and sequence.can_run:
@@ -159,71 +150,55 @@ class Scheduler:
         self._run(step, sequence, count, copies)
 
     def _admit_waiting(self, step: PlanBuilder) -> None:
-        at, num_promised = 0, self._num_promised()
+        at, num_promised = 0, num_promised_rows(self.running)
         while at < len(self.waiting):
             sequence = self.waiting[at]
             if not sequence.can_run:
                 # A preempted beam: its next token is chosen when the others of its search have theirs.
                 at += 1
                 continue
-            if not self._admit(step, sequence, num_promised):
+            if self.queues.num_free_rows - num_promised < num_rows_for(sequence) or not self._admit(
+                step, sequence
+            ):
                 return  # who does not fit stops those behind, so that nobody is overtaken for ever
             del self.waiting[at]
             if sequence.followers or sequence.group.is_beam_search:
-                num_promised = self._num_promised()
+                num_promised = num_promised_rows(self.running)
 
-    def _num_promised(self) -> int:
-        """Rows that running sequences will want for their followers or further beams."""
-        searches = {sequence.group for sequence in self.running if sequence.group.is_beam_search}
-        further_beams = sum(group.params.beam_width - len(group.unfinished) for group in searches)
-        return further_beams + sum(len(sequence.followers) for sequence in self.running)
-
-    def _admit(self, step: PlanBuilder, sequence: Sequence, num_promised: int) -> bool:
-        """Starts a waiting sequence if budget, rows and blocks suffice; False if it has to wait on."""
+    def _admit(self, step: PlanBuilder, sequence: Sequence) -> bool:
+        """Starts a waiting sequence if budget and blocks suffice; False if it has to wait on."""
         # Who was preempted in the last step has its last token by now: nothing is admitted in the step of a
         # preemption.
         assert not sequence.num_pending, sequence.num_pending
-        if not step.budget or len(self._rows) - num_promised < num_rows_for(sequence):
+        if not step.budget:
             return False
-        found = self._find_prefix(sequence)
-        num_found = len(found) * self.blocks.block_size
-        count = min(sequence.num_wanted - num_found, step.budget)
-        is_paged = self._settings.kv_reservation == "paged"
-        num_reserved = num_found + count if is_paged else sequence.max_len
-        num_needed = self.blocks.num_blocks_for(num_reserved) - len(found)
-        num_needed += self.blocks.num_free_among(found)
-        # Each running sequence may want a block soon: without a reserve new ones would be preempted at once.
-        if num_needed + len(self.running) > self.blocks.num_free:
+        fits = admittance(sequence, self.blocks, self._settings, step.budget, len(self.running))
+        if fits is None:
             return False
-        self.blocks.adopt(sequence, found)
-        copies = self.blocks.grow(sequence, num_reserved)
+        self.blocks.adopt(sequence, fits.found)
+        copies = self.blocks.grow(sequence, fits.num_reserved)
         assert copies == [], copies
-        self._start(sequence)
-        self._note_admission(sequence.group, num_found)
-        self._run(step, sequence, count, copies)
+        self.queues.start(sequence)
+        self._note_admission(sequence)
+        self._run(step, sequence, fits.num_tokens, copies)
         return True
 
-    def _find_prefix(self, sequence: Sequence) -> list[int]:
-        # What the model thinks of the prompt's tokens is known only by running them.
-        return [] if sequence.group.reports_prompt else self.blocks.match_prefix(sequence)
-
-    def _note_admission(self, group: SequenceGroup, num_found: int) -> None:
+    def _note_admission(self, sequence: Sequence) -> None:
+        """A request's first admission tells how long it has waited, and what the cache had of it."""
+        group, num_prompt = sequence.group, sequence.num_prompt
         if group.first_scheduled_ns:
             return
         group.first_scheduled_ns = self._now()
-        group.num_cached = num_found
-        group.num_reused_blocks = num_found // self.blocks.block_size
-        num_prompt = len(group.request.prompt_ids)
+        group.num_cached = sequence.num_computed
+        group.num_reused_blocks = group.num_cached // self.blocks.block_size
         group.num_new_blocks = self.blocks.num_blocks_for(num_prompt) - group.num_reused_blocks
         self.counters.prompt_tokens += num_prompt
-        self.counters.cached_tokens += num_found
+        self.counters.cached_tokens += group.num_cached
         self.observed.queue_s.append((group.first_scheduled_ns - group.arrival_ns) / 1e9)
 
-    def _start(self, sequence: Sequence) -> None:
-        sequence.row = self._rows.pop()
-        sequence.status = Status.RUNNING
-        sequence.num_placed = None
-        insort(self.running, sequence, key=lambda s: s.order)
+    def _preempt(self, sequence: Sequence) -> None:
+        self.counters.preemptions += 1
+        self.queues.preempt(sequence)
 
     def _run(self, step: PlanBuilder, sequence: Sequence, count: int, copies: list[tuple[int, int]]) -> None:
         """Schedules count tokens of a sequence that has the blocks for them."""
@@ -238,30 +213,10 @@ class Scheduler:
             for follower in sequence.followers:
                 self.blocks.fork(sequence, follower)
                 follower.num_computed = sequence.num_computed
-                self._start(follower)
+                self.queues.start(follower)
                 step.place(follower, [])
                 step.add_sample(follower)
             sequence.followers = []
-
-    def _preempt(self, sequence: Sequence) -> None:
-        """Takes a running sequence's blocks and row away.
-
-        It computes everything again later, as far as the cache has forgotten it.
-        """
-        self.counters.preemptions += 1
-        self._release(sequence)
-        sequence.num_computed = 0
-        self._enqueue(sequence)
-
-    def _enqueue(self, sequence: Sequence) -> None:
-        sequence.status = Status.WAITING
-        insort(self.waiting, sequence, key=lambda s: s.order)
-
-    def _release(self, sequence: Sequence) -> None:
-        self.running.remove(sequence)
-        self.blocks.free(sequence)
-        self._rows.append(sequence.row)
-        sequence.row = -1
 
     # -- the step's tokens -------------------------------------------------------------------------------
 
@@ -331,7 +286,7 @@ class Scheduler:
         following = search.go_on(beams)
         self.counters.generated_tokens += len(following)
         group.unfinished = [child for _, child in following]
-        self._replace(beams, following)
+        self.queues.replace(beams, following)
         if following:
             return
         answers = search.end([], "stop")
@@ -339,41 +294,7 @@ class Scheduler:
             raise RequestError(no_token_left(beams[0]))
         self._answer(group, answers)
 
-    def _replace(self, beams: list[Sequence], following: list[tuple[Sequence, Sequence]]) -> None:
-        # Blocks get their new owners before the old ones let go, whose rows the new ones need.
-        for parent, child in following:
-            self.blocks.fork(parent, child)
-            child.num_computed = parent.num_computed
-        for beam in beams:
-            self._leave(beam)
-        for _, child in following:
-            if child.blocks and self._rows:
-                self._start(child)
-            else:  # its parent was preempted, or other beams that were have not left rows enough
-                self.blocks.free(child)
-                child.num_computed = 0
-                self._enqueue(child)
-
     def check_integrity(self) -> None:
         """Raises AssertionError unless rows, blocks and states agree (see BlockManager.check_integrity)."""
         self.blocks.check_integrity(self.running)
-        rows = [sequence.row for sequence in self.running]
-        assert sorted(rows + self._rows) == list(range(self._settings.max_num_seqs)), (rows, self._rows)
-        assert all(s.status is Status.RUNNING for s in self.running)
-        assert all(s.status is Status.WAITING and not s.blocks for s in self.waiting)
-
-
-def num_rows_for(sequence: Sequence) -> int:
-    """Rows that a waiting sequence must find: its own, its followers', those of beams that it will become."""
-    group = sequence.group
-    further_beams = group.params.beam_width - len(group.unfinished) if group.is_beam_search else 0
-    return 1 + len(sequence.followers) + further_beams
-
-
-def no_token_left(sequence: Sequence) -> str:
-    count = len(sequence.token_ids) - sequence.num_prompt
-    return (
-        f"no token is left to choose after {count} tokens of the answer: the request's rules (a grammar, "
-        "allowed_token_ids, bad_words, min_tokens, biases) exclude all together, or the model's logits are "
-        "no finite numbers"
-    )
+        self.queues.check_integrity()

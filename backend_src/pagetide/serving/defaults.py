@@ -7,7 +7,7 @@ from pathlib import Path
 
 from pagetide.config import Settings
 from pagetide.contract.checks import check_params
-from pagetide.contract.parse import Defaults
+from pagetide.contract.parsed import Defaults
 from pagetide.types import RequestError, SamplingParams
 
 # SamplingParams' name by the file's.

@@ -21,21 +21,16 @@ import triton_python_backend_utils as pb_utils
 
 from pagetide.config import settings_beside
 from pagetide.contract.checks import check_request
-from pagetide.contract.parse import ParsedRequest, parse, timed
+from pagetide.contract.parse import parse
+from pagetide.contract.parsed import ParsedRequest, timed
 from pagetide.engine.parent import end_with_parent
 from pagetide.serving import triton
-from pagetide.serving.client import (
-    NOT_RUNNING,
-    EngineClient,
-    EngineStartError,
-    EngineSupervisor,
-    socket_path,
-    wait_for_engine,
-)
+from pagetide.serving.client import NOT_RUNNING, EngineClient, EngineStartError, socket_path
 from pagetide.serving.defaults import read_defaults
 from pagetide.serving.metrics import EngineMetrics
 from pagetide.serving.pacer import ResponsePacer
 from pagetide.serving.responses import ClientRequest, send
+from pagetide.serving.supervisor import EngineSupervisor, wait_for_engine
 from pagetide.serving.tensors import Prompt, TokenTexts, is_vllm_face
 from pagetide.types import EngineError, Output, Request, RequestError
 

@@ -18,7 +18,7 @@ from typing import Any
 import triton_python_backend_utils as pb_utils
 
 from pagetide.engine.statistics import Statistics
-from pagetide.serving.client import EngineSupervisor
+from pagetide.serving.supervisor import EngineSupervisor
 
 log = logging.getLogger("pagetide.metrics")
 

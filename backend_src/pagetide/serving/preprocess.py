@@ -12,7 +12,8 @@ import triton_python_backend_utils as pb_utils
 
 from pagetide.config import settings_beside
 from pagetide.contract.faces import PREPROCESSING_NAMES, VLLM_PROMPT
-from pagetide.contract.parse import Defaults, parse, timed
+from pagetide.contract.parse import parse
+from pagetide.contract.parsed import Defaults, timed
 from pagetide.models.source import find_model
 from pagetide.serving import triton
 from pagetide.serving.defaults import read_defaults

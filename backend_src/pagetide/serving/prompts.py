@@ -8,7 +8,7 @@ from typing import Any
 import msgspec
 
 from pagetide.config import Settings
-from pagetide.contract.parse import ParsedRequest
+from pagetide.contract.parsed import ParsedRequest
 from pagetide.models.families import read_model
 from pagetide.text.chat import ChatRenderer, ChatTemplateError, read_template
 from pagetide.text.tokens import Vocabulary, decode

@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 
 from pagetide.contract.outputs import ALL_OUTPUTS, VLLM, VLLM_OUTPUTS
-from pagetide.contract.parse import ParsedRequest
+from pagetide.contract.parsed import ParsedRequest
 from pagetide.serving import triton
 from pagetide.serving.shared_memory import check_room
 from pagetide.text.tokens import Vocabulary

@@ -9,127 +9,16 @@ https://pytorch.org/blog/flash-decoding).
 
 from __future__ import annotations
 
-from typing import NamedTuple
-
 import numpy as np
 
 from pagetide.kv_cache.layout import PAGE
-from pagetide.ops.attention import HeadShape
-from pagetide.ops.batch import Batch
+from pagetide.ops.cpu.attention_tasks import SPAN
 from pagetide.ops.cpu.compiled import device_function, fast_exp, store
 from pagetide.ops.cpu.sync import take
 from pagetide.ops.cpu.tiles import TILE_ROWS, depth_of, tile
 from pagetide.ops.cpu.vectors import clear, copy, prefetch, scale, soften
 
-MAX_ROWS = 48  # of a task: queries times heads of the group
-_SPAN = 128
-_SHORTEST_PART = 512  # keys; merging costs more than it gains for fewer
-_TASKS_PER_THREAD = 4
 _MINUS_INFINITY = np.float32(-3.0e38)
-
-
-class AttentionTasks(NamedTuple):
-    """In the order in which threads take them.
-
-    tasks int64 [num_tasks, 7]: sequence, KV head, first token in the step, queries, position of the first,
-    first key, part or -1.
-    ends int64 [num_tasks]: the key after the last; merges int64 [num_merges, 4]: token, KV head, first
-    part, parts. parts float32 [num_parts, group, D + 2]: sums, then peak and total.
-    """
-
-    tasks: np.ndarray
-    ends: np.ndarray
-    merges: np.ndarray
-    parts: np.ndarray
-
-
-class Scratch(NamedTuple):
-    """Each thread's own memory.
-
-    Rows of the last tile that stand for nothing are read too, so it begins as zeros.
-    """
-
-    queries: np.ndarray  # [threads, rows, D], as the queries
-    weights: np.ndarray  # [threads, rows, _SPAN], as the queries
-    scores: np.ndarray  # float32 [threads, rows, _SPAN]
-    sums: np.ndarray  # float32 [threads, rows, D]
-    peaks: np.ndarray  # float32 [threads, rows]
-    totals: np.ndarray
-
-
-def make_scratch(num_threads: int, head_dim: int, dtype: type[np.generic]) -> Scratch:
-    shape = (num_threads, MAX_ROWS + TILE_ROWS)
-    return Scratch(
-        queries=np.zeros((*shape, head_dim), dtype),
-        weights=np.zeros((*shape, _SPAN), dtype),
-        scores=np.zeros((*shape, _SPAN), np.float32),
-        sums=np.zeros((*shape, head_dim), np.float32),
-        peaks=np.zeros(shape, np.float32),
-        totals=np.zeros(shape, np.float32),
-    )
-
-
-def plan_tasks(batch: Batch, shape: HeadShape, num_threads: int) -> AttentionTasks:
-    """Divides a step's attention into tasks."""
-    heads, counts, starts = shape.num_kv_heads, batch.counts, batch.starts
-    # Single queries may be split along the keys, but only as far as there would be too few tasks otherwise.
-    share = max(_SHORTEST_PART, int((starts + counts).sum()) * heads // (_TASKS_PER_THREAD * num_threads))
-    share = -(-share // _SPAN) * _SPAN
-    tile_queries = max(1, MAX_ROWS // shape.group)
-    num_tasks, num_parts, num_merges = _count(starts, counts, tile_queries, share)
-    tasks, ends = np.empty((heads * num_tasks, 7), np.int64), np.empty(heads * num_tasks, np.int64)
-    merges = np.empty((heads * num_merges, 4), np.int64)
-    cost = np.empty(heads * num_tasks, np.int64)
-    _divide(starts, counts, tile_queries, share, heads, tasks, ends, cost, merges)
-    order = np.argsort(-cost, kind="stable")
-    # Each thread's contiguous share is about the same work, costly tasks first.
-    order = np.concatenate([order[thread::num_threads] for thread in range(num_threads)])
-    parts = np.empty((heads * num_parts, shape.group, shape.head_dim + 2), np.float32)
-    return AttentionTasks(tasks[order], ends[order], merges, parts)
-
-
-@device_function
-def _count(starts, counts, tile_queries, share):  # type: ignore[no-untyped-def]
-    """Numbers of tasks, parts and merges for each KV head."""
-    num_tasks = num_parts = num_merges = 0
-    for i in range(counts.shape[0]):
-        num_ranges = (starts[i] + share) // share if counts[i] == 1 else 1
-        num_tasks += num_ranges if counts[i] == 1 else (counts[i] + tile_queries - 1) // tile_queries
-        num_parts += num_ranges if num_ranges > 1 else 0
-        num_merges += num_ranges > 1
-    return num_tasks, num_parts, num_merges
-
-
-@device_function
-def _divide(starts, counts, tile_queries, share, heads, tasks, ends, cost, merges):  # type: ignore[no-untyped-def]
-    """Fills tasks, ends and merges, as AttentionTasks says, and what each task costs."""
-    number = part = merged = 0
-    for head in range(heads):
-        first = 0
-        for i in range(counts.shape[0]):
-            for offset in range(0, counts[i], tile_queries):
-                queries = min(tile_queries, counts[i] - offset)
-                position = starts[i] + offset
-                last = position + queries
-                is_split = counts[i] == 1 and last > share
-                if is_split:
-                    merges[merged] = first, head, part, (last + share - 1) // share
-                    merged += 1
-                for begin in range(0, last, share if is_split else last):
-                    ends[number] = min(begin + share, last) if is_split else last
-                    tasks[number] = (
-                        i,
-                        head,
-                        first + offset,
-                        queries,
-                        position,
-                        begin,
-                        part if is_split else -1,
-                    )
-                    cost[number] = (ends[number] - begin + 32) * queries
-                    part += is_split
-                    number += 1
-            first += counts[i]
 
 
 @device_function
@@ -165,8 +54,8 @@ def attend(sync, phase, thread, scratch, q, layer, kv, block_table, work, window
         clear(sums, 0, (rows + TILE_ROWS - 1) // TILE_ROWS * TILE_ROWS * head_dim)
         if window > 0:
             begin = max(begin, max(0, start - window + 1) // PAGE * PAGE)
-        for at in range(begin, work.ends[number], _SPAN):
-            end = min(at + _SPAN, work.ends[number])
+        for at in range(begin, work.ends[number], SPAN):
+            end = min(at + SPAN, work.ends[number])
             _score(rows, queries, layer, kv, head, block_table, sequence, at, end, scores)
             width = (end - at + PAGE - 1) // PAGE * PAGE
             for row in range(rows):
@@ -174,7 +63,7 @@ def attend(sync, phase, thread, scratch, q, layer, kv, block_table, work, window
                 low = max(position - window + 1 - at, 0) if window > 0 else 0
                 before = peaks[row]
                 peak, total = soften(
-                    scores, row * _SPAN, low, min(position + 1, end) - at, width, before, weights, row * _SPAN
+                    scores, row * SPAN, low, min(position + 1, end) - at, width, before, weights, row * SPAN
                 )
                 peaks[row] = peak
                 if peak > before:
@@ -236,17 +125,17 @@ def _score(rows, queries, layer, kv, head, block_table, sequence, begin, end, sc
         prefetch(kv, at + values, PAGE * head_dim)
         column = key - begin
         for row in range(0, rows, TILE_ROWS):
-            x_at, out_at, left = row * head_dim, row * _SPAN + column, rows - row
+            x_at, out_at, left = row * head_dim, row * SPAN + column, rows - row
             if left == 1:
-                tile(1, 1, False, False, queries, x_at, head_dim, kv, at, 0, head_dim, scores, out_at, _SPAN)
+                tile(1, 1, False, False, queries, x_at, head_dim, kv, at, 0, head_dim, scores, out_at, SPAN)
             elif left == 2:
-                tile(2, 1, False, False, queries, x_at, head_dim, kv, at, 0, head_dim, scores, out_at, _SPAN)
+                tile(2, 1, False, False, queries, x_at, head_dim, kv, at, 0, head_dim, scores, out_at, SPAN)
             elif TILE_ROWS == 3 or left == 3:
-                tile(3, 1, False, False, queries, x_at, head_dim, kv, at, 0, head_dim, scores, out_at, _SPAN)
+                tile(3, 1, False, False, queries, x_at, head_dim, kv, at, 0, head_dim, scores, out_at, SPAN)
             elif left == 4:
-                tile(4, 1, False, False, queries, x_at, head_dim, kv, at, 0, head_dim, scores, out_at, _SPAN)
+                tile(4, 1, False, False, queries, x_at, head_dim, kv, at, 0, head_dim, scores, out_at, SPAN)
             else:
-                tile(8, 1, False, False, queries, x_at, head_dim, kv, at, 0, head_dim, scores, out_at, _SPAN)
+                tile(8, 1, False, False, queries, x_at, head_dim, kv, at, 0, head_dim, scores, out_at, SPAN)
 
 
 @device_function
@@ -257,7 +146,7 @@ def _add_values(rows, weights, layer, kv, head, block_table, sequence, begin, en
         place = _page_place(layer, kv, 1, head, block_table, sequence, key, head_dim)
         size = (min(PAGE, end - key) + depth_of(kv) - 1) // depth_of(kv) * depth_of(kv)
         for row in range(0, rows, TILE_ROWS):
-            x_at, left = row * _SPAN + key - begin, rows - row
+            x_at, left = row * SPAN + key - begin, rows - row
             panel, panels = 0, head_dim // PAGE
             while panel < panels:
                 at, out_at = place + panel * PAGE * PAGE, row * head_dim + panel * PAGE
@@ -270,7 +159,7 @@ def _add_values(rows, weights, layer, kv, head, block_table, sequence, begin, en
                             False,
                             weights,
                             x_at,
-                            _SPAN,
+                            SPAN,
                             kv,
                             at,
                             PAGE * PAGE,
@@ -287,7 +176,7 @@ def _add_values(rows, weights, layer, kv, head, block_table, sequence, begin, en
                             False,
                             weights,
                             x_at,
-                            _SPAN,
+                            SPAN,
                             kv,
                             at,
                             PAGE * PAGE,
@@ -304,7 +193,7 @@ def _add_values(rows, weights, layer, kv, head, block_table, sequence, begin, en
                             False,
                             weights,
                             x_at,
-                            _SPAN,
+                            SPAN,
                             kv,
                             at,
                             PAGE * PAGE,
@@ -321,7 +210,7 @@ def _add_values(rows, weights, layer, kv, head, block_table, sequence, begin, en
                             False,
                             weights,
                             x_at,
-                            _SPAN,
+                            SPAN,
                             kv,
                             at,
                             PAGE * PAGE,
@@ -340,7 +229,7 @@ def _add_values(rows, weights, layer, kv, head, block_table, sequence, begin, en
                             False,
                             weights,
                             x_at,
-                            _SPAN,
+                            SPAN,
                             kv,
                             at,
                             PAGE * PAGE,
@@ -357,7 +246,7 @@ def _add_values(rows, weights, layer, kv, head, block_table, sequence, begin, en
                             False,
                             weights,
                             x_at,
-                            _SPAN,
+                            SPAN,
                             kv,
                             at,
                             PAGE * PAGE,
@@ -375,7 +264,7 @@ def _add_values(rows, weights, layer, kv, head, block_table, sequence, begin, en
                         False,
                         weights,
                         x_at,
-                        _SPAN,
+                        SPAN,
                         kv,
                         at,
                         PAGE * PAGE,

@@ -23,12 +23,14 @@ import torch
 from numba import prange
 
 from pagetide.ops.batch import Batch
-from pagetide.ops.cpu.attention import MAX_ROWS, attend, make_scratch, merge, plan_tasks
+from pagetide.ops.cpu.attention import attend, merge
+from pagetide.ops.cpu.attention_tasks import MAX_ROWS, plan_tasks
 from pagetide.ops.cpu.compiled import HAS_BF16_DOT, as_numpy, borrowed, device_function, kernel
 from pagetide.ops.cpu.matmul import project, project_gated
 from pagetide.ops.cpu.norm import normalize
 from pagetide.ops.cpu.packing import GROUP, pack
 from pagetide.ops.cpu.rotary import write
+from pagetide.ops.cpu.scratch import make_scratch
 from pagetide.ops.cpu.sync import finish, make_sync, num_concurrent_threads
 from pagetide.ops.cpu.tiles import LANES, TILE_ROWS
 from pagetide.ops.layers import LayerShape, LayerWeights
