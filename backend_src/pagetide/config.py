@@ -123,6 +123,9 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
 
     @property
     def cache_path(self) -> Path:
+        """The folder of converted models, `~` expanded; in the folder for temporary files where a user has no
+        home.
+        """
         try:
             return Path(self.cache_dir).expanduser()
         except RuntimeError:  # a user without a home, as in many containers

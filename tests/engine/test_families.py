@@ -19,7 +19,7 @@ from pagetide.models.families import read_model
 from pagetide.models.weights import Checkpoint
 from pagetide.ops.batch import Batch
 from pagetide.ops.cpu.layers import CompiledLayers
-from pagetide.ops.table import select_ops
+from pagetide.ops.select import select_ops
 from pagetide.types import SamplingParams
 
 

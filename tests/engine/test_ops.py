@@ -27,7 +27,7 @@ from pagetide.ops.cpu.packing import pack, read_rows
 from pagetide.ops.cpu.sampling import _noise, argmax, sample, score
 from pagetide.ops.cpu.sync import finish, make_sync, num_concurrent_threads, take
 from pagetide.ops.layers import Affine, ComposedLayers, EmbeddingWeights, Layers, LayerShape, LayerWeights
-from pagetide.ops.table import TORCH_LAYERS, TorchEmbedding
+from pagetide.ops.plain import TORCH_LAYERS, TorchEmbedding
 from pagetide.ops.weights import DenseWeight
 from pagetide.runner.plan import Admission, LogitEdit, RowEdits, RowParams, bits_of
 from pagetide.runner.rows import Rows

@@ -77,6 +77,14 @@ def test_commands_of_the_readmes_exist_with_their_options(command):
     assert [option for option in options if f'"{option}"' not in source] == []
 
 
+def test_decisions_and_models_know_no_device_by_name():
+    """What differs between devices is runner/device.py, the operations and the memory of the cache."""
+    package = ROOT / "backend_src/pagetide"
+    files = [file for folder in ("engine", "models", "runner") for file in (package / folder).glob("*.py")]
+    named = [file.name for file in files if re.search("cuda", file.read_text(), re.IGNORECASE)]
+    assert named == ["device.py"]
+
+
 def test_compose_has_what_triton_needs():
     compose = yaml.safe_load((ROOT / "docker-compose.yml").read_text())
     for service in compose["services"].values():

@@ -30,6 +30,7 @@ def check_params(params: SamplingParams) -> None:
 
 
 def check_words(name: str, words: tuple[str, ...]) -> None:
+    """Raises RequestError if there are more texts, or longer ones, than a step could look for."""
     if len(words) > MAX_WORDS or any(len(word) > MAX_WORD_LENGTH for word in words):
         longest = max(map(len, words))
         raise RequestError(

@@ -39,10 +39,12 @@ class Field:
 
     @property
     def dims(self) -> str:
+        """As config.pbtxt has them, without the batch: `1`, or `-1` for each dimension of a list."""
         return ", ".join(["-1"] * self.num_dims) if self.is_list else "1"
 
     @property
     def names(self) -> tuple[str, ...]:
+        """All names under which a client may give it, its own first."""
         return (self.name, *self.aliases)
 
     @property

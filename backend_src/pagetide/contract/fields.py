@@ -28,6 +28,7 @@ def sampling(
 
 
 def unsupported(name: str, dtype: str, off: tuple[Value, ...] = (), num_dims: int = 0) -> Field:
+    """A field that clients of TensorRT-LLM send and nothing here can honour. off: its harmless values."""
     sentence = "TensorRT-LLM's name; harmless values are ignored, others refused"
     return Field(
         name,

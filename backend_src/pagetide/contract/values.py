@@ -21,6 +21,7 @@ def shown(value: Any) -> str:
 
 
 def text(name: str, raw: Any) -> str:
+    """UTF-8 text, from a tensor or from JSON. Raises RequestError, also for NUL and lone surrogates."""
     if isinstance(raw, bytes):
         try:
             raw = raw.decode()
@@ -46,6 +47,7 @@ def _is_encodable(raw: str) -> bool:
 
 
 def integer(name: str, raw: Any) -> int:
+    """A whole number of any size; a text or a float that is one counts too. Raises RequestError."""
     if isinstance(raw, int) and not isinstance(raw, bool):
         return raw
     if isinstance(raw, float) and raw.is_integer():
@@ -59,6 +61,7 @@ def integer(name: str, raw: Any) -> int:
 
 
 def int32(name: str, raw: Any) -> int:
+    """A whole number that fits into a tensor of type INT32. Raises RequestError."""
     value = integer(name, raw)
     if not -(2**31) <= value < 2**31:
         raise RequestError(f"{name} is {shown(value)}, must be from {-(2**31)} to {2**31 - 1}")
@@ -66,6 +69,7 @@ def int32(name: str, raw: Any) -> int:
 
 
 def number(name: str, raw: Any) -> float:
+    """A finite number; a text that is one counts too. Raises RequestError."""
     if isinstance(raw, int | float | str) and not isinstance(raw, bool):
         try:
             value = float(raw)
@@ -77,6 +81,7 @@ def number(name: str, raw: Any) -> float:
 
 
 def boolean(name: str, raw: Any) -> bool:
+    """A truth value; 0, 1 and their usual texts count too. Raises RequestError."""
     if isinstance(raw, bool):
         return raw
     if raw in ("true", "True", "1", 1):
@@ -110,6 +115,7 @@ def _refuse_constant(name: str) -> None:
 
 
 def json_object(name: str, raw: Any) -> dict[str, Any]:
+    """An object from its JSON text; empty text: an empty one. Raises RequestError."""
     value = json_value(name, raw, "a JSON object") if raw else {}
     if not isinstance(value, dict):
         raise RequestError(f"{name} is a JSON {type(value).__name__}, must be an object")
@@ -117,6 +123,7 @@ def json_object(name: str, raw: Any) -> dict[str, Any]:
 
 
 def json_objects(name: str, raw: Any) -> list[dict[str, Any]]:
+    """A list of at least one object, from its JSON text. Raises RequestError."""
     value = json_value(name, raw, "a JSON list of objects")
     if not isinstance(value, list) or not value or not all(isinstance(item, dict) for item in value):
         raise RequestError(f"{name} must be a JSON list of at least one object")

@@ -23,7 +23,8 @@ from pagetide.models.decoder import Decoder, layer_shape
 from pagetide.models.families import read_model
 from pagetide.models.source import find_model
 from pagetide.models.weights import Checkpoint
-from pagetide.ops.table import Ops, select_ops
+from pagetide.ops.select import select_ops
+from pagetide.ops.table import Ops
 from pagetide.runner.device import Device, select_device
 from pagetide.runner.rows import Rows
 from pagetide.runner.runner import Runner

@@ -48,10 +48,12 @@ class BlockManager:
 
     @property
     def num_free(self) -> int:
+        """Blocks that can be handed out, those that can still be found by their content included."""
         return len(self._blank) + len(self._cached)
 
     @property
     def num_used(self) -> int:
+        """Blocks that a sequence holds."""
         return self.num_blocks - self.num_free - len(self._freed_too_early)
 
     @property
@@ -60,6 +62,7 @@ class BlockManager:
         return len(self._cached)
 
     def num_blocks_for(self, num_tokens: int) -> int:
+        """How many blocks hold so many tokens."""
         return -(-num_tokens // self.block_size)
 
     # -- growing, forking, freeing -------------------------------------------------------------------------

@@ -71,6 +71,7 @@ class Engine:
 
     @property
     def has_work(self) -> bool:
+        """True if step() has something to run, to wait for or to tell."""
         return self._last is not None or self.scheduler.has_work
 
     def add(self, request: Request) -> None:

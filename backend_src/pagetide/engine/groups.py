@@ -70,6 +70,7 @@ def is_plain(request: Request, sampling: RowParams) -> bool:
 
 
 def search_of(params: SamplingParams, limits: ModelLimits) -> Search | None:
+    """The beam search that a request asks for; None where it asks for samples."""
     if params.beam_width == 1:
         return None
     width, num_ends = params.beam_width, len(end_ids_of(params, limits))
@@ -83,10 +84,12 @@ def search_of(params: SamplingParams, limits: ModelLimits) -> Search | None:
 
 
 def strategy_of(params: SamplingParams) -> Strategy:
+    """How a request without beams makes answers of its samples."""
     return BestOf(params.n, params.num_sequences) if params.picks_best else Samples()
 
 
 def give_guides(group: SequenceGroup, make_guide: Callable[[], GuideState]) -> None:
+    """Gives each sequence of a group its own state of the compiled grammar."""
     for sequence in group.unfinished:
         sequence.guide = make_guide()
 
@@ -104,6 +107,7 @@ def end_ids_of(params: SamplingParams, limits: ModelLimits) -> frozenset[int]:
 
 
 def stop_rules(params: SamplingParams, limits: ModelLimits) -> StopRules:
+    """What ends an answer to these parameters, and what of it may be shown."""
     return StopRules(
         shown=limits.vocabulary.table(params.skip_special_tokens),
         full=limits.vocabulary.full,
@@ -150,6 +154,7 @@ def edits_of(params: SamplingParams, rules: StopRules, num_prompt: int, limits: 
 
 
 def row_params(request: Request, seed: int, edits: RowEdits) -> RowParams:
+    """A row's sampling parameters as the device takes them; beams and temperatures near 0 are greedy."""
     params = request.params
     return RowParams(
         temperature=0.0

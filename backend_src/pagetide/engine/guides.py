@@ -64,6 +64,9 @@ class GrammarCompiler:
         self._workers = ThreadPoolExecutor(_WORKERS, "pagetide-grammar")
 
     def compile(self, guide: Guide) -> Future[Callable[[], GuideState]]:
+        """Compiles on a thread beside the engine's. The result makes one state for each sequence; it raises
+        RequestError.
+        """
         before = threading.stack_size(_STACK_BYTES)
         try:
             return self._workers.submit(self._compile, guide)  # starts its threads here

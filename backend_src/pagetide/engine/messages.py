@@ -59,6 +59,7 @@ class Refused(msgspec.Struct, tag=True, frozen=True):
 
     @classmethod
     def because_of(cls, number: int, error: Exception) -> Refused:
+        """Tells a client whose fault an error is: its own, the full queue's, or the engine's."""
         fault: Fault = (
             "client"
             if isinstance(error, RequestError)

@@ -104,6 +104,7 @@ class OutputQueue:
         return len(self._outputs)
 
     def take(self) -> list[Output]:
+        """What has come since the last call, in order; the queue is empty then."""
         outputs, self._outputs = self._outputs, []
         return outputs
 

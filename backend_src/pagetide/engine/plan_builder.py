@@ -56,6 +56,7 @@ class PlanBuilder:
 
     @property
     def is_empty(self) -> bool:
+        """True if no token runs in this step."""
         return not self._chunks
 
     def place(self, sequence: Sequence, copies: list[tuple[int, int]]) -> None:
@@ -107,11 +108,13 @@ class PlanBuilder:
         sequence.num_pending += 1
 
     def sequences(self) -> StepSequences:
+        """Whose tokens the step will bring, in the order of the plan's rows."""
         sampling = [sequence for sequence, _, _ in self._samples]
         prompts = [sequence for sequence, _, _ in self._prompt_tokens]
         return StepSequences(sampling, prompts, [s for s in sampling if s.guide is not None])
 
     def plan(self, step: int) -> StepPlan:
+        """Freezes what has been put together. step: its number."""
         chunks = _columns([(s.row, start, count) for s, start, count in self._chunks])
         looked_at = [*self._samples, *self._prompt_tokens]
         positions = _columns([(s.row, token, position) for s, token, position in looked_at])

@@ -105,6 +105,7 @@ class SequenceGroup:
 
     @property
     def timings(self) -> Timings:
+        """Times of the request so far, in ns of the monotonic clock, and how many blocks its prompt took."""
         times = (self.arrival_ns, self.first_scheduled_ns, self.first_token_ns, self.last_token_ns)
         return Timings(*times, self.num_reused_blocks, self.num_new_blocks)
 

@@ -114,6 +114,7 @@ class StopChecker:
         self.num_cut = 0
 
     def copy(self) -> StopChecker:
+        """For a child: goes on from here by itself."""
         following = copy.copy(self)
         following._held_ids, following._held, following._matched = (
             list(self._held_ids),

@@ -35,4 +35,5 @@ class KVLayout:
         return self.num_layers * math.prod(self.block_shape) * self.dtype.itemsize
 
     def pool_shape(self, num_blocks: int) -> tuple[int, ...]:
+        """All blocks of all layers: [layers, blocks, *block_shape]."""
         return (self.num_layers, num_blocks, *self.block_shape)

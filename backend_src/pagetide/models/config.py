@@ -37,6 +37,7 @@ class DecoderConfig:
 
 
 def read_json(file: Path) -> dict[str, Any]:
+    """The object in a file; an empty one where there is no such file. Raises ValueError."""
     return json.loads(file.read_bytes()) if file.exists() else {}
 
 

@@ -53,6 +53,7 @@ class Checkpoint:
         return name in self._file_of
 
     def read(self, name: str) -> torch.Tensor:
+        """One tensor, on the device and in the type of the engine. Raises UnsupportedModelError."""
         if name not in self:
             raise UnsupportedModelError(f"the checkpoint has no tensor called {name}")
         return self._file_of[name].get_tensor(name).to(self._device, self._dtype)

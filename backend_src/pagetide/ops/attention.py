@@ -74,6 +74,7 @@ class TorchAttention:
         self._shape = shape
 
     def block_shape(self, block_size: int) -> tuple[int, ...]:
+        """[keys and values, KV heads, tokens, head size]."""
         return (2, self._shape.num_kv_heads, block_size, self._shape.head_dim)
 
     def plan(self, batch: Batch) -> list[tuple[int, int]]:

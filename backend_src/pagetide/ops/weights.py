@@ -18,6 +18,7 @@ class DenseWeight:
 
     @property
     def shape(self) -> tuple[int, int]:
+        """(outputs, inputs)."""
         outputs, inputs = self.values.shape
         return outputs, inputs
 

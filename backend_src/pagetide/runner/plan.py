@@ -56,6 +56,7 @@ class RowEdits:
 
     @classmethod
     def of(cls, edits: Sequence[LogitEdit]) -> RowEdits:
+        """The arrays of a row's changes of logits."""
         return cls(
             tokens=np.array([edit.token for edit in edits], np.int32),
             biases=np.array([edit.bias for edit in edits], np.float32),
@@ -95,6 +96,7 @@ class RowParams:
 
     @property
     def has_penalties(self) -> bool:
+        """True if tokens of prompt or answer change this row's logits."""
         return self.repetition_penalty != 1 or self.presence_penalty != 0 or self.frequency_penalty != 0
 
     def edits_at(self, position: int) -> bool:
@@ -159,6 +161,7 @@ class StepPlan:
 
     @property
     def num_tokens(self) -> int:
+        """Tokens that run in the step, of all rows together."""
         return int(self.counts.sum())
 
     @property

@@ -97,6 +97,7 @@ class Rows:
         )
 
     def to_device(self, array: np.ndarray) -> torch.Tensor:
+        """An array of the plan on the device; there, the copy is queued."""
         host = torch.from_numpy(np.ascontiguousarray(array))
         # Even a copy to where it is already would hand the interpreter to the host's thread, which keeps it
         # for a while.

@@ -110,9 +110,11 @@ class EngineClient:
 
     @property
     def is_ready(self) -> bool:
+        """True while there is an engine to talk to."""
         return self._connected.is_set()
 
     def wait_until_ready(self, timeout_s: float) -> bool:
+        """False if there is no engine when the time is up."""
         return self._connected.wait(timeout_s)
 
     def submit(self, requests: list[Request]) -> None:
@@ -127,6 +129,7 @@ class EngineClient:
         self._post(Cancel(numbers, request_id))
 
     def close(self) -> None:
+        """Sends what is left, and ends the thread."""
         self._to_send.put(None)
         os.write(self._wake_write, b"x")
         self._thread.join()

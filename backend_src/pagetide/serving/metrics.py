@@ -100,9 +100,11 @@ class AddedHistogram:
         self._values: list[float] = []
 
     def observe(self, values: list[float]) -> None:
+        """Remembers values until the next write()."""
         self._values += values
 
     def write(self) -> None:
+        """Adds what has been observed to Triton's counters, one call for each bucket."""
         values, self._values = sorted(self._values), []
         if not values:
             return
@@ -149,6 +151,7 @@ class EngineMetrics:
         self._thread.start()
 
     def update(self, now: Statistics) -> None:
+        """Hands an engine's newest statistics to the thread that writes them; returns at once."""
         self._news.put(now)
 
     def count_failed(self, count: int) -> None:

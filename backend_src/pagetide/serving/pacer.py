@@ -145,6 +145,7 @@ class ChunkQueue:
             del self._sent_at[key]
 
     def forget_all(self) -> None:
+        """After an engine's death: no sequence has begun."""
         self._begun.clear()
         self._sent_at.clear()
 
@@ -165,6 +166,7 @@ class ResponsePacer:
         self._queue.shares_processor = True
 
     def put(self, outputs: list[Output]) -> None:
+        """Queues a step's outputs; returns at once."""
         with self._changed:
             if self._queue.put(outputs, time.monotonic()):
                 self._changed.notify()

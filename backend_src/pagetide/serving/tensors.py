@@ -43,6 +43,7 @@ class Prompt:
 
     @property
     def num_answers(self) -> int:
+        """How many sequences the client waits for; a cancel has one empty answer."""
         return 1 if self.parsed.cancel else self.parsed.params.n
 
     @cached_property
@@ -61,6 +62,7 @@ class Chunk:
 
     @property
     def ids(self) -> list[int]:
+        """What `output_ids` shows of it, the prompt in front where the client asked for that."""
         # Without text there is nothing else that a prompt in front of the answer could mean.
         shows_prompt = self.prompt.is_direct and self.prompt.parsed.includes_input
         is_cancel = self.prompt.parsed.cancel
@@ -119,14 +121,17 @@ class ResponseTensors:
     # -- outputs that are more than one number for each row: arrays [rows, ...], None where there is none --
 
     def ids(self, rows: list[Chunk]) -> np.ndarray:
+        """[rows, longest chunk], shorter ones filled up with the request's `pad_id`."""
         pad_id = rows[0].prompt.parsed.pad_id
         fill = self._engine.pad_id if pad_id is None else pad_id
         return _padded([chunk.ids for chunk in rows], fill, np.int32)
 
     def log_probs(self, rows: list[Chunk]) -> np.ndarray:
+        """[rows, longest chunk], shorter ones filled up with 0."""
         return _padded([[score.logprob for score in chunk.output.scores] for chunk in rows], 0, np.float32)
 
     def prompt_texts(self, rows: list[Chunk]) -> np.ndarray | None:
+        """[rows, 1] of UTF-8; None where no prompt stands in front of its answer."""
         texts = [chunk.prompt.parsed.prompt_text or "" for chunk in rows]
         return triton.text_array([text.encode() for text in texts]).reshape(-1, 1) if any(texts) else None
 
@@ -149,9 +154,11 @@ class ResponseTensors:
         return found
 
     def logprobs(self, rows: list[Chunk]) -> np.ndarray:
+        """[rows, 1] of JSON, as vLLM's API has it."""
         return _texts(json.dumps(self._logprobs_of(chunk)) for chunk in rows)
 
     def vllm_logprobs(self, rows: list[Chunk]) -> np.ndarray:
+        """[rows, 1] of JSON as Triton's vLLM backend answers: null unless `return_logprobs` was set."""
         shown = [chunk.prompt.parsed.shows_logprobs for chunk in rows]
         found = [self._logprobs_of(chunk).get("logprobs") for chunk in rows]
         return _texts(

@@ -45,6 +45,7 @@ def tensor(name: str, array: np.ndarray) -> Any:
 
 
 def text_array(texts: list[bytes]) -> np.ndarray:
+    """A BYTES tensor's array, which NumPy does not cut at NUL bytes."""
     return np.array(texts, dtype=np.object_)
 
 
@@ -67,6 +68,7 @@ def error_of(error: Exception) -> Any:
 
 
 def error_response(error: Exception) -> Any:
+    """A response that says what was wrong, with Triton's code for its class."""
     return pb_utils.InferenceResponse(output_tensors=[], error=error_of(error))
 
 

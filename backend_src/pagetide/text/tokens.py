@@ -50,6 +50,7 @@ class Vocabulary:
         )
 
     def table(self, skips_special: bool) -> list[bytes]:
+        """Bytes of each token id; those of special tokens are empty if they are to be skipped."""
         return self.shown if skips_special else self.full
 
     @cached_property

@@ -24,6 +24,7 @@ def each_vector(builder: ir.IRBuilder, count: ir.Value) -> Iterator[ir.Value]:
 
 
 def read_vector(builder: ir.IRBuilder, data: ir.Value, at: ir.Value, i: ir.Value) -> ir.Value:
+    """16 floats from data[at + i] on, aligned or not."""
     place = builder.gep(data, [builder.add(at, i)])
     return builder.load(builder.bitcast(place, FLOATS.as_pointer()), align=4)
 
@@ -79,6 +80,7 @@ def narrow(builder: ir.IRBuilder, floats: ir.Value) -> ir.Value:
 
 
 def reduce(builder: ir.IRBuilder, operation: str, vector: ir.Value) -> ir.Value:
+    """One float of a vector by LLVM's operation (`fadd`, `fmax`), in any order."""
     start = [ir.Constant(FLOAT, 0.0)] if operation == "fadd" else []
     kind = ir.FunctionType(FLOAT, [value.type for value in start] + [FLOATS])
     function = cgutils.get_or_insert_function(builder.module, kind, f"llvm.vector.reduce.{operation}.v16f32")
@@ -93,6 +95,7 @@ def spread(builder: ir.IRBuilder, element: ir.Value) -> ir.Value:
 
 
 def constant(value: float) -> ir.Constant:
+    """A vector whose lanes are all this value."""
     return ir.Constant(FLOATS, [value] * LANES)
 
 

@@ -197,6 +197,7 @@ class CompiledLayers:
 
     @property
     def block_shape(self) -> tuple[int, ...]:
+        """[keys and values, KV heads, tokens x head size]: each head's panel as attention's tiles take it."""
         heads = self._shape.heads
         return (2, heads.num_kv_heads, self._shape.block_size * heads.head_dim)
 

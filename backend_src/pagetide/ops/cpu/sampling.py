@@ -22,6 +22,7 @@ def _argmax(num_rows, logits, out):  # type: ignore[no-untyped-def]
 
 
 def argmax(logits: torch.Tensor) -> torch.Tensor:
+    """Likeliest token of each row: logits [s, vocabulary] float32 -> [s] int64."""
     out = torch.empty(logits.shape[0], dtype=torch.int64)
     _argmax(len(out), logits.numpy(), out.numpy())
     return out

@@ -25,6 +25,7 @@ class Scratch(NamedTuple):
 
 
 def make_scratch(num_threads: int, head_dim: int, dtype: type[np.generic]) -> Scratch:
+    """For so many threads. dtype: that of keys and values."""
     shape = (num_threads, MAX_ROWS + TILE_ROWS)
     return Scratch(
         queries=np.zeros((*shape, head_dim), dtype),

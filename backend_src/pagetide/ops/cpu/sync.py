@@ -115,6 +115,7 @@ def finish(sync, phase, thread):  # type: ignore[no-untyped-def]
 
 
 def make_sync(num_phases: int, num_threads: int) -> np.ndarray:
+    """Counters for one call of a kernel, each on its own cache line: int64 [1 + phases, threads, line]."""
     return np.zeros((1 + num_phases, num_threads, _LINE), np.int64)
 
 

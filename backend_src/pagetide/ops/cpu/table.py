@@ -11,7 +11,8 @@ from pagetide.ops.cpu.logits import edit, mask, penalize
 from pagetide.ops.cpu.packing import GROUP
 from pagetide.ops.cpu.sampling import argmax, sample, score
 from pagetide.ops.layers import ComposedLayers, Embedding, EmbeddingWeights, Layers, LayerShape, LayerWeights
-from pagetide.ops.table import TORCH_LAYERS, Ops, TorchEmbedding
+from pagetide.ops.plain import TORCH_LAYERS, TorchEmbedding
+from pagetide.ops.table import Ops
 
 
 def make_cpu_ops() -> Ops:
