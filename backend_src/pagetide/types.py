@@ -125,6 +125,7 @@ class Request(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     priority: lower runs sooner and is preempted later. salt: prompts with different salts share no cached
     blocks.
     context_logits, generation_logits: return the logits of the prompt's, and of the sampled positions.
+    timings: outputs tell their Timings.
     """
 
     number: int
@@ -138,6 +139,7 @@ class Request(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     salt: str = ""
     context_logits: bool = False
     generation_logits: bool = False
+    timings: bool = False
 
 
 class TokenScore(msgspec.Struct, frozen=True, array_like=True):

@@ -90,7 +90,7 @@ class SmallEngine:
         values = {"ignore_eos": True, "seed": 0, **params}
         own = {
             name: values.pop(name)
-            for name in ("stream", "priority", "deadline_ns", "salt", "context_logits")
+            for name in ("stream", "priority", "deadline_ns", "salt", "context_logits", "timings")
             if name in values
         }
         self.engine.add(

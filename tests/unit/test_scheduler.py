@@ -210,7 +210,7 @@ def test_eight_samples_of_a_long_prompt_hold_its_blocks_once(engine):
     small = engine(
         num_blocks=128, block_size=16, max_model_len=1200, max_num_seqs=8, max_num_batched_tokens=1024
     )
-    small.add(1, [i % 50 for i in range(1000)], n=8, max_tokens=4)
+    small.add(1, [i % 50 for i in range(1000)], n=8, max_tokens=4, timings=True)
     small.step()
     assert small.blocks.num_used == 63, "1,000 tokens, once"
     small.step()

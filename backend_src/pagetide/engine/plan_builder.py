@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import NamedTuple
 
 import numpy as np
 
@@ -24,20 +23,20 @@ class StepSequences:
     guided: list[Sequence]
 
 
-class Chunk(NamedTuple):
-    """num_tokens tokens of a sequence, from position start on."""
+class Positions:
+    """Tokens of the step whose logits are looked at, one in each place of the lists: whose it is, which token
+    of the step, and the position of the token that comes next.
+    """
 
-    sequence: Sequence
-    start: int
-    num_tokens: int
+    def __init__(self) -> None:
+        self.sequences: list[Sequence] = []
+        self.tokens: list[int] = []
+        self.next_positions: list[int] = []
 
-
-class Position(NamedTuple):
-    """A token of the step whose logits are looked at, and the position of the token that comes next."""
-
-    sequence: Sequence
-    token: int
-    next_position: int
+    def add(self, sequence: Sequence, token: int, next_position: int) -> None:
+        self.sequences.append(sequence)
+        self.tokens.append(token)
+        self.next_positions.append(next_position)
 
 
 class PlanBuilder:
@@ -47,9 +46,11 @@ class PlanBuilder:
         self.budget = budget
         self.preempted = False
         self._num_tokens = 0
-        self._chunks: list[Chunk] = []
-        self._samples: list[Position] = []
-        self._prompt_tokens: list[Position] = []
+        self._rows: list[int] = []  # of each chunk: its row, first position and number of tokens
+        self._starts: list[int] = []
+        self._counts: list[int] = []
+        self._samples = Positions()
+        self._prompt_tokens = Positions()
         self._admissions: list[Admission] = []
         self._blocks: list[tuple[int, int, int]] = []  # (row, index, block)
         self._copies: list[tuple[int, int]] = []  # (source, target)
@@ -57,7 +58,7 @@ class PlanBuilder:
     @property
     def is_empty(self) -> bool:
         """True if no token runs in this step."""
-        return not self._chunks
+        return not self._rows
 
     def place(self, sequence: Sequence, copies: list[tuple[int, int]]) -> None:
         """Tells the device the sequence's new blocks, and its tokens if its row does not have them yet.
@@ -83,7 +84,9 @@ class PlanBuilder:
 
     def add_chunk(self, sequence: Sequence, count: int) -> None:
         """The next count tokens of a sequence that has been placed."""
-        self._chunks.append(Chunk(sequence, sequence.num_computed, count))
+        self._rows.append(sequence.row)
+        self._starts.append(sequence.num_computed)
+        self._counts.append(count)
         if sequence.group.reports_prompt:
             self._report_prompt(sequence, count)
         self.budget -= count
@@ -99,29 +102,27 @@ class PlanBuilder:
         last = min(start + count, sequence.num_prompt - 1)
         for position in range(max(start, group.num_prompt_reported), last):
             token = self._num_tokens + position - start
-            self._prompt_tokens.append(Position(sequence, token, position + 1))
+            self._prompt_tokens.add(sequence, token, position + 1)
         group.num_prompt_reported = max(group.num_prompt_reported, last)
 
     def add_sample(self, sequence: Sequence) -> None:
         """The last token of the last chunk samples the sequence's next token."""
-        self._samples.append(Position(sequence, self._num_tokens - 1, sequence.num_wanted))
+        self._samples.add(sequence, self._num_tokens - 1, sequence.num_wanted)
         sequence.num_pending += 1
 
     def sequences(self) -> StepSequences:
         """Whose tokens the step will bring, in the order of the plan's rows."""
-        sampling = [sequence for sequence, _, _ in self._samples]
-        prompts = [sequence for sequence, _, _ in self._prompt_tokens]
-        return StepSequences(sampling, prompts, [s for s in sampling if s.guide is not None])
+        sampling = self._samples.sequences
+        guided = [sequence for sequence in sampling if sequence.guide is not None]
+        return StepSequences(sampling, self._prompt_tokens.sequences, guided)
 
     def plan(self, step: int) -> StepPlan:
         """Freezes what has been put together. step: its number."""
-        chunks = _columns([(s.row, start, count) for s, start, count in self._chunks])
-        looked_at = [*self._samples, *self._prompt_tokens]
-        positions = _columns([(s.row, token, position) for s, token, position in looked_at])
-        blocks = _columns(self._blocks)
+        samples, prompt_tokens = self._samples, self._prompt_tokens
+        blocks = np.array(self._blocks, np.int32).reshape(-1, 3)
         # Most sequences ask for nothing but a token: only the others are looked at again and again.
-        special = [(at, s) for at, (s, _, _) in enumerate(self._samples) if not s.is_plain]
-        prompts = list(enumerate((s for s, _, _ in self._prompt_tokens), len(self._samples)))
+        special = [(at, s) for at, s in enumerate(samples.sequences) if not s.is_plain]
+        prompts = list(enumerate(prompt_tokens.sequences, len(samples.sequences)))
         scored = [at for at, s in special if wants_score(s)]
         scored += [at for at, s in prompts if s.group.params.prompt_logprobs is not None]
         returned = [at for at, s in special if returns_logits(s)]
@@ -130,19 +131,19 @@ class PlanBuilder:
         guided = [s.row for _, s in special if s.guide is not None]
         return StepPlan(
             step=step,
-            rows=chunks[0],
-            starts=chunks[1],
-            counts=chunks[2],
-            logit_index=positions[1],
-            sample_rows=positions[0],
-            sample_positions=positions[2],
-            num_sampled=len(self._samples),
+            rows=np.array(self._rows, np.int32),
+            starts=np.array(self._starts, np.int32),
+            counts=np.array(self._counts, np.int32),
+            logit_index=np.array(samples.tokens + prompt_tokens.tokens, np.int32),
+            sample_rows=np.array([s.row for s in samples.sequences + prompt_tokens.sequences], np.int32),
+            sample_positions=np.array(samples.next_positions + prompt_tokens.next_positions, np.int32),
+            num_sampled=len(samples.sequences),
             admissions=tuple(self._admissions),
-            block_rows=blocks[0],
-            block_index=blocks[1],
-            block_ids=blocks[2],
+            block_rows=blocks[:, 0],
+            block_index=blocks[:, 1],
+            block_ids=blocks[:, 2],
             copies=np.array(self._copies, np.int32).reshape(-1, 2),
-            is_greedy=all(s.sampling.temperature == 0 for s, _, _ in self._samples),
+            is_greedy=all(s.sampling.temperature == 0 for s in samples.sequences),
             has_penalties=any(s.sampling.has_penalties for _, s in special),
             has_edits=any(s.sampling.edits_at(s.num_wanted - 1) for _, s in special),
             has_masks=bool(guided) or any(s.sampling.allowed for _, s in special),
@@ -153,11 +154,6 @@ class PlanBuilder:
             num_candidates=max((search.num_for_each for _, search in searches), default=0),
             return_index=np.array(returned, np.int32),
         )
-
-
-def _columns(rows: list[tuple[int, int, int]]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    array = np.array(rows, np.int32).reshape(-1, 3)
-    return array[:, 0], array[:, 1], array[:, 2]
 
 
 def wants_score(sequence: Sequence) -> bool:

@@ -19,6 +19,8 @@ from pagetide.engine.stops import StopChecker
 from pagetide.runner.plan import BeamCandidates, RowParams
 from pagetide.types import Request, SamplingParams, Timings, TokenScore
 
+_NO_TIMINGS = Timings()
+
 
 class Status(Enum):
     WAITING = auto()
@@ -105,7 +107,9 @@ class SequenceGroup:
 
     @property
     def timings(self) -> Timings:
-        """Times of the request so far, in ns of the monotonic clock, and how many blocks its prompt took."""
+        """What has happened to the request so far, if it asks for that."""
+        if not self.request.timings:
+            return _NO_TIMINGS
         times = (self.arrival_ns, self.first_scheduled_ns, self.first_token_ns, self.last_token_ns)
         return Timings(*times, self.num_reused_blocks, self.num_new_blocks)
 

@@ -171,12 +171,12 @@ class StopChecker:
 
         After the last call `num_cut` tells how many bytes at the end of their text do not count.
         """
-        is_free = not any(self._matched) and not (self._held and self._held[-1] >= 0x80)
-        num_held = 0 if is_last or is_free else self._num_held_bytes()
-        if is_last or (not num_held and not any(self._matched)):
+        may_stop = any(self._matched)
+        is_whole = not self._held or self._held[-1] < 0x80  # ends in a character of one byte
+        if is_last or not (may_stop or (not is_whole and num_incomplete_bytes(self._held[-4:]))):
             ids, self._held_ids, self._held = self._held_ids, [], bytearray()
             return ids
-        return self._take_before(len(self._held) - num_held)
+        return self._take_before(len(self._held) - self._num_held_bytes())
 
     def _take_before(self, num_free: int) -> list[int]:
         """Releases the longest run of whole tokens within num_free bytes that ends at a character's border,

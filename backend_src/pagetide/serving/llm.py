@@ -135,6 +135,7 @@ class LlmModel:
             priority=parsed.priority,
             salt=parsed.salt,
             context_logits="return_context_logits" in parsed.returns,
+            timings="return_perf_metrics" in parsed.returns,
             generation_logits="return_generation_logits" in parsed.returns,
         )
 
