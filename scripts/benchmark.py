@@ -162,8 +162,8 @@ def run_server(
 
 
 @contextmanager
-def started_server() -> Iterator[TritonServer]:
-    server = TritonServer(free_address(), {"cache_dir": CACHE, "max_num_seqs": MAX_RUNNING})
+def started_server(max_running: int = MAX_RUNNING) -> Iterator[TritonServer]:
+    server = TritonServer(free_address(), {"cache_dir": CACHE, "max_num_seqs": max_running})
     server.start()
     try:
         server.wait_until_ready()
@@ -291,24 +291,26 @@ ENGINES: dict[str, Callable[..., Iterator[tuple[str, Figures]]]] = {
 # -- how streams flow --------------------------------------------------------------------------------------
 
 
-def run_streams_alone(seconds: float) -> None:
+def run_streams_alone(seconds: float, max_running: int) -> None:
     """Answers each number of users on standard input with the engine's own tokens a second."""
     from pagetide.llm import LLM
 
-    llm = LLM(cache_dir=CACHE, max_num_seqs=MAX_RUNNING)
+    llm = LLM(cache_dir=CACHE, max_num_seqs=max_running)
     for line in sys.stdin:
         print(json.dumps(streams.engine_alone(int(line), seconds, llm)), flush=True)
 
 
 def measure_streams(users: list[int], seconds: float) -> list[streams.StreamFigures]:
     """Engine alone and server take turns for each number of users."""
-    command = [sys.executable, __file__, "--streams-alone", "--seconds", str(seconds)]
+    max_running = max(MAX_RUNNING, *users)  # every user streams
+    alone_options = ["--streams-alone", str(max_running), "--seconds", str(seconds)]
+    command = [sys.executable, __file__, *alone_options]
     alone = subprocess.Popen(
         command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True
     )
     assert alone.stdin is not None and alone.stdout is not None
     rows = []
-    with started_server() as server:
+    with started_server(max_running) as server:
         for count in users:
             print(f"{count} users ...", file=sys.stderr, flush=True)
             row = streams.measure(
@@ -668,7 +670,7 @@ def parse_arguments() -> argparse.Namespace:
     )
     parser.add_argument("--json", type=Path, help="write all figures to this file")
     parser.add_argument("--plot", type=Path, help="draw a plot into this file")
-    parser.add_argument("--streams-alone", action="store_true", help=argparse.SUPPRESS)
+    parser.add_argument("--streams-alone", type=int, metavar="MAX_RUNNING", help=argparse.SUPPRESS)
     parser.add_argument("--run-one", help=argparse.SUPPRESS)
     parser.add_argument("--on-demand", action="store_true", help=argparse.SUPPRESS)
     parser.add_argument("--seed", type=int, default=0, help=argparse.SUPPRESS)
@@ -696,7 +698,7 @@ def main() -> int:
         run_one(arguments.run_one, names, arguments.seed)
         return 0
     if arguments.streams_alone:
-        run_streams_alone(arguments.seconds)
+        run_streams_alone(arguments.seconds, arguments.streams_alone)
         return 0
     if arguments.streams is not None:
         rows = measure_streams(arguments.streams or [1, 4, 8, 32], arguments.seconds)

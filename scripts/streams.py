@@ -107,14 +107,15 @@ def measure(
 def evaluate(
     everyone: list[User], users: int, begin: float, end: float, used: Counter[str], step_ms: float
 ) -> StreamFigures:
-    answers = [answer for user in everyone for answer in user.answers if answer.sent >= begin - WARM_UP_S / 2]
+    all_answers = [answer for user in everyone for answer in user.answers]
+    answers = [answer for answer in all_answers if answer.sent >= begin - WARM_UP_S / 2]
     own = [
         [1000 * (b[0] - a[0]) for a, b in pairwise(answer.chunks) if begin <= b[0] <= end]
         for answer in answers
     ]
     gaps = sorted(gap for some in own for gap in some) or [0.0]
     ttft = sorted(1000 * (answer.chunks[0][0] - answer.sent) for answer in answers)
-    inside = [chunk for answer in answers for chunk in answer.chunks if begin <= chunk[0] <= end]
+    inside = [chunk for answer in all_answers for chunk in answer.chunks if begin <= chunk[0] <= end]
     p99 = quantile(gaps, 0.99)
     return StreamFigures(
         users=users,
