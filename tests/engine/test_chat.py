@@ -26,13 +26,13 @@ def render(
     tokenizer: Any, template: str, messages: list[dict[str, Any]], max_bytes: int = 10_000, **variables: Any
 ) -> str:
     tokenizer.chat_template = template
-    return ChatRenderer(tokenizer, max_bytes)(messages, None, True, variables)
+    return ChatRenderer(tokenizer, max_bytes).render(messages, None, True, variables)
 
 
 def test_the_models_own_template_gives_what_transformers_gives(tokenizer):
     messages = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "Hé?"}]
     expected = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
-    assert ChatRenderer(tokenizer, 10_000)(messages, None, True, {}) == expected
+    assert ChatRenderer(tokenizer, 10_000).render(messages, None, True, {}) == expected
 
 
 def test_parts_are_joined_for_templates_of_texts_and_kept_for_those_of_parts(tokenizer):
@@ -66,7 +66,7 @@ def test_arguments_of_tool_calls_are_objects_and_absent_content_is_empty(tokeniz
 def test_no_variable_is_a_parameter_of_the_renderer(tokenizer, key):
     tokenizer.chat_template = TEXTS
     with pytest.raises(ChatTemplateError, match=f"chat_template_kwargs has {key}, which no client may set"):
-        ChatRenderer(tokenizer, 10_000)(PARTS, None, True, {key: "x"})
+        ChatRenderer(tokenizer, 10_000).render(PARTS, None, True, {key: "x"})
     assert render(tokenizer, "{{ mine }}", PARTS, mine="yes") == "yes"
 
 

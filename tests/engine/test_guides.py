@@ -223,6 +223,11 @@ def test_limits_and_stops_interact_with_a_grammar_as_expected(llm):
         "a grammar that goes on goes on"
     )
     assert one(kind="regex", text="ab", min_tokens=20).text == "ab", "one that has ended does not"
+    x = llm.get_tokenizer()("x").input_ids[0]
+    long = one(
+        kind="regex", text="x*", min_tokens=4, max_tokens=8, allowed_token_ids=(x,), stop_token_ids=(x,)
+    )
+    assert (long.finish_reason, len(long.token_ids)) == ("stop", 4), "stop tokens wait for min_tokens too"
     assert one(kind="regex", text="ab", ignore_eos=True, max_tokens=20).text == "ab"
 
 

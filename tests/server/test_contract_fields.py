@@ -347,6 +347,19 @@ def test_vllms_grpc_clients_work_unchanged(real):
     assert result.as_numpy("cumulative_logprob").tolist() == pytest.approx([total], abs=1e-4)
 
 
+def test_each_response_of_a_vllm_stream_has_the_log_probability_so_far_of_every_answer(real):
+    parameters = texts(json.dumps({"temperature": 1, "seed": 3, "max_tokens": 6, "n": 2, "ignore_eos": True}))
+    inputs = {"text_input": texts(PROMPT), "stream": np.array([True]), "sampling_parameters": parameters}
+    results = vllm_request(real, {**inputs, **VLLM_FLAGS})
+    so_far = np.array([result.as_numpy("cumulative_logprob") for result in results])
+    assert (so_far[-1] < 0).all() and (np.diff(so_far, axis=0) <= 0).all()
+
+
+def test_the_log_probabilities_of_a_prompt_of_one_token_are_there(real):
+    stream = stream_one(real, input_ids=[500], max_tokens=1, parameters={"prompt_logprobs": 1})
+    assert json.loads(stream.results[0].as_numpy("logprobs")[0])["prompt_logprobs"] == [None]
+
+
 def test_vllms_streams_say_none_until_the_end_and_its_defaults_hold(real):
     parameters = texts('{"temperature": 0}')
     results = vllm_request(

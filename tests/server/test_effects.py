@@ -34,6 +34,20 @@ EFFECTS: dict[str, tuple[dict[str, Any], dict[str, Any], Check]] = {
         {"messages": CHAT},
         lambda a, b: b["num_input_tokens"] > a["num_input_tokens"],
     ),
+    "continue_final_message": (
+        {
+            "messages": json.dumps(
+                [
+                    {"role": "user", "content": "What is the capital of France?"},
+                    {"role": "assistant", "content": "The capital of France is"},
+                ]
+            ),
+            "max_tokens": 6,
+            "temperature": 0,
+        },
+        {"continue_final_message": True},
+        lambda a, b: b["text_output"].startswith(" Paris") and not a["text_output"].startswith(" Paris"),
+    ),
     "add_generation_prompt": (
         {"messages": CHAT, "max_tokens": 2, "return_num_input_tokens": True},
         {"add_generation_prompt": False},

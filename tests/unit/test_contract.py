@@ -90,6 +90,30 @@ def test_some_names_are_ignored():
     )
 
 
+def test_a_value_that_counts_as_not_given_hides_none_of_a_lower_source():
+    tensors = {**PROMPT, "top_p": np.zeros((1, 1), np.float32), "timeout_ms": np.zeros((1, 1), np.int32)}
+    (found,) = parse(tensors | {"guided_decoding_guide_type": text("")}, {"top_p": 0.5, "timeout_ms": 5})
+    assert (found.params.top_p, found.timeout_ms) == (0.5, 5)
+    (found,) = parse({**tensors, "sampling_parameters": text('{"top_p": 0.25}')}, {"top_p": 0.5})
+    assert found.params.top_p == 0.25
+
+
+def test_of_two_guides_in_different_forms_the_higher_source_wins():
+    ours = {"guided_decoding_guide_type": text("choice"), "guided_decoding_guide": text('["a"]')}
+    vllms = text('{"guided_decoding": {"regex": "a+"}}')
+    (found,) = parse({**PROMPT, **ours, "sampling_parameters": vllms}, {})
+    assert found.params.guide == Guide("choice", '["a"]')
+    lower = {"guided_decoding_guide_type": "json"}
+    (found,) = parse({**PROMPT, "sampling_parameters": vllms}, lower)
+    assert found.params.guide == Guide("regex", "a+")
+    for twice in (
+        '{"guided_decoding": {"regex": "a+"}, "structured_outputs": {"regex": "b"}}',
+        '{"guided_decoding": {"regex": "a+"}, "guided_decoding_guide_type": "json"}',
+    ):
+        with pytest.raises(RequestError, match="a guide is given twice"):
+            parse({**PROMPT, "sampling_parameters": text(twice)}, {})
+
+
 def test_top_p_zero_counts_as_not_given():
     assert parse_one(top_p=0).params.top_p == 1.0
 
@@ -222,6 +246,18 @@ def test_logits_are_refused_unless_the_server_allows_them():
     with pytest.raises(RequestError, match="the setting allow_logits is false"):
         check_request(request, ENGINE)
     check_request(request, msgspec.structs.replace(ENGINE, allows_logits=True))
+
+
+def test_logits_that_would_fill_the_memory_are_refused():
+    large = msgspec.structs.replace(ENGINE, allows_logits=True, vocab_size=150_000, max_model_len=100_000)
+    prompt = Request(number=1, prompt_ids=[1] * 7_100, params=SamplingParams(), context_logits=True)
+    answers = Request(
+        number=1, prompt_ids=[1], params=SamplingParams(n=4, max_tokens=1_000), generation_logits=True
+    )
+    for request, size in ((prompt, "4.0"), (answers, "2.2")):
+        with pytest.raises(RequestError, match=f"logits of this request may take {size} GiB"):
+            check_request(request, large)
+    check_request(msgspec.structs.replace(answers, stream=True), large)
 
 
 def test_harmless_values_of_unsupported_fields_are_ignored():

@@ -22,9 +22,7 @@ def run(
     """The texts of the chunks, the reason, and all shown ids."""
     end_ids = frozenset() if end is None else frozenset([end])
     found = tuple(StopText(s.encode()) for s in stops)
-    checker = StopChecker(
-        StopRules(shown or tokens, tokens, end_ids, found, includes_stop, min_tokens, min_tokens)
-    )
+    checker = StopChecker(StopRules(shown or tokens, tokens, end_ids, found, includes_stop, min_tokens))
     texts, ids, table = [], [], shown or tokens
     for token in range(len(tokens)):
         reason = checker.push(token)

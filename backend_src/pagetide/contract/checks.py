@@ -10,6 +10,8 @@ from pagetide.contract.fields import FIELDS, MAX_TOKEN_RULES, MAX_WORD_LENGTH, M
 from pagetide.contract.values import shown
 from pagetide.types import EngineInfo, Request, RequestError, SamplingParams
 
+MAX_LOGITS_BYTES = 2**31  # of one request; a message between processes holds at most twice as much
+
 
 def check_params(params: SamplingParams) -> None:
     """Raises RequestError if a sampling parameter is out of range, or two do not go together."""
@@ -103,7 +105,24 @@ def check_request(request: Request, engine: EngineInfo) -> None:
             "return_generation_logits does not go with beam search (beam_width is "
             f"{params.beam_width}); leave one of them out"
         )
+    _check_logits_size(request, engine)
     _check_beams(request, engine)
+
+
+def _check_logits_size(request: Request, engine: EngineInfo) -> None:
+    """Logits are kept until they are sent: those of one request must not fill the memory."""
+    num_prompt, params = len(request.prompt_ids), request.params
+    room = max(0, engine.max_model_len - num_prompt)
+    num_new = room if params.max_tokens is None else min(room, params.max_tokens)
+    positions = num_prompt if request.context_logits else 0
+    if request.generation_logits and not request.stream:
+        positions += num_new * params.num_sequences
+    size = positions * engine.vocab_size * 4
+    if size > MAX_LOGITS_BYTES:
+        raise RequestError(
+            f"the logits of this request may take {size / 2**30:.1f} GiB, must be at most "
+            f"{MAX_LOGITS_BYTES / 2**30:g}; ask for fewer tokens (max_tokens) or answers, or stream them"
+        )
 
 
 def _check_beams(request: Request, engine: EngineInfo) -> None:

@@ -54,6 +54,7 @@ FIELDS = (
     ),
     Field("tools", "BYTES", "JSON list of tools for the chat template", kind="objects"),
     Field("add_generation_prompt", "BOOL", "end the rendered chat with the beginning of an answer", "true"),
+    Field("continue_final_message", "BOOL", "go on with the last message instead of answering it", "false"),
     Field(
         "chat_template_kwargs",
         "BYTES",
@@ -139,7 +140,14 @@ FIELDS = (
     sampling("include_stop_str_in_output", "BOOL", "what ended the answer stays in its text", "false"),
     sampling("ignore_eos", "BOOL", "go on after the end token", "false"),
     sampling("skip_special_tokens", "BOOL", "special tokens do not show in the text", "true"),
-    sampling("end_id", "INT32", "token that ends the answer; -1: none", "the model's", low=-1, high=_INT32),
+    sampling(
+        "end_id",
+        "INT32",
+        "token that ends the answer; -1: none; a guide has its own end",
+        "the model's",
+        low=-1,
+        high=_INT32,
+    ),
     Field("pad_id", "INT32", "fills shorter rows of `output_ids`", "the model's", low=-1, high=_INT32),
     Field("embedding_bias_words", "BYTES", "words whose tokens' logits are changed", "none", is_list=True),
     Field(

@@ -18,6 +18,7 @@ from pagetide.types import GUIDE_KINDS, Guide, RequestError, SamplingParams
 
 _BY_NAME = {name: field for field in FIELDS for name in field.names}
 _IGNORED_PARAMETERS = {"Streaming", "binary_data_output"}
+_OUR_GUIDE = {"guided_decoding_guide_type", "guided_decoding_guide"}
 _PROMPTS = ("text_input", "messages", "input_ids")
 # What vLLM's users may have in their JSON without asking for anything.
 _HARMLESS: dict[str, tuple[Value, ...]] = {
@@ -85,8 +86,21 @@ def _parse_row(
     # A tensor goes before sampling_parameters, which goes before a request parameter.
     own = {field.name: _from_tensor(field, name, tensors[name][row]) for name, field in given.items()}
     from_json = _from_mapping(own.pop("sampling_parameters", None) or {}, "field of sampling_parameters")
-    values = {name: value for name, value in {**shared, **from_json, **own}.items() if value is not None}
+    values: dict[str, Value] = {}
+    for source in (shared, from_json, own):
+        given_here = {name: value for name, value in source.items() if value is not None}
+        _let_guide_win(given_here, values)
+        values |= given_here
     return _assemble(values, defaults)
+
+
+def _let_guide_win(given: Mapping[str, Value], lower: dict[str, Value]) -> None:
+    """A guide in one of its two forms goes before one in the other form from a source that ranks lower."""
+    ours = _OUR_GUIDE & given.keys()
+    if ours and "guide" in given:
+        raise RequestError(f"a guide is given twice, as {' and as '.join(sorted(ours))} and in vLLM's form")
+    for name in ["guide"] if ours else _OUR_GUIDE if "guide" in given else []:
+        lower.pop(name, None)
 
 
 def _assemble(values: dict[str, Value], defaults: Defaults) -> ParsedRequest:
@@ -106,6 +120,8 @@ def _assemble(values: dict[str, Value], defaults: Defaults) -> ParsedRequest:
         raise RequestError(f"cache_salt has {len(salt)} characters, may have {MAX_WORD_LENGTH}")
     params = _params_of(values, defaults)
     check_params(params)
+    if values.get("continue_final_message") and values.get("add_generation_prompt"):
+        raise RequestError("continue_final_message does not go with add_generation_prompt; set one of them")
     stream = values.get("stream", False)
     return ParsedRequest(
         params=params,
@@ -114,6 +130,7 @@ def _assemble(values: dict[str, Value], defaults: Defaults) -> ParsedRequest:
         prompt_ids=list(values["input_ids"]) if "input_ids" in values else None,
         tools=values.get("tools"),
         add_generation_prompt=values.get("add_generation_prompt", True),
+        continue_final_message=values.get("continue_final_message", False),
         chat_template_kwargs=values.get("chat_template_kwargs", {}),
         stream=stream,
         includes_input=not stream and not values.get("exclude_input_in_output", defaults.excludes_input),
@@ -184,6 +201,10 @@ def _from_mapping(values: Mapping[str, Any], what: str) -> dict[str, Value]:
         if raw is None or _is_harmless(name, raw):
             continue
         if name in VLLM_GUIDES:
+            if found.get("guide") is not None:
+                raise RequestError(
+                    f"a guide is given twice, as {' and as '.join(VLLM_GUIDES)}; give one of them"
+                )
             found["guide"] = guide_of_vllm(name, raw)
             continue
         field = _BY_NAME.get(name)

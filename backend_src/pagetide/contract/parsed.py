@@ -43,6 +43,7 @@ class ParsedRequest(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=Tru
     prompt_text: str | None = None
     tools: list[Any] | None = None
     add_generation_prompt: bool = True
+    continue_final_message: bool = False
     chat_template_kwargs: dict[str, Any] = {}
     stream: bool = False
     includes_input: bool = False

@@ -114,9 +114,9 @@ def stop_rules(params: SamplingParams, limits: ModelLimits) -> StopRules:
         end_ids=end_ids_of(params, limits),
         stops=tuple(stop_text(text.encode()) for text in params.stop_texts),
         includes_stop=params.include_stop_str_in_output,
-        # A guide decides by itself when the answer may end.
-        min_tokens_to_end=0 if params.guide is not None else params.min_tokens,
         min_tokens=params.min_tokens,
+        # A guide decides by itself when the answer may end.
+        early_ends=limits.end_ids if params.guide is not None else frozenset(),
     )
 
 
@@ -145,8 +145,8 @@ def edits_of(params: SamplingParams, rules: StopRules, num_prompt: int, limits: 
     edits = [
         edit for edit in edits if edit.token < limits.vocab_size
     ]  # a tokenizer may have tokens that the model has not
-    if rules.min_tokens_to_end:
-        below = num_prompt + rules.min_tokens_to_end
+    if params.min_tokens and params.guide is None:
+        below = num_prompt + params.min_tokens
         edits += [
             LogitEdit(token, never, below) for token in sorted(rules.end_ids) if token < limits.vocab_size
         ]

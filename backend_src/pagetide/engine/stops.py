@@ -90,7 +90,7 @@ class StopRules:
     shown: token id -> bytes that its text shows; full: with the texts of special tokens too, in which stop
     texts are found as well.
     end_ids, stops: tokens and texts that end it; includes_stop: they stay in the text.
-    min_tokens_to_end, min_tokens: not before so many new tokens, for end_ids and for stops.
+    min_tokens: not before so many new tokens, but for early_ends, which always end it.
     """
 
     shown: Seq[bytes]
@@ -98,8 +98,8 @@ class StopRules:
     end_ids: frozenset[int] = frozenset()
     stops: tuple[StopText, ...] = ()
     includes_stop: bool = False
-    min_tokens_to_end: int = 0
     min_tokens: int = 0
+    early_ends: frozenset[int] = frozenset()
 
 
 class StopChecker:
@@ -125,7 +125,12 @@ class StopChecker:
 
     def is_end(self, token: int) -> bool:
         """True if the sequence would end with this token, whatever its text."""
-        return token in self._rules.end_ids and self._num_tokens + 1 >= self._rules.min_tokens_to_end
+        return self._ends_at(token, self._num_tokens + 1)
+
+    def _ends_at(self, token: int, num_tokens: int) -> bool:
+        """True if the sequence ends with this token as its num_tokens-th."""
+        rules = self._rules
+        return token in rules.end_ids and (num_tokens >= rules.min_tokens or token in rules.early_ends)
 
     def push(self, token: int) -> str:
         """Takes the next token; returns `stop` if the sequence ends with it, else an empty string."""
@@ -134,7 +139,7 @@ class StopChecker:
         self._held_ids.append(token)
         text = _bytes_of(rules.shown, token)
         self._held += text
-        if token in rules.end_ids and self._num_tokens >= rules.min_tokens_to_end:
+        if self._ends_at(token, self._num_tokens):
             self.num_cut = 0 if rules.includes_stop else len(text)
             return "stop"
         return "stop" if rules.stops and self._find_stop_text(_bytes_of(rules.full, token)) else ""

@@ -69,7 +69,7 @@ class PromptReader:
         self._tokenizer: Any = PreTrainedTokenizerFast.from_pretrained(str(model))
         if template is not None:
             self._tokenizer.chat_template = template
-        self._render_chat = ChatRenderer(self._tokenizer, self._max_bytes)
+        self._chats = ChatRenderer(self._tokenizer, self._max_bytes)
 
     def read(self, parsed: ParsedRequest) -> PromptText:
         """The prompt's text, rendered if it is a chat. Raises RequestError."""
@@ -77,9 +77,10 @@ class PromptReader:
 
     def _render(self, parsed: ParsedRequest) -> PromptText:
         if parsed.messages is not None:
+            render = self._chats.continued if parsed.continue_final_message else self._chats.render
             flag, variables = parsed.add_generation_prompt, parsed.chat_template_kwargs
             try:
-                text = self._render_chat(parsed.messages, parsed.tools, flag, variables)
+                text = render(parsed.messages, parsed.tools, flag, variables)
             except ChatTemplateError as error:
                 raise RequestError(str(error)) from error
             return PromptText(parsed, text, adds_special_tokens=False)

@@ -51,7 +51,7 @@ class ClientRequest:
         self._num_open = sum(prompt.num_answers for prompt in prompts)
         self._num_responses: Counter[tuple[int, int]] = Counter()
         self._collected: list[Chunk] = []
-        self._reasons: dict[tuple[int, int], str] = {}
+        self._last: dict[tuple[int, int], Output] = {}  # of each prompt's answers
         self._ask_at: dict[
             int, float
         ] = {}  # when `postprocessing` is to look for the client of each prompt again
@@ -82,7 +82,8 @@ class ClientRequest:
             self._num_open -= bool(output.finish_reason)
             key = (output.number, output.index)
             prompt = self._prompt_of[output.number]
-            self._reasons[key] = output.finish_reason
+            if self._collects:
+                self._last[key] = output
             self._collected.append(Chunk(prompt, output, self._num_responses[key]))
             self._num_responses[key] += 1
             streams = self._is_decoupled and (prompt.parsed.stream or not self._collects)
@@ -95,14 +96,8 @@ class ClientRequest:
     def _silent_rows(self, prompt: Prompt, speaking: int) -> list[Chunk]:
         """Rows of the answers that have nothing new to say."""
         others = [index for index in range(prompt.num_answers) if index != speaking]
-        return [
-            Chunk(
-                prompt,
-                Output(prompt.number, index, [], finish_reason=self._reasons.get((prompt.number, index), "")),
-                0,
-            )
-            for index in others
-        ]
+        said = [self._last.get((prompt.number, i), Output(prompt.number, i, [])) for i in others]
+        return [Chunk(prompt, silent(output), 0) for output in said]
 
     def fail(self, error: Exception) -> None:
         """Sends the error as the last response."""
@@ -125,6 +120,19 @@ class ClientRequest:
             return False
         self._ask_at[number] = now + _ASK_AGAIN_S
         return True
+
+
+def silent(last: Output) -> Output:
+    """What is still true of an answer that has nothing new to say."""
+    return Output(
+        last.number,
+        last.index,
+        [],
+        finish_reason=last.finish_reason,
+        num_cached_tokens=last.num_cached_tokens,
+        cumulative_logprob=last.cumulative_logprob,
+        timings=last.timings,
+    )
 
 
 def send(sender: Any, response: Any, is_last: bool) -> None:

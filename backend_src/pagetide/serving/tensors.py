@@ -172,7 +172,9 @@ class ResponseTensors:
         params, found = chunk.prompt.parsed.params, {}
         if params.logprobs is not None:
             found["logprobs"] = self._entries(chunk.output.ids, chunk.output.scores)
-        if params.prompt_logprobs is not None and chunk.output.prompt_scores:
+        is_first = chunk.output.index == 0 and chunk.response_index == 0
+        has_scores = bool(chunk.output.prompt_scores) or (is_first and len(chunk.prompt.ids) == 1)
+        if params.prompt_logprobs is not None and has_scores:
             found["prompt_logprobs"] = [
                 None,
                 *self._entries(chunk.prompt.ids[1:], chunk.output.prompt_scores),

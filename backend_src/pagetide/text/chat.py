@@ -10,6 +10,7 @@ from typing import Any
 
 MAX_RENDER_S = 5.0
 _PROBE = "probe of a part"
+_MARK = "\ue000end of the content\ue001"
 
 
 class ChatTemplateError(ValueError):
@@ -56,7 +57,24 @@ class ChatRenderer:
             return False
         return _PROBE in rendered and "'type'" not in rendered and '"type"' not in rendered
 
-    def __call__(
+    def continued(
+        self, messages: list[dict[str, Any]], tools: list[Any] | None, _: bool, variables: dict[str, Any]
+    ) -> str:
+        """The prompt's text up to the end of the last message's content, for an answer that goes on with it.
+
+        Raises ChatTemplateError.
+        """
+        last = _plain(messages[-1], takes_parts=False)
+        if not isinstance(last.get("content"), str):
+            raise ChatTemplateError("continue_final_message needs a last message whose content is a text")
+        # What the template writes behind the content, and what it strips off its end, is told by a mark.
+        marked = [*messages[:-1], {**last, "content": last["content"] + _MARK}]
+        text, mark, _end = self.render(marked, tools, False, variables).rpartition(_MARK)
+        if not mark:
+            raise ChatTemplateError("the model's chat template does not write the last message's content")
+        return text
+
+    def render(
         self,
         messages: list[dict[str, Any]],
         tools: list[Any] | None,
