@@ -8,5 +8,5 @@ compile() {
     uv pip compile pyproject.toml "$@" --universal --python-version 3.10 --no-emit-package torch --no-header --no-annotate -q -o "$file"
     sed -i "1i # Pinned versions; written by scripts/lock.sh" "$file"
 }
-compile requirements-test.lock --extra server --extra test
-compile requirements.lock --extra server -c requirements-test.lock
+compile requirements-test.lock --extra server --extra gateway --extra test
+compile requirements.lock --extra server --extra gateway -c requirements-test.lock

@@ -28,7 +28,7 @@ PAGES = tuple(
 )
 # From above: each imports only what is below it.
 LAYERS = (
-    "serving", "engine", "runner", "models", "ops", "ops/cpu", "kv_cache", "contract", "text"
+    "gateway", "serving", "engine", "runner", "models", "ops", "ops/cpu", "kv_cache", "contract", "text"
 )  # fmt: skip
 
 

@@ -38,6 +38,8 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--http-port", type=int, default=8000)
     parser.add_argument("--grpc-port", type=int, default=8001)
     parser.add_argument("--metrics-port", type=int, default=8002)
+    parser.add_argument("--gateway-port", type=int, default=9000, help="port of the OpenAI API")
+    parser.add_argument("--no-gateway", action="store_true", help="leave the OpenAI API out")
     parser.add_argument(
         "--detach", action="store_true", help="return once the server is ready; scripts/stop.sh ends it"
     )
@@ -153,9 +155,14 @@ def main() -> int:
         server.start(ends_with_parent=not arguments.detach)
         try:
             wait_with_progress(server)
+            if not arguments.no_gateway:
+                server.start_gateway(arguments.gateway_port, ends_with_parent=not arguments.detach)
         except KeyboardInterrupt:
             server.stop()
             return 130
+        except ServerError:
+            server.stop()
+            raise
     except (ServerError, SettingsError) as error:
         console.print(str(error), style="red", markup=False)
         return 1
@@ -165,6 +172,11 @@ def main() -> int:
         Panel(Text(commands), title="send requests", expand=False) if console.is_terminal else commands,
         markup=False,
     )
+    if not arguments.no_gateway:
+        base = f"http://{address.reachable_host}:{arguments.gateway_port}/v1"
+        console.print(
+            f'OpenAI clients: OpenAI(base_url="{base}", api_key="none"), model "ensemble"', markup=False
+        )
     if arguments.detach:
         console.print(
             f"serving on http://{address.http}, gRPC {address.grpc}, metrics "

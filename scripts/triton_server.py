@@ -19,7 +19,6 @@ import subprocess
 import sys
 import sysconfig
 import time
-import urllib.error
 import urllib.request
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -48,20 +47,21 @@ class Address:
     metrics_port: int = 8002
 
     @property
-    def _reachable_host(self) -> str:
+    def reachable_host(self) -> str:
+        """Where clients on this machine find it."""
         return "127.0.0.1" if self.host in ("0.0.0.0", "::") else self.host
 
     @property
     def http(self) -> str:
-        return f"{self._reachable_host}:{self.http_port}"
+        return f"{self.reachable_host}:{self.http_port}"
 
     @property
     def grpc(self) -> str:
-        return f"{self._reachable_host}:{self.grpc_port}"
+        return f"{self.reachable_host}:{self.grpc_port}"
 
     @property
     def metrics(self) -> str:
-        return f"{self._reachable_host}:{self.metrics_port}"
+        return f"{self.reachable_host}:{self.metrics_port}"
 
     @property
     def ports(self) -> tuple[int, int, int]:
@@ -124,15 +124,7 @@ class TritonServer:
 
     def _check_machine(self) -> None:
         for port in self.address.ports:
-            with socket.socket() as probe:
-                probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-                try:
-                    probe.bind((self.address.host, port))
-                except OSError as error:
-                    raise ServerError(
-                        f"port {port} on {self.address.host} cannot be used ({error.strerror}); "
-                        "choose others, see --help"
-                    ) from None
+            _check_port(self.address.host, port)
         shared = shutil.disk_usage("/dev/shm").free / 2**20
         if shared < MIN_SHARED_MEMORY_MB:
             raise ServerError(
@@ -205,11 +197,7 @@ class TritonServer:
         return self._process is not None and self._process.poll() is None
 
     def is_ready(self) -> bool:
-        try:
-            with urllib.request.urlopen(f"http://{self.address.http}/v2/health/ready", timeout=2) as answer:
-                return answer.status == 200
-        except (urllib.error.URLError, OSError):
-            return False
+        return _answers(f"http://{self.address.http}/v2/health/ready")
 
     def wait_until_ready(self, timeout_s: float = 600.0) -> None:
         """Raises ServerError with what the log says if the server ends or is not ready in time."""
@@ -241,10 +229,40 @@ class TritonServer:
         except psutil.NoSuchProcess:
             return []
 
+    def start_gateway(self, port: int, ends_with_parent: bool = True) -> None:
+        """Starts the OpenAI gateway of this server on the same address. Raises ServerError."""
+        _check_port(self.address.host, port)
+        command = [sys.executable, "-m", "pagetide.gateway", "--host", self.address.host, "--port", str(port)]
+        with (self.folder / "gateway.log").open("wb") as log:
+            gateway = subprocess.Popen(
+                [*command, "--triton", self.address.grpc],
+                cwd=ROOT / "backend_src",
+                stdout=log,
+                stderr=subprocess.STDOUT,
+                stdin=subprocess.DEVNULL,
+                start_new_session=True,
+                preexec_fn=_end_with_parent if ends_with_parent else None,
+            )
+        started = psutil.Process(gateway.pid).create_time()
+        (self.folder / "gateway.json").write_text(json.dumps({"pid": gateway.pid, "started": started}))
+        while not _answers(f"http://{self.address.reachable_host}:{port}/metrics"):
+            if gateway.poll() is not None:
+                raise ServerError(f"the gateway has ended; its log: {self.folder / 'gateway.log'}")
+            time.sleep(0.1)
+
+    def stop_gateway(self) -> None:
+        """Ends the gateway, if there is one."""
+        file = self.folder / "gateway.json"
+        gateway = _process_of(json.loads(file.read_text())) if file.exists() else None
+        if gateway is not None:
+            gateway.terminate()
+            psutil.wait_procs([gateway], timeout=EXIT_TIMEOUT_S)
+
     def stop(self) -> bool:
         """Ends the server and waits for it; True if it ended by itself within its time-out, False if it had
         to be killed.
         """
+        self.stop_gateway()
         processes = self.processes()
         if processes:
             processes[0].send_signal(signal.SIGTERM)
@@ -266,15 +284,39 @@ def find_running(http_port: int) -> TritonServer | None:
     if not file.exists():
         return None
     facts = json.loads(file.read_text())
-    try:
-        is_same = abs(psutil.Process(facts["pid"]).create_time() - facts["started"]) < 1
-    except psutil.NoSuchProcess:
-        return None
-    if not is_same:
+    if _process_of(facts) is None:
         return None
     return TritonServer(
         Address(facts["host"], facts["http_port"], facts["grpc_port"], facts["metrics_port"]), {}
     )
+
+
+def _process_of(facts: dict[str, Any]) -> psutil.Process | None:
+    """The process that was started with this pid then; None if it has ended."""
+    try:
+        process = psutil.Process(facts["pid"])
+        return process if abs(process.create_time() - facts["started"]) < 1 else None
+    except psutil.NoSuchProcess:
+        return None
+
+
+def _check_port(host: str, port: int) -> None:
+    with socket.socket() as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            probe.bind((host, port))
+        except OSError as error:
+            raise ServerError(
+                f"port {port} on {host} cannot be used ({error.strerror}); choose others, see --help"
+            ) from None
+
+
+def _answers(url: str) -> bool:
+    try:
+        with urllib.request.urlopen(url, timeout=2) as answer:
+            return answer.status == 200
+    except OSError:
+        return False
 
 
 def _end_with_parent() -> None:

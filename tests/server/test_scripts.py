@@ -6,10 +6,11 @@ import re
 import subprocess
 import sys
 
+import openai
 import psutil
 import pytest
 from parrot import pieces_of, write_parrot
-from triton_server import ROOT, free_address
+from triton_server import ROOT, Address, free_address
 
 sys.path.insert(0, str(ROOT / "scripts"))
 
@@ -19,6 +20,16 @@ sys.path.insert(0, str(ROOT / "scripts"))
 QUESTION = "What is the capital of France? Explain in two sentences."
 
 
+def options_of(address: Address) -> list[str]:
+    """Ports that nobody uses, for the server and its gateway."""
+    return [
+        f"--http-port={address.http_port}",
+        f"--grpc-port={address.grpc_port}",
+        f"--metrics-port={address.metrics_port}",
+        f"--gateway-port={free_address().http_port}",
+    ]
+
+
 def run(*command: str, timeout: float = 120) -> subprocess.CompletedProcess[str]:
     return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=timeout)
 
@@ -26,11 +37,7 @@ def run(*command: str, timeout: float = 120) -> subprocess.CompletedProcess[str]
 def test_serve_detached_streams_a_completion_and_stop_leaves_no_process():
     """The real model, the second start of a machine that has served it before."""
     address = free_address()
-    ports = [
-        f"--http-port={address.http_port}",
-        f"--grpc-port={address.grpc_port}",
-        f"--metrics-port={address.metrics_port}",
-    ]
+    ports = options_of(address)
     served = run("./scripts/serve.sh", "--detach", *ports)
     assert served.returncode == 0, served.stdout + served.stderr
     assert "The capital of France is Paris." in served.stdout
@@ -38,6 +45,11 @@ def test_serve_detached_streams_a_completion_and_stop_leaves_no_process():
     assert again.returncode == 1 and "already listens on port" in again.stdout
     curl = re.search(r"^curl .*?'$", served.stdout, re.MULTILINE | re.DOTALL)[0]
     assert '"text_output"' in run("bash", "-c", curl).stdout
+    base, model = re.search(r'base_url="(\S+)", api_key="none"\), model "(\S+)"', served.stdout).groups()
+    openai_client = openai.OpenAI(base_url=base, api_key="none")
+    messages = [{"role": "user", "content": QUESTION}]
+    answer = openai_client.chat.completions.create(model=model, messages=messages, temperature=0)
+    assert "Paris" in answer.choices[0].message.content
     url, http = f"--url={address.grpc}", f"--url={address.http}"
     assert "Paris" in run(sys.executable, "clients/grpc_stream.py", url, "--temperature=0", QUESTION).stdout
     assert (
@@ -72,7 +84,10 @@ def test_serve_detached_streams_a_completion_and_stop_leaves_no_process():
     assert not [
         p
         for p in psutil.process_iter(["cmdline"])
-        if f".run/{address.http_port}/" in " ".join(p.info["cmdline"] or [])
+        if any(
+            place in " ".join(p.info["cmdline"] or [])
+            for place in (f".run/{address.http_port}/", address.grpc)
+        )
     ]
 
 
@@ -87,11 +102,7 @@ def test_serve_detached_streams_a_completion_and_stop_leaves_no_process():
 )
 def test_a_start_that_cannot_work_says_why(options, message):
     address = free_address()
-    ports = [
-        f"--http-port={address.http_port}",
-        f"--grpc-port={address.grpc_port}",
-        f"--metrics-port={address.metrics_port}",
-    ]
+    ports = options_of(address)
     served = run("./scripts/serve.sh", "--detach", *ports, *options)
     assert served.returncode == 1
     assert message in served.stdout, served.stdout
@@ -100,11 +111,7 @@ def test_a_start_that_cannot_work_says_why(options, message):
 def test_model_may_be_a_directory(tmp_path):
     write_parrot(tmp_path, pieces_of("abcdefgh", 1), ends=True)
     address = free_address()
-    ports = [
-        f"--http-port={address.http_port}",
-        f"--grpc-port={address.grpc_port}",
-        f"--metrics-port={address.metrics_port}",
-    ]
+    ports = options_of(address)
     served = run("./scripts/serve.sh", "--detach", "--model", str(tmp_path), *ports)
     assert served.returncode == 0 and "this model has none" in served.stdout
     assert run("./scripts/stop.sh", f"--http-port={address.http_port}").returncode == 0

@@ -1,0 +1,74 @@
+"""What goes wrong, as the OpenAI API says it: {"error": {"message", "type", "param", "code"}}.
+
+https://platform.openai.com/docs/guides/error-codes
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Container
+
+import grpc
+from starlette.responses import JSONResponse
+
+RETRY_AFTER_S = 1
+_TYPES = {
+    401: "authentication_error",
+    403: "permission_error",
+    429: "rate_limit_error",
+    500: "server_error",
+    503: "server_error",
+}
+_CODES = {
+    grpc.StatusCode.INVALID_ARGUMENT: 400,
+    grpc.StatusCode.NOT_FOUND: 404,
+    grpc.StatusCode.RESOURCE_EXHAUSTED: 413,
+    grpc.StatusCode.UNAVAILABLE: 503,
+    grpc.StatusCode.DEADLINE_EXCEEDED: 503,
+}
+
+
+class ApiError(Exception):
+    """Answered with this HTTP status; message: one sentence that a client may read; param: the field."""
+
+    def __init__(self, status: int, message: str, param: str | None = None, code: str | None = None):
+        super().__init__(message)
+        self.status = status
+        self.message = message
+        self.param = param
+        self.code = code
+
+    def body(self) -> dict[str, dict[str, str | None]]:
+        """The error object."""
+        kind = _TYPES.get(self.status, "invalid_request_error")
+        return {"error": {"message": self.message, "type": kind, "param": self.param, "code": self.code}}
+
+    def response(self) -> JSONResponse:
+        """The whole answer; it says when to come back where that helps."""
+        headers = {"Retry-After": str(RETRY_AFTER_S)} if self.status in (429, 503) else {}
+        if self.status == 401:
+            headers["WWW-Authenticate"] = "Bearer"
+        return JSONResponse(self.body(), self.status, headers)
+
+
+def refused(message: str, param: str | None = None) -> ApiError:
+    """The request cannot be served as it is."""
+    return ApiError(400, message, param)
+
+
+def of_triton(code: grpc.StatusCode, message: str) -> ApiError:
+    """What Triton or the engine said. A full queue is told by its text: ensembles change the code."""
+    message = re.sub(
+        r"^in ensemble '[^']*', ", "", message
+    )  # said by Triton, of no use to this API's clients
+    if "Exceeds maximum queue size" in message:
+        return ApiError(429, message, code="rate_limit_exceeded")
+    return ApiError(_CODES.get(code, 500), message)
+
+
+def named(error: ApiError, fields: Container[str]) -> ApiError:
+    """The error with the field that its sentence begins with, if the client has sent such a one."""
+    first = re.match(r"\w+", error.message)
+    if error.param is None and first and first[0] in fields:
+        error.param = first[0]
+    return error

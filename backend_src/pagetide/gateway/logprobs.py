@@ -1,0 +1,47 @@
+"""The contract's log-probabilities, {token id: {logprob, rank, decoded_token}} for each token with its own
+entry first, in the two shapes that OpenAI's API has for them.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+
+def chat_logprobs(found: dict[str, Any] | None, num_top: int) -> dict[str, Any] | None:
+    """{"content": [{token, logprob, bytes, top_logprobs}, ...]}; num_top: likeliest tokens to be shown."""
+    entries = (found or {}).get("logprobs")
+    if not entries:
+        return None
+    return {"content": [_chat_token(list(entry.values()), num_top) for entry in entries], "refusal": None}
+
+
+def _chat_token(candidates: list[dict[str, Any]], num_top: int) -> dict[str, Any]:
+    ranked = sorted(candidates, key=lambda one: one["rank"])
+    return {**_scored(candidates[0]), "top_logprobs": [_scored(one) for one in ranked[:num_top]]}
+
+
+def _scored(candidate: dict[str, Any]) -> dict[str, Any]:
+    token = candidate["decoded_token"]
+    # Part of a character has no text of its own, and its bytes are not told.
+    raw = None if "\ufffd" in token else list(token.encode())
+    return {"token": token, "logprob": candidate["logprob"], "bytes": raw}
+
+
+def completion_logprobs(found: dict[str, Any] | None, offset: int) -> dict[str, Any]:
+    """{tokens, token_logprobs, top_logprobs, text_offset}; offset: characters before the first token.
+
+    A prompt that is echoed has its tokens in front; the first of them has no log-probability.
+    """
+    found = found or {}
+    entries = [*found.get("prompt_logprobs", ()), *found.get("logprobs", ())]
+    shown: dict[str, Any] = {"tokens": [], "token_logprobs": [], "top_logprobs": [], "text_offset": []}
+    for entry in entries:
+        candidates = list(entry.values()) if entry else []
+        token = candidates[0]["decoded_token"] if candidates else ""
+        shown["tokens"].append(token)
+        shown["token_logprobs"].append(candidates[0]["logprob"] if candidates else None)
+        tops = {one["decoded_token"]: one["logprob"] for one in candidates}
+        shown["top_logprobs"].append(tops if candidates else None)
+        shown["text_offset"].append(offset)
+        offset += len(token)
+    return shown

@@ -1,0 +1,92 @@
+"""The models that Triton serves, and how each writes calls and thoughts, told by its own chat template."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass
+from typing import Any
+
+from pagetide.gateway.calls import Thinking
+from pagetide.gateway.errors import ApiError
+from pagetide.gateway.triton import Triton
+
+_KEPT_S = 10.0
+_CALL = {
+    "id": "abcdefghi",  # Mistral's templates take ids of nine characters only
+    "type": "function",
+    "function": {"name": "probe", "arguments": "{}"},
+}
+_USER = {"role": "user", "content": "question"}
+
+
+@dataclass(frozen=True)
+class Habits:
+    """calls: the format of tool calls, one of calls.FORMATS. thinks: thoughts stand before answers.
+
+    begins_thinking: the prompt itself opens them.
+    """
+
+    calls: str = "hermes"
+    thinks: bool = False
+    begins_thinking: bool = False
+
+    def thinking(self) -> Thinking | None:
+        return Thinking(self.begins_thinking) if self.thinks else None
+
+
+class Models:
+    """Asks Triton, and remembers the answer for some seconds. call_format: overrides the template's."""
+
+    def __init__(self, triton: Triton, call_format: str = ""):
+        self._triton = triton
+        self._call_format = call_format
+        self._names: list[str] = []
+        self._habits: dict[str, Habits] = {}
+        self._known_until = 0.0
+
+    async def names(self) -> list[str]:
+        if time.monotonic() > self._known_until:
+            self._names = await self._triton.models()
+            self._known_until = time.monotonic() + _KEPT_S
+        return self._names
+
+    async def find(self, name: str | None) -> str:
+        """The Triton model of this name; without a name, the only one. Raises ApiError."""
+        names = await self.names()
+        if not names:
+            raise ApiError(503, "Triton serves no model yet")
+        if name in names:
+            return name
+        if name is None and len(names) == 1:
+            return names[0]
+        message = f"there is no model {name!r}; there are {', '.join(names)}"
+        raise ApiError(404, message, "model", "model_not_found")
+
+    async def habits(self, name: str) -> Habits:
+        if name not in self._habits:
+            self._habits[name] = await self._ask()
+        return self._habits[name]
+
+    async def _ask(self) -> Habits:
+        """Renders small chats: the marker of a call, and whether old thoughts are left out, tell."""
+        called = await self._rendered([_USER, {"role": "assistant", "content": "", "tool_calls": [_CALL]}])
+        calls = "hermes"
+        if "[TOOL_CALLS]" in called:
+            calls = "mistral"
+        elif "<tool_call>" not in called and '"parameters"' in called:
+            calls = "llama3"
+        thought = {"role": "assistant", "content": "<think>\nthought\n</think>\n\nanswer"}
+        shown = await self._rendered([_USER, thought, _USER])
+        thinks = "answer" in shown and "thought" not in shown
+        opened = (await self._rendered([_USER], opens=True)).rstrip().endswith("<think>")
+        return Habits(self._call_format or calls, thinks or opened, opened)
+
+    async def _rendered(self, messages: list[Any], opens: bool = False) -> str:
+        """A chat as the template writes it; empty where it refuses such a one."""
+        try:
+            ids = await self._triton.tokenize({"messages": messages, "add_generation_prompt": opens})
+            return await self._triton.detokenize(ids)
+        except ApiError as error:
+            if error.status == 503:
+                raise
+            return ""

@@ -1,0 +1,231 @@
+"""Speaks asyncio gRPC to Triton: the fields of a request in, pieces of answers out.
+
+Written on the protocol's own messages: a piece of a stream costs half of what it does through tritonclient's
+objects, and the gateway has a core in common with the model.
+"""
+
+from __future__ import annotations
+
+import itertools
+import json
+import struct
+from collections.abc import AsyncIterator, Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import grpc
+import numpy as np
+from tritonclient.grpc import service_pb2 as pb
+from tritonclient.grpc import service_pb2_grpc
+
+from pagetide.gateway.errors import ApiError, of_triton
+
+# Triton's answer has the error's class too, where it would only have the text otherwise.
+_TELLS_CODES = (("triton_grpc_error", "true"),)
+_CHANNEL = (("grpc.max_send_message_length", -1), ("grpc.max_receive_message_length", -1))
+_NUMPY = {"INT32": np.int32, "FP32": np.float32, "INT64": np.int64, "BOOL": np.bool_}
+_PIECE = (
+    "text_output",
+    "finish_reason",
+    "sequence_index",
+    "num_input_tokens",
+    "num_output_tokens",
+    "num_cached_tokens",
+)
+
+
+@dataclass(slots=True)
+class Piece:
+    """What one response says: new text of one answer.
+
+    finish_reason: empty until the answer has ended. logprobs: the contract's JSON, if asked for.
+    """
+
+    index: int
+    text: str
+    finish_reason: str
+    num_prompt_tokens: int
+    num_tokens: int
+    num_cached_tokens: int
+    logprobs: dict[str, Any] | None = None
+
+
+@dataclass(frozen=True)
+class Generation:
+    """One prompt for the model. prompt: text_input, messages (and tools, ...) or input_ids by tensor name.
+
+    fields: everything else, by the contract's names.
+    """
+
+    model: str
+    request_id: str
+    prompt: Mapping[str, Any]
+    fields: Mapping[str, Any]
+
+
+class Triton:
+    """One or several Tritons with the same models; requests go to them in turn."""
+
+    def __init__(self, urls: Iterable[str]):
+        self._channels = [grpc.aio.insecure_channel(url, options=_CHANNEL) for url in urls]
+        self._stubs = itertools.cycle(
+            [service_pb2_grpc.GRPCInferenceServiceStub(channel) for channel in self._channels]
+        )
+
+    async def close(self) -> None:
+        for channel in self._channels:
+            await channel.close()
+
+    async def generate(self, generation: Generation) -> AsyncIterator[Piece]:
+        """The pieces of all answers to a prompt, as they come.
+
+        Whoever leaves the iterator before its end frees the request: the stream's cancelling reaches an
+        ensemble with the next piece, the message by name at once. Raises ApiError.
+        """
+        stub = next(self._stubs)
+        logprobs = {"logprobs", "prompt_logprobs"} & generation.fields.keys()
+        outputs = (*_PIECE, "logprobs") if logprobs else _PIECE
+        call = stub.ModelStreamInfer(_once(_request(generation, outputs)), metadata=_TELLS_CODES)
+        is_whole = False
+        try:
+            async for response in call:
+                if response.error_message:
+                    raise of_triton(grpc.StatusCode.INTERNAL, response.error_message)
+                answer = response.infer_response
+                if answer.outputs:
+                    yield _piece(answer)
+                if answer.parameters["triton_final_response"].bool_param:
+                    break
+            is_whole = True
+        except grpc.aio.AioRpcError as error:
+            is_whole = True
+            raise of_triton(error.code(), error.details() or str(error.code())) from None
+        finally:
+            call.cancel()
+            if not is_whole:
+                await self._end(stub, generation)
+
+    async def _end(self, stub: Any, generation: Generation) -> None:
+        """Ends a request by its name, on the server that has it."""
+        request = pb.ModelInferRequest(model_name="llm_unary", id=generation.request_id)
+        _add(request, "cancel", "BOOL", (1, 1), b"\1")
+        await stub.ModelInfer(request, timeout=5)
+
+    async def tokenize(self, prompt: Mapping[str, Any]) -> list[int]:
+        """The token ids of one prompt: {"text_input": text} or {"messages": ..., ...}."""
+        request = pb.ModelInferRequest(model_name="preprocessing")
+        for name, value in prompt.items():
+            _add_value(request, "QUERY" if name == "text_input" else name, value)
+        request.outputs.add(name="INPUT_ID")
+        return (await self._infer(request))["INPUT_ID"].reshape(-1).tolist()
+
+    async def detokenize(self, ids: list[int]) -> str:
+        """The text of tokens, special ones included."""
+        request = pb.ModelInferRequest(model_name="postprocessing")
+        _add(request, "TOKENS_BATCH", "INT32", (1, 1, len(ids)), np.array(ids, np.int32).tobytes())
+        _add(request, "SEQUENCE_LENGTH", "INT32", (1, 1), np.array([len(ids)], np.int32).tobytes())
+        _add(request, "SKIP_SPECIAL_TOKENS", "BOOL", (1, 1), b"\0")
+        request.outputs.add(name="OUTPUT")
+        return (await self._infer(request))["OUTPUT"][0]
+
+    async def models(self) -> list[str]:
+        """The models that take chats and stream: those that this gateway can serve."""
+        stub = next(self._stubs)
+        try:
+            index = await stub.RepositoryIndex(pb.RepositoryIndexRequest(ready=True), timeout=5)
+            names = sorted(model.name for model in index.models)
+            configs = [
+                (await stub.ModelConfig(pb.ModelConfigRequest(name=name), timeout=5)).config for name in names
+            ]
+        except grpc.aio.AioRpcError as error:
+            raise ApiError(503, f"Triton cannot be asked: {error.details()}") from None
+        return [config.name for config in configs if _serves_chats(config)]
+
+    async def _infer(self, request: Any) -> dict[str, Any]:
+        try:
+            response = await next(self._stubs).ModelInfer(request, timeout=60)
+        except grpc.aio.AioRpcError as error:
+            raise of_triton(error.code(), error.details() or str(error.code())) from None
+        return _outputs(response)
+
+
+def _serves_chats(config: Any) -> bool:
+    has_messages = any(tensor.name == "messages" for tensor in config.input)
+    is_ensemble = config.platform == "ensemble"
+    return has_messages and is_ensemble and not config.name.endswith("_unary")
+
+
+async def _once(request: Any) -> AsyncIterator[Any]:
+    yield request
+
+
+def _request(generation: Generation, outputs: Iterable[str]) -> Any:
+    request = pb.ModelInferRequest(model_name=generation.model, id=generation.request_id)
+    for name, value in generation.prompt.items():
+        _add_value(request, name, value)
+    counts = {f"return_{name}": True for name in _PIECE if name.startswith("num_")}
+    _add_value(request, "sampling_parameters", json.dumps({**generation.fields, **counts}))
+    for name in outputs:
+        request.outputs.add(name=name)
+    # An answer's last response is told as such, not by one more that is empty.
+    request.parameters["triton_enable_empty_final_response"].bool_param = True
+    return request
+
+
+def _add_value(request: Any, name: str, value: Any) -> None:
+    """A tensor of one prompt: a text, a truth value, or a list of token ids."""
+    if isinstance(value, bool):
+        _add(request, name, "BOOL", (1, 1), bytes([value]))
+    elif isinstance(value, list) and name == "input_ids":
+        _add(request, name, "INT32", (1, len(value)), np.array(value, np.int32).tobytes())
+    else:
+        text = (value if isinstance(value, str) else json.dumps(value)).encode()
+        _add(request, name, "BYTES", (1, 1), struct.pack("<I", len(text)) + text)
+
+
+def _add(request: Any, name: str, dtype: str, shape: tuple[int, ...], data: bytes) -> None:
+    request.inputs.add(name=name, datatype=dtype, shape=shape)
+    request.raw_input_contents.append(data)
+
+
+def _outputs(response: Any) -> dict[str, Any]:
+    """Arrays of numbers, and lists of texts."""
+    return {
+        tensor.name: _texts(data)
+        if tensor.datatype == "BYTES"
+        else np.frombuffer(data, _NUMPY[tensor.datatype])
+        for tensor, data in zip(response.outputs, response.raw_output_contents, strict=True)
+    }
+
+
+def _texts(data: bytes) -> list[str]:
+    texts, at = [], 0
+    while at < len(data):
+        (size,) = struct.unpack_from("<I", data, at)
+        texts.append(data[at + 4 : at + 4 + size].decode("utf-8", "replace"))
+        at += 4 + size
+    return texts
+
+
+def _piece(response: Any) -> Piece:
+    found = {
+        tensor.name: data for tensor, data in zip(response.outputs, response.raw_output_contents, strict=True)
+    }
+    logprobs = found.get("logprobs")
+    return Piece(
+        index=_number(found["sequence_index"]),
+        text=_text(found["text_output"]),
+        finish_reason=_text(found["finish_reason"]),
+        num_prompt_tokens=_number(found["num_input_tokens"]),
+        num_tokens=_number(found["num_output_tokens"]),
+        num_cached_tokens=_number(found["num_cached_tokens"]),
+        logprobs=json.loads(_text(logprobs)) if logprobs else None,
+    )
+
+
+def _number(data: bytes) -> int:
+    return int.from_bytes(data[:4], "little", signed=True)
+
+
+def _text(data: bytes) -> str:
+    return data[4:].decode("utf-8", "replace")

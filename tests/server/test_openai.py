@@ -1,0 +1,332 @@
+"""The gateway through the official OpenAI client, on a real server."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import subprocess
+import sys
+import urllib.error
+import urllib.request
+from collections.abc import Iterator
+from typing import Any
+
+import openai
+import psutil
+import pytest
+from client import generate, metric, wait_for
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from pagetide.contract.fields import FIELDS as CONTRACT
+from pagetide.gateway.bodies import ChatBody, CompletionBody
+from triton_server import ROOT, TritonServer, free_address
+
+FRANCE = [{"role": "user", "content": "What is the capital of France?"}]
+WEATHER = {
+    "type": "function",
+    "function": {
+        "name": "get_weather",
+        "description": "The weather of a city",
+        "parameters": {
+            "type": "object",
+            "properties": {"city": {"enum": ["Paris", "Oslo"]}, "days": {"$ref": "#/$defs/few"}},
+            "required": ["city", "days"],
+            "additionalProperties": False,
+            "$defs": {"few": {"type": "integer", "minimum": 1, "maximum": 7}},
+        },
+    },
+}
+
+
+class Gateway:
+    def __init__(self, server: TritonServer, *options: str):
+        self.port = free_address().http_port
+        self.url = f"http://127.0.0.1:{self.port}"
+        command = [sys.executable, "-m", "pagetide.gateway", "--triton", server.address.grpc]
+        command += ["--port", str(self.port), *options]
+        self.process = subprocess.Popen(command, cwd=ROOT / "backend_src")
+        wait_for(lambda: self.status("/health") == 200, what="a healthy gateway")
+
+    def status(self, path: str) -> int:
+        return self.ask(path)[0]
+
+    def ask(self, path: str, body: Any = None, headers: dict[str, str] | None = None) -> tuple[int, Any]:
+        """Status and JSON. body: JSON, or bytes as they are."""
+        data = body if isinstance(body, bytes) or body is None else json.dumps(body).encode()
+        request = urllib.request.Request(
+            self.url + path, data, {"Content-Type": "application/json", **(headers or {})}
+        )
+        try:
+            with urllib.request.urlopen(request, timeout=60) as answer:
+                return answer.status, answer.read()
+        except urllib.error.HTTPError as error:
+            return error.code, json.loads(error.read())
+        except OSError:
+            return 0, None
+
+    def client(self, key: str = "none") -> openai.OpenAI:
+        return openai.OpenAI(base_url=f"{self.url}/v1", api_key=key, max_retries=0)
+
+    def stop(self) -> None:
+        self.process.terminate()
+        assert self.process.wait(20) in (0, -15)
+
+
+@pytest.fixture(scope="module")
+def gateway(real) -> Iterator[Gateway]:
+    gateway = Gateway(real)
+    yield gateway
+    gateway.stop()
+
+
+@pytest.fixture(scope="module")
+def client(gateway) -> openai.OpenAI:
+    return gateway.client()
+
+
+def chat(client: openai.OpenAI, messages: Any = FRANCE, **options: Any) -> Any:
+    return client.chat.completions.create(
+        model="ensemble", messages=messages, temperature=0, **{"max_tokens": 12, **options}
+    )
+
+
+def joined(stream: Any) -> tuple[str, str | None, Any]:
+    """Text, reason and usage of a stream with one answer."""
+    text, reason, usage = "", None, None
+    for chunk in stream:
+        usage = chunk.usage or usage
+        for choice in chunk.choices:
+            text += choice.delta.content or ""
+            reason = choice.finish_reason or reason
+    return text, reason, usage
+
+
+def test_a_chat_streamed_and_whole_is_what_triton_says(real, client):
+    whole = chat(client)
+    body = {"messages": json.dumps(FRANCE), "max_tokens": 12, "temperature": 0}
+    _, direct = generate(real, body)
+    assert whole.choices[0].message.content == direct["text_output"]
+    assert (whole.choices[0].finish_reason, whole.usage.completion_tokens) == ("stop", 8)
+    text, reason, usage = joined(chat(client, stream=True, stream_options={"include_usage": True}))
+    assert (text, reason) == (direct["text_output"], "stop")
+    assert usage.prompt_tokens == whole.usage.prompt_tokens
+    assert usage.prompt_tokens_details.cached_tokens > 0
+
+
+def test_the_asyncio_client_gets_many_answers_at_once(gateway):
+    async def ask() -> list[Any]:
+        async with openai.AsyncOpenAI(base_url=f"{gateway.url}/v1", api_key="none") as client:
+            one = client.chat.completions.create
+            return await asyncio.gather(
+                *[one(model="ensemble", messages=FRANCE, max_tokens=5, temperature=0) for _ in range(8)]
+            )
+
+    texts = {answer.choices[0].message.content for answer in asyncio.run(ask())}
+    assert len(texts) == 1
+
+
+def test_several_answers_and_seeds(client):
+    def ask(seed: int) -> list[str]:
+        found = client.chat.completions.create(
+            model="ensemble", messages=FRANCE, max_tokens=8, temperature=2, seed=seed, n=3
+        )
+        assert [choice.index for choice in found.choices] == [0, 1, 2]
+        return [choice.message.content for choice in found.choices]
+
+    assert ask(-5) == ask(-5) != ask(6)
+
+
+def test_completions_have_prompts_of_every_kind(client):
+    ids = [504, 3575, 282, 4649, 314]
+    for prompt, count in ((["The capital", "A tide"], 2), ("A tide", 1), (ids, 1), ([ids, ids], 2)):
+        found = client.completions.create(model="ensemble", prompt=prompt, max_tokens=4, temperature=0, n=2)
+        assert [choice.index for choice in found.choices] == list(range(2 * count))
+        assert found.usage.completion_tokens == 8 * count
+
+
+def test_echo_has_the_prompt_and_its_log_probabilities(client):
+    found = client.completions.create(
+        model="ensemble", prompt="The capital of France", max_tokens=3, temperature=0, echo=True, logprobs=2
+    )
+    (choice,) = found.choices
+    assert choice.text.startswith("The capital of France") and len(choice.logprobs.tokens) == 4 + 3
+    assert choice.logprobs.token_logprobs[0] is None and len(choice.logprobs.top_logprobs[-1]) == 2
+
+
+@pytest.mark.parametrize("num_top", [0, 3])
+def test_log_probabilities_of_chats(client, num_top):
+    (choice,) = chat(client, logprobs=True, top_logprobs=num_top, max_tokens=4).choices
+    assert len(choice.logprobs.content) == 4
+    for token in choice.logprobs.content:
+        assert bytes(token.bytes).decode() == token.token and len(token.top_logprobs) == num_top
+        assert not num_top or token.top_logprobs[0].logprob == token.logprob, "greedy takes the likeliest"
+
+
+def test_stops_biases_and_our_own_fields(client):
+    assert chat(client, stop=["Paris"]).choices[0].finish_reason == "stop"
+    assert "Paris" not in chat(client, stop="Paris").choices[0].message.content
+    biased = chat(client, logit_bias={"30": 100}, max_tokens=3).choices[0].message.content
+    assert biased == "..."
+    assert chat(client, extra_body={"ignore_eos": True, "min_p": 0.5, "top_k": 3}).choices
+
+
+def test_an_answer_follows_its_schema(client):
+    schema = WEATHER["function"]["parameters"]
+    wanted = {"type": "json_schema", "json_schema": {"name": "w", "strict": True, "schema": schema}}
+    answer = json.loads(chat(client, response_format=wanted, max_tokens=60).choices[0].message.content)
+    assert answer["city"] in ("Paris", "Oslo") and 1 <= answer["days"] <= 7
+
+
+@pytest.mark.parametrize("choice", ["required", {"type": "function", "function": {"name": "get_weather"}}])
+@pytest.mark.parametrize("stream", [False, True])
+def test_a_call_that_was_asked_for_always_parses(client, choice, stream):
+    options = {"tools": [WEATHER], "tool_choice": choice, "parallel_tool_calls": False, "max_tokens": 80}
+    if stream:
+        chunks = [c.choices[0] for c in chat(client, stream=True, **options) if c.choices]
+        calls = [call for chunk in chunks for call in chunk.delta.tool_calls or ()]
+        assert calls[0].id and calls[0].function.name == "get_weather"
+        arguments, reason = "".join(call.function.arguments for call in calls), chunks[-1].finish_reason
+    else:
+        (found,) = chat(client, **options).choices
+        (call,) = found.message.tool_calls
+        assert call.function.name == "get_weather" and found.message.content is None
+        arguments, reason = call.function.arguments, found.finish_reason
+    assert json.loads(arguments)["city"] in ("Paris", "Oslo")
+    assert reason == ("tool_calls" if choice == "required" else "stop")
+
+
+def test_an_assistants_message_is_gone_on_with(client):
+    messages = [*FRANCE, {"role": "assistant", "content": "The capital of France is"}]
+    answer = chat(client, messages, extra_body={"continue_final_message": True})
+    assert answer.choices[0].message.content.startswith(" Paris")
+
+
+def test_models_tokens_and_metrics(gateway, client):
+    assert [model.id for model in client.models.list()] == ["ensemble"]
+    assert client.models.retrieve("ensemble").id == "ensemble"
+    _, found = gateway.ask("/tokenize", {"prompt": "The tide rises 🌊"})
+    _, back = gateway.ask("/detokenize", {"tokens": json.loads(found)["tokens"]})
+    assert json.loads(back)["prompt"] == "The tide rises 🌊"
+    status, metrics = gateway.ask("/metrics")
+    assert status == 200 and b"pagetide_gateway_requests_total" in metrics
+
+
+@pytest.mark.parametrize(
+    "path, body, status, param",
+    [
+        ("/v1/chat/completions", b"{", 400, None),
+        ("/v1/chat/completions", {"messages": []}, 422, "messages"),
+        ("/v1/chat/completions", {"messages": FRANCE, "temperature": 3}, 422, "temperature"),
+        ("/v1/chat/completions", {"messages": FRANCE, "model": "gpt-5"}, 404, "model"),
+        ("/v1/chat/completions", {"messages": FRANCE, "max_token": 3}, 400, None),
+        ("/v1/chat/completions", {"messages": FRANCE, "top_k": -3}, 400, "top_k"),
+        ("/v1/chat/completions", {"messages": FRANCE, "functions": [{}]}, 400, "functions"),
+        ("/v1/chat/completions", {"messages": FRANCE, "tool_choice": "required"}, 400, "tool_choice"),
+        ("/v1/chat/completions", {"messages": FRANCE, "top_logprobs": 2}, 400, "top_logprobs"),
+        ("/v1/chat/completions", {"messages": [{"content": "x"}]}, 400, "messages"),
+        ("/v1/completions", {"prompt": "x", "suffix": "y"}, 400, "suffix"),
+        ("/v1/completions", {"prompt": []}, 400, "prompt"),
+        ("/v1/completions", {"prompt": "x", "n": 2, "best_of": 1}, 400, "best_of"),
+        ("/v1/completions", {"prompt": "x " * 9000}, 400, None),
+        ("/v1/embeddings", {"input": "x"}, 404, "model"),
+        ("/v1/nothing", {}, 404, None),
+    ],
+)
+def test_errors_have_openais_shape_and_name_the_field(gateway, path, body, status, param):
+    found, answer = gateway.ask(path, body)
+    assert (found, answer["error"]["param"]) == (status, param), answer
+    assert answer["error"]["type"] == "invalid_request_error" and answer["error"]["message"]
+    if isinstance(body, dict):
+        streamed, same = gateway.ask(path, {**body, "stream": True})
+        assert streamed == status and same["error"]["param"] == param, "the same where a stream was asked for"
+
+
+JUNK = st.sampled_from([None, True, -1, 0, 1, 2.5, 10**30, "", "x", "🌊", [], ["a"], [1], {}, {"a": 1}])
+FIELDS = sorted({*ChatBody.model_fields, *CompletionBody.model_fields, *(f.name for f in CONTRACT), "user"})
+
+
+@settings(max_examples=150, deadline=None, suppress_health_check=list(HealthCheck))
+@given(
+    st.sampled_from(["/v1/chat/completions", "/v1/completions"]),
+    st.dictionaries(st.sampled_from(FIELDS), JUNK, max_size=3),
+)
+def test_any_body_has_an_answer_or_an_openai_error_and_never_a_500(gateway, path, junk):
+    body = {"messages": FRANCE, "prompt": "x", "max_tokens": 2}
+    if path == "/v1/completions":
+        del body["messages"]
+    else:
+        del body["prompt"]
+    status, answer = gateway.ask(path, {**body, "max_completion_tokens": 2, **junk})
+    if status == 200:
+        assert b'"choices"' in answer
+    else:
+        assert 400 <= status < 500 and answer["error"]["message"], (status, answer)
+
+
+@pytest.mark.parametrize("stream", [True, False])
+def test_a_client_that_leaves_frees_its_request(real, gateway, stream):
+    with gateway.client().with_options(timeout=1.5) as client:
+        if stream:
+            answer = chat(client, max_tokens=1500, stream=True, extra_body={"ignore_eos": True})
+            next(iter(answer))
+            answer.close()
+        else:
+            with pytest.raises(openai.APITimeoutError):
+                chat(client, max_tokens=1500, n=4, extra_body={"ignore_eos": True})
+    wait_for(lambda: metric(real, "pagetide_requests_running") == 0, 5, "nothing runs for nobody")
+
+
+def test_keys_and_sizes(real, tmp_path):
+    keys = tmp_path / "keys"
+    keys.write_text("# ours\nsecret\n")
+    gateway = Gateway(real, "--api-keys-file", str(keys), "--max-body-mb", "0.01")
+    try:
+        with pytest.raises(openai.AuthenticationError):
+            chat(gateway.client("wrong"))
+        assert chat(gateway.client("secret"), max_tokens=1).choices
+        status, answer = gateway.ask(
+            "/v1/chat/completions",
+            {"messages": [{"role": "user", "content": "x" * 20_000}]},
+            {"Authorization": "Bearer secret"},
+        )
+        assert status == 413 and "10485 bytes" in answer["error"]["message"]
+        assert psutil.Process(gateway.process.pid).memory_info().rss < 150 * 2**20
+    finally:
+        gateway.stop()
+
+
+def test_health_tells_of_an_engine_that_is_stuck(parrot):
+    gateway = Gateway(parrot)
+    engine = next(p for p in parrot.processes() if "pagetide.engine" in " ".join(p.cmdline()))
+    try:
+        engine.suspend()
+        wait_for(lambda: gateway.status("/health") == 503, 60, "a gateway that has noticed")
+    finally:
+        engine.resume()
+        wait_for(lambda: gateway.status("/health") == 200, what="a healthy gateway")
+        gateway.stop()
+
+
+def test_langchain_chats_and_gets_structured_output(gateway):
+    from langchain_openai import ChatOpenAI
+
+    llm = ChatOpenAI(
+        model="ensemble", base_url=f"{gateway.url}/v1", api_key="none", temperature=0, max_tokens=80
+    )
+    assert "Paris" in llm.invoke("What is the capital of France?").content
+    assert "Paris" in "".join(chunk.content for chunk in llm.stream("What is the capital of France?"))
+    schema = {"title": "weather", "description": "The weather", **WEATHER["function"]["parameters"]}
+    for method in ("json_schema", "function_calling"):
+        found = llm.with_structured_output(schema, method=method).invoke("The weather in Oslo for 3 days")
+        assert found["city"] in ("Paris", "Oslo"), method
+
+
+def test_litellm_chats(gateway, monkeypatch):
+    monkeypatch.setenv("LITELLM_LOCAL_MODEL_COST_MAP", "True")
+    import litellm
+
+    options = {"api_base": f"{gateway.url}/v1", "api_key": "none", "temperature": 0, "max_tokens": 12}
+    answer = litellm.completion("openai/ensemble", messages=FRANCE, **options)
+    assert "Paris" in answer.choices[0].message.content
+    chunks = litellm.completion("openai/ensemble", messages=FRANCE, stream=True, **options)
+    assert "Paris" in "".join(chunk.choices[0].delta.content or "" for chunk in chunks)
