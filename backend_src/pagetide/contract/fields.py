@@ -54,7 +54,12 @@ FIELDS = (
     ),
     Field("tools", "BYTES", "JSON list of tools for the chat template", kind="objects"),
     Field("add_generation_prompt", "BOOL", "end the rendered chat with the beginning of an answer", "true"),
-    Field("continue_final_message", "BOOL", "go on with the last message instead of answering it", "false"),
+    Field(
+        "continue_final_message",
+        "BOOL",
+        "go on with the last message instead of answering it, whatever add_generation_prompt says",
+        "false",
+    ),
     Field(
         "chat_template_kwargs",
         "BYTES",

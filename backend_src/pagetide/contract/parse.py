@@ -120,8 +120,6 @@ def _assemble(values: dict[str, Value], defaults: Defaults) -> ParsedRequest:
         raise RequestError(f"cache_salt has {len(salt)} characters, may have {MAX_WORD_LENGTH}")
     params = _params_of(values, defaults)
     check_params(params)
-    if values.get("continue_final_message") and values.get("add_generation_prompt"):
-        raise RequestError("continue_final_message does not go with add_generation_prompt; set one of them")
     stream = values.get("stream", False)
     return ParsedRequest(
         params=params,
