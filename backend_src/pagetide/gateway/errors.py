@@ -19,6 +19,11 @@ _TYPES = {
     500: "server_error",
     503: "server_error",
 }
+# Errors that are not the client's begin so (see serving/triton.py and serving/llm.py).
+_TEXTS = (
+    (500, r"internal error|the engine failed at this request"),
+    (503, r"the engine |.*Stub process|.*is not ready"),
+)
 _CODES = {
     grpc.StatusCode.INVALID_ARGUMENT: 400,
     grpc.StatusCode.NOT_FOUND: 404,
@@ -56,14 +61,17 @@ def refused(message: str, param: str | None = None) -> ApiError:
     return ApiError(400, message, param)
 
 
-def of_triton(code: grpc.StatusCode, message: str) -> ApiError:
-    """What Triton or the engine said. A full queue is told by its text: ensembles change the code."""
-    message = re.sub(
-        r"^in ensemble '[^']*', ", "", message
-    )  # said by Triton, of no use to this API's clients
+def of_text(message: str) -> ApiError:
+    """What Triton or the engine said in a stream, which has no codes."""
+    message = re.sub(r"^in ensemble '[^']*', ", "", message)  # Triton's words
     if "Exceeds maximum queue size" in message:
         return ApiError(429, message, code="rate_limit_exceeded")
-    return ApiError(_CODES.get(code, 500), message)
+    return ApiError(next((status for status, text in _TEXTS if re.match(text, message)), 400), message)
+
+
+def of_triton(code: grpc.StatusCode, message: str) -> ApiError:
+    """What Triton said to a call that failed."""
+    return ApiError(_CODES[code], message) if code in _CODES else of_text(message)
 
 
 def named(error: ApiError, fields: Container[str]) -> ApiError:

@@ -18,10 +18,8 @@ import numpy as np
 from tritonclient.grpc import service_pb2 as pb
 from tritonclient.grpc import service_pb2_grpc
 
-from pagetide.gateway.errors import ApiError, of_triton
+from pagetide.gateway.errors import ApiError, of_text, of_triton
 
-# Triton's answer has the error's class too, where it would only have the text otherwise.
-_TELLS_CODES = (("triton_grpc_error", "true"),)
 _CHANNEL = (("grpc.max_send_message_length", -1), ("grpc.max_receive_message_length", -1))
 _NUMPY = {"INT32": np.int32, "FP32": np.float32, "INT64": np.int64, "BOOL": np.bool_}
 _PIECE = (
@@ -85,12 +83,14 @@ class Triton:
         stub = next(self._stubs)
         logprobs = {"logprobs", "prompt_logprobs"} & generation.fields.keys()
         outputs = (*_PIECE, "logprobs") if logprobs else _PIECE
-        call = stub.ModelStreamInfer(_once(_request(generation, outputs)), metadata=_TELLS_CODES)
+        # The header `triton_grpc_error` would give errors codes, but it makes Triton 2.51 crash.
+        call = stub.ModelStreamInfer(_once(_request(generation, outputs)))
         is_whole = False
         try:
             async for response in call:
                 if response.error_message:
-                    raise of_triton(grpc.StatusCode.INTERNAL, response.error_message)
+                    is_whole = True
+                    raise of_text(response.error_message)
                 answer = response.infer_response
                 if answer.outputs:
                     yield _piece(answer)

@@ -1,0 +1,37 @@
+"""How the gateway understands what Triton says."""
+
+from __future__ import annotations
+
+import grpc
+import pytest
+from pagetide.engine.requests import internal_error
+from pagetide.gateway.errors import of_text, of_triton
+from pagetide.serving.client import NOT_RUNNING
+
+FULL = "Exceeds maximum queue size: Maximum queue size of 5 requests reached"
+
+
+@pytest.mark.parametrize(
+    "text, status",
+    [
+        (FULL, 429),
+        (NOT_RUNNING, 503),
+        ("the engine failed while it was working on this request; send it again", 503),
+        (str(internal_error(ValueError())), 500),
+        ("internal error (ValueError); the server's log says more", 500),
+        ("Stub process 'llm_0' is not healthy.", 503),
+        ("top_k is -3, must be from -1 to 2147483647", 400),
+    ],
+)
+def test_an_errors_text_tells_whose_fault_it_is(text, status):
+    assert of_text(f"in ensemble 'ensemble', {text}").status == status
+    assert of_triton(grpc.StatusCode.UNKNOWN, text).message == text
+
+
+def test_a_full_queue_says_when_to_come_back():
+    response = of_text(FULL).response()
+    assert (response.status_code, response.headers["Retry-After"]) == (429, "1")
+
+
+def test_a_server_that_is_gone_is_no_fault_of_the_client():
+    assert of_triton(grpc.StatusCode.UNAVAILABLE, "failed to connect").status == 503
