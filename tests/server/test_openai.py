@@ -45,7 +45,11 @@ class Gateway:
         command = [sys.executable, "-m", "pagetide.gateway", "--triton", server.address.grpc]
         command += ["--port", str(self.port), *options]
         self.process = subprocess.Popen(command, cwd=ROOT / "backend_src")
-        wait_for(lambda: self.status("/health") == 200, what="a healthy gateway")
+        try:
+            wait_for(lambda: self.status("/health") == 200, what="a healthy gateway")
+        except BaseException:
+            self.stop()
+            raise
 
     def status(self, path: str) -> int:
         return self.ask(path)[0]
