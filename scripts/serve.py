@@ -15,11 +15,13 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "backend_src"))
 
+from gateway_process import gateway_of, start_gateway
 from pagetide.config import SettingsError, make_settings, settings_fields
+from processes import ServerError, check_port
 from rich.console import Console
 from rich.panel import Panel
 from rich.text import Text
-from triton_server import ROOT, Address, ServerError, TritonServer, find_running
+from triton_server import ROOT, Address, TritonServer, find_running
 
 console = Console(highlight=False, soft_wrap=True)
 QUESTION = "What is the capital of France? Explain in two sentences."
@@ -129,6 +131,7 @@ def show_one_completion(address: Address) -> None:
 
 
 def serve_until_stopped(server: TritonServer) -> int:
+    has_gateway = gateway_of(server.folder) is not None
     stopped = threading.Event()
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, lambda *_: stopped.set())
@@ -136,6 +139,9 @@ def serve_until_stopped(server: TritonServer) -> int:
         if not server.is_alive():
             console.print(f"Triton ended by itself; its log: {server.log}", style="red")
             return 1
+        if has_gateway and gateway_of(server.folder) is None:
+            console.print(f"the gateway ended by itself; its log is in {server.folder}", style="red")
+            has_gateway = False
     console.print("stopping")
     is_clean = server.stop()
     console.print("stopped" if is_clean else "stopped; some processes had to be killed")
@@ -151,12 +157,20 @@ def main() -> int:
             raise ServerError(
                 f"a server started here already listens on port {address.http_port}; scripts/stop.sh ends it"
             )
+        if not arguments.no_gateway:
+            check_port(address.host, arguments.gateway_port)
         server = TritonServer(address, settings)
         server.start(ends_with_parent=not arguments.detach)
         try:
             wait_with_progress(server)
             if not arguments.no_gateway:
-                server.start_gateway(arguments.gateway_port, ends_with_parent=not arguments.detach)
+                start_gateway(
+                    server.folder,
+                    address.host,
+                    arguments.gateway_port,
+                    address.grpc,
+                    ends_with_parent=not arguments.detach,
+                )
         except KeyboardInterrupt:
             server.stop()
             return 130

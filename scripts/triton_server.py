@@ -8,7 +8,6 @@ serve.py, the tests and the benchmark.
 from __future__ import annotations
 
 import contextlib
-import ctypes
 import importlib.util
 import json
 import os
@@ -19,22 +18,19 @@ import subprocess
 import sys
 import sysconfig
 import time
-import urllib.request
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import psutil
+from gateway_process import stop_gateway
+from processes import ServerError, answers, check_port, end_with_parent, process_of
 
 ROOT = Path(__file__).resolve().parents[1]
 RUN = ROOT / ".run"
 REPOSITORY = ROOT / "model_repository"
 EXIT_TIMEOUT_S = 15
 MIN_SHARED_MEMORY_MB = 128
-
-
-class ServerError(RuntimeError):
-    """The server cannot start or stop; the message says why."""
 
 
 @dataclass(frozen=True)
@@ -113,7 +109,7 @@ class TritonServer:
                 stdin=subprocess.DEVNULL,
                 env=environment,
                 start_new_session=True,  # Ctrl-C is for the start script, which stops the server in order
-                preexec_fn=_end_with_parent if ends_with_parent else None,
+                preexec_fn=end_with_parent if ends_with_parent else None,
             )
         facts = {
             "pid": self._process.pid,
@@ -124,7 +120,7 @@ class TritonServer:
 
     def _check_machine(self) -> None:
         for port in self.address.ports:
-            _check_port(self.address.host, port)
+            check_port(self.address.host, port)
         shared = shutil.disk_usage("/dev/shm").free / 2**20
         if shared < MIN_SHARED_MEMORY_MB:
             raise ServerError(
@@ -197,7 +193,7 @@ class TritonServer:
         return self._process is not None and self._process.poll() is None
 
     def is_ready(self) -> bool:
-        return _answers(f"http://{self.address.http}/v2/health/ready")
+        return answers(f"http://{self.address.http}/v2/health/ready")
 
     def wait_until_ready(self, timeout_s: float = 600.0) -> None:
         """Raises ServerError with what the log says if the server ends or is not ready in time."""
@@ -229,40 +225,11 @@ class TritonServer:
         except psutil.NoSuchProcess:
             return []
 
-    def start_gateway(self, port: int, ends_with_parent: bool = True) -> None:
-        """Starts the OpenAI gateway of this server on the same address. Raises ServerError."""
-        _check_port(self.address.host, port)
-        command = [sys.executable, "-m", "pagetide.gateway", "--host", self.address.host, "--port", str(port)]
-        with (self.folder / "gateway.log").open("wb") as log:
-            gateway = subprocess.Popen(
-                [*command, "--triton", self.address.grpc],
-                cwd=ROOT / "backend_src",
-                stdout=log,
-                stderr=subprocess.STDOUT,
-                stdin=subprocess.DEVNULL,
-                start_new_session=True,
-                preexec_fn=_end_with_parent if ends_with_parent else None,
-            )
-        started = psutil.Process(gateway.pid).create_time()
-        (self.folder / "gateway.json").write_text(json.dumps({"pid": gateway.pid, "started": started}))
-        while not _answers(f"http://{self.address.reachable_host}:{port}/metrics"):
-            if gateway.poll() is not None:
-                raise ServerError(f"the gateway has ended; its log: {self.folder / 'gateway.log'}")
-            time.sleep(0.1)
-
-    def stop_gateway(self) -> None:
-        """Ends the gateway, if there is one."""
-        file = self.folder / "gateway.json"
-        gateway = _process_of(json.loads(file.read_text())) if file.exists() else None
-        if gateway is not None:
-            gateway.terminate()
-            psutil.wait_procs([gateway], timeout=EXIT_TIMEOUT_S)
-
     def stop(self) -> bool:
         """Ends the server and waits for it; True if it ended by itself within its time-out, False if it had
         to be killed.
         """
-        self.stop_gateway()
+        stop_gateway(self.folder)
         processes = self.processes()
         if processes:
             processes[0].send_signal(signal.SIGTERM)
@@ -284,42 +251,8 @@ def find_running(http_port: int) -> TritonServer | None:
     if not file.exists():
         return None
     facts = json.loads(file.read_text())
-    if _process_of(facts) is None:
+    if process_of(facts) is None:
         return None
     return TritonServer(
         Address(facts["host"], facts["http_port"], facts["grpc_port"], facts["metrics_port"]), {}
     )
-
-
-def _process_of(facts: dict[str, Any]) -> psutil.Process | None:
-    """The process that was started with this pid then; None if it has ended."""
-    try:
-        process = psutil.Process(facts["pid"])
-        return process if abs(process.create_time() - facts["started"]) < 1 else None
-    except psutil.NoSuchProcess:
-        return None
-
-
-def _check_port(host: str, port: int) -> None:
-    with socket.socket() as probe:
-        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        try:
-            probe.bind((host, port))
-        except OSError as error:
-            raise ServerError(
-                f"port {port} on {host} cannot be used ({error.strerror}); choose others, see --help"
-            ) from None
-
-
-def _answers(url: str) -> bool:
-    try:
-        with urllib.request.urlopen(url, timeout=2) as answer:
-            return answer.status == 200
-    except OSError:
-        return False
-
-
-def _end_with_parent() -> None:
-    """In the child: end when the start script does, however it ends."""
-    pr_set_pdeathsig = 1
-    ctypes.CDLL(None).prctl(pr_set_pdeathsig, signal.SIGTERM)

@@ -16,7 +16,7 @@ import numpy as np
 import tritonclient.grpc as grpc
 import tritonclient.http as http
 from pagetide.contract.fields import tensor_fields
-from triton_server import TritonServer
+from triton_server import ROOT, TritonServer, free_address
 from tritonclient.utils import np_to_triton_dtype
 
 # Every input of the contract, and those that only one face or step has.
@@ -35,6 +35,16 @@ NUMPY = {
     "BOOL": np.bool_,
     "INT32": np.int32,
 }
+
+
+def start(settings: dict) -> TritonServer:
+    """A server of its own, which checks its block accounting after every step."""
+    server = TritonServer(
+        free_address(), {"cache_dir": str(ROOT / ".cache"), "check_integrity": True, **settings}
+    )
+    server.start()
+    server.wait_until_ready()
+    return server
 
 
 def inputs(module: Any, values: dict[str, Any]) -> list[Any]:
@@ -229,6 +239,7 @@ __all__ = [
     "generate",
     "infer_http",
     "metric",
+    "start",
     "stream_one",
     "wait_for",
     "wait_until_idle",

@@ -4,11 +4,10 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from client import Streams, wait_until_idle
+from client import Streams, start, wait_until_idle
 from parrot import pieces_of, write_parrot
-from triton_server import ROOT, TritonServer, free_address
+from triton_server import TritonServer
 
-CACHE = str(ROOT / ".cache")
 # Two bytes a token, so that characters of two, three and four bytes are torn in all ways.
 TEXT = "波引夕🌊西🐚南干空海雨雲é陽 "
 
@@ -23,13 +22,6 @@ def no_stream_outlives_its_test(request) -> Iterator[None]:
     yield
     for streams in Streams.unclosed - before:
         streams.close(cancel=True)
-
-
-def start(settings: dict) -> TritonServer:
-    server = TritonServer(free_address(), {"cache_dir": CACHE, "check_integrity": True, **settings})
-    server.start()
-    server.wait_until_ready()
-    return server
 
 
 @pytest.fixture(scope="session")

@@ -8,6 +8,7 @@ token's.
 from __future__ import annotations
 
 import json
+from collections.abc import Iterable
 from pathlib import Path
 
 import torch
@@ -25,17 +26,17 @@ def pieces_of(text: str, size: int) -> list[bytes]:
     return pieces
 
 
-def write_parrot(folder: Path, pieces: list[bytes], ends: bool) -> list[int]:
+def write_parrot(folder: Path, pieces: list[bytes], ends: bool, others: Iterable[bytes] = ()) -> list[int]:
     """Writes a model that says these pieces, then ends, or begins again.
 
-    Returns the prompt that makes it begin.
+    others: tokens that prompts may have, which make it begin. Returns the shortest prompt that does.
     """
     start = 1
     vocabulary = {"<end>": END, "<start>": start} | {
-        as_byte_level(piece): 2 + i for i, piece in enumerate(pieces)
+        as_byte_level(piece): 2 + i for i, piece in enumerate([*pieces, *others])
     }
-    assert len(vocabulary) == 2 + len(pieces) <= HIDDEN
-    successor = {start: 2, END: 2} | {2 + i: 3 + i for i in range(len(pieces) - 1)}
+    assert len(vocabulary) <= HIDDEN
+    successor = dict.fromkeys(vocabulary.values(), 2) | {2 + i: 3 + i for i in range(len(pieces) - 1)}
     successor[1 + len(pieces)] = END if ends else 2
     write_weights(folder, successor)
     added = [

@@ -15,7 +15,8 @@ import tritonclient.grpc as grpc
 from client import Streams, generate, metric, stream_one, wait_for, wait_until_idle
 from conftest import CACHE, TEXT, start
 from parrot import pieces_of, write_parrot
-from triton_server import REPOSITORY, ServerError, TritonServer, free_address
+from processes import ServerError
+from triton_server import REPOSITORY, TritonServer, free_address
 from tritonclient.utils import InferenceServerException
 
 LONG = {"input_ids": [1], "max_tokens": 30_000, "temperature": 0.0, "stream": True, "ignore_eos": True}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import http.client
 import json
 import subprocess
 import sys
@@ -14,11 +15,12 @@ from typing import Any
 import openai
 import psutil
 import pytest
-from client import generate, metric, wait_for
+from client import generate, metric, start, wait_for
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from pagetide.contract.fields import FIELDS as CONTRACT
 from pagetide.gateway.bodies import ChatBody, CompletionBody
+from parrot import write_parrot
 from triton_server import ROOT, TritonServer, free_address
 
 FRANCE = [{"role": "user", "content": "What is the capital of France?"}]
@@ -212,7 +214,7 @@ def test_models_tokens_and_metrics(gateway, client):
     _, back = gateway.ask("/detokenize", {"tokens": json.loads(found)["tokens"]})
     assert json.loads(back)["prompt"] == "The tide rises 🌊"
     status, metrics = gateway.ask("/metrics")
-    assert status == 200 and b"pagetide_gateway_requests_total" in metrics
+    assert status == 200 and b'requests_total{path="/tokenize",status="200"}' in metrics
 
 
 @pytest.mark.parametrize(
@@ -232,6 +234,8 @@ def test_models_tokens_and_metrics(gateway, client):
         ("/v1/completions", {"prompt": []}, 400, "prompt"),
         ("/v1/completions", {"prompt": "x", "n": 2, "best_of": 1}, 400, "best_of"),
         ("/v1/completions", {"prompt": "x " * 9000}, 400, None),
+        ("/v1/completions", {"prompt": ["x"] * 257}, 400, "prompt"),
+        ("/v1/completions", {"prompt": "x", "n": 100}, 400, "n"),
         ("/v1/embeddings", {"input": "x"}, 404, "model"),
         ("/v1/nothing", {}, 404, None),
     ],
@@ -294,9 +298,66 @@ def test_keys_and_sizes(real, tmp_path):
             {"Authorization": "Bearer secret"},
         )
         assert status == 413 and "10485 bytes" in answer["error"]["message"]
+        # A body in chunks does not say its size.
+        connection = http.client.HTTPConnection("127.0.0.1", gateway.port, timeout=60)
+        headers = {"Authorization": "Bearer secret", "Content-Type": "application/json"}
+        connection.request("POST", "/v1/completions", iter([b"x" * 9_000] * 3), headers, encode_chunked=True)
+        assert connection.getresponse().status == 413
         assert psutil.Process(gateway.process.pid).memory_info().rss < 150 * 2**20
     finally:
         gateway.stop()
+
+
+HERMES = """{% for m in messages %}{{ m.content }}{% for c in m.tool_calls or [] %}<tool_call>
+{{ c.function | tojson }}</tool_call>{% endfor %}{% endfor %}"""
+LLAMA3 = """{% for m in messages %}{{ m.content }}{% for c in m.tool_calls or [] %}{"name": "{{
+c.function.name }}", "parameters": {{ c.function.arguments | tojson }}}{% endfor %}{% endfor %}"""
+MISTRAL = """{% for m in messages %}{{ m.content }}{% if m.tool_calls %}[TOOL_CALLS]{{
+m.tool_calls | tojson }}{% endif %}{% endfor %}"""
+THINKS = """{% for m in messages %}{{ m.content.split("</think>")[-1] }}{% endfor %}"""
+
+
+@pytest.mark.parametrize(
+    "template, text, thoughts, calls",
+    [
+        (HERMES, '<tool_call>{"name": "f", "arguments": {"x": 1}}</tool_call>', None, '{"x": 1}'),
+        (LLAMA3, '{"name": "f", "parameters": {"x": 1}}', None, '{"x": 1}'),
+        (MISTRAL, '[TOOL_CALLS][{"name": "f", "arguments": {"x": 1}}]', None, '{"x": 1}'),
+        (THINKS, "<think>hm</think>Yes.", "hm", None),
+    ],
+    ids=["hermes", "llama3", "mistral", "thinks"],
+)
+def test_calls_and_thoughts_are_found_in_the_form_of_the_template(tmp_path, template, text, thoughts, calls):
+    """A model that says this text, with this template."""
+    cuts = [text[at : at + 5].encode() for at in range(0, len(text), 5)]
+    # Every byte that a template writes needs a token, too.
+    letters = [bytes([byte]) for byte in (10, *range(32, 127)) if bytes([byte]) not in cuts]
+    assert len(set(cuts)) == len(cuts)
+    write_parrot(tmp_path, cuts, ends=True, others=letters)
+    server = start({"model": str(tmp_path), "chat_template": template, "num_blocks": 400})
+    gateway = Gateway(server)
+    try:
+        client, options = gateway.client(), {"temperature": 0, "model": "ensemble"}
+        tool = {"type": "function", "function": {"name": "f"}}
+        tools = {"tools": [tool]} if calls else {}
+        messages = [{"role": "user", "content": "~"}]
+        (whole,) = client.chat.completions.create(messages=messages, **tools, **options).choices
+        chunks = [
+            chunk.choices[0].delta
+            for chunk in client.chat.completions.create(messages=messages, stream=True, **tools, **options)
+        ]
+        if calls:
+            (call,) = whole.message.tool_calls
+            assert (call.function.name, call.function.arguments) == ("f", calls)
+            assert whole.finish_reason == "tool_calls" and not whole.message.content
+            (streamed,) = [call for delta in chunks for call in delta.tool_calls or ()]
+            assert (streamed.function.name, streamed.function.arguments) == ("f", calls)
+        else:
+            assert (whole.message.reasoning_content, whole.message.content) == (thoughts, "Yes.")
+            assert "".join(delta.content or "" for delta in chunks) == "Yes."
+    finally:
+        gateway.stop()
+        server.stop()
 
 
 def test_health_tells_of_an_engine_that_is_stuck(parrot):

@@ -52,7 +52,6 @@ class ChatChoice:
         self._thinking = thinking
         self._parser: Parser = tools.parser()
         self._num_top = num_top
-        self._id = f"call_{uuid.uuid4().hex[:20]}"
         self._has_begun = self._has_called = False
 
     def take(self, piece: Piece) -> Iterator[dict[str, Any]]:
@@ -93,7 +92,7 @@ class ChatChoice:
         function["name"] = call.name
         return {
             "index": call.index,
-            "id": f"{self._id}_{call.index}",
+            "id": f"call_{uuid.uuid4().hex[:24]}",
             "type": "function",
             "function": function,
         }
@@ -116,7 +115,6 @@ class CompletionChoice:
         self._echo = prompt_text
         self._offset = 0
         self._wants_logprobs = wants_logprobs
-        self._prompt_logprobs: list[Any] = []
 
     def take(self, piece: Piece) -> Iterator[dict[str, Any]]:
         text, self._echo = self._echo + piece.text, ""

@@ -106,6 +106,7 @@ class TokenizeBody(Body):
     messages: Annotated[list[dict[str, Any]], Field(min_length=1)] | None = None
     tools: list[Tool] | None = None
     add_generation_prompt: StrictBool = True
+    continue_final_message: StrictBool = False
     chat_template_kwargs: dict[str, Any] | None = None
 
 

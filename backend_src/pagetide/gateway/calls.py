@@ -118,7 +118,7 @@ class MarkedCalls:
         while rest:
             try:
                 value, used = _DECODER.raw_decode(rest)
-            except (ValueError, RecursionError):
+            except (ValueError, RecursionError):  # a model may open a thousand brackets
                 return None
             objects += value if isinstance(value, list) else [value]
             rest = rest[used:].lstrip(" \n\r\t;")
@@ -157,7 +157,7 @@ class ListedCalls:
             start = self._held.lstrip(" \n\r\t[,")
             try:
                 value, used = _DECODER.raw_decode(start)
-            except ValueError:
+            except (ValueError, RecursionError):
                 break
             if not _is_call(value):
                 break

@@ -57,7 +57,28 @@ class Door:
             await error.response()(scope, receive, send)
             return
         with _open_requests.track_inprogress():
-            await self._app(scope, self._limited(receive), _counted(scope, send))
+            await self._answer(scope, receive, _counted(scope, send))
+
+    async def _answer(self, scope: Any, receive: Receive, send: Send) -> None:
+        """Counts what really comes: a body in chunks does not say its size."""
+        size = 0
+
+        async def counting() -> Any:
+            nonlocal size
+            message = await receive()
+            size += len(message.get("body", b""))
+            if size > self._rules.max_body_bytes:
+                raise self._too_large()
+            return message
+
+        async def answering(message: Any) -> None:
+            # What the application says of a body that it could not read is not what was wrong.
+            if size <= self._rules.max_body_bytes:
+                await send(message)
+
+        await self._app(scope, counting, answering)
+        if size > self._rules.max_body_bytes:
+            await self._too_large().response()(scope, receive, send)
 
     def _check(self, scope: Any) -> None:
         headers = Headers(scope=scope)
@@ -76,20 +97,6 @@ class Door:
 
     def _too_large(self) -> ApiError:
         return ApiError(413, f"the body may have {self._rules.max_body_bytes} bytes at most")
-
-    def _limited(self, receive: Receive) -> Receive:
-        """Counts what really comes: a body in chunks does not say its size."""
-        seen = 0
-
-        async def limited() -> Any:
-            nonlocal seen
-            message = await receive()
-            seen += len(message.get("body", b""))
-            if seen > self._rules.max_body_bytes:
-                raise self._too_large()
-            return message
-
-        return limited
 
 
 def _counted(scope: Any, send: Send) -> Send:

@@ -24,6 +24,8 @@ _TEXTS = (
     (500, r"internal error|the engine failed at this request"),
     (503, r"the engine |.*Stub process|.*is not ready"),
 )
+# Where the contract has another name for a field.
+_OPENAI_NAMES = {"num_return_sequences": "n", "stop_words": "stop"}
 _CODES = {
     grpc.StatusCode.INVALID_ARGUMENT: 400,
     grpc.StatusCode.NOT_FOUND: 404,
@@ -77,6 +79,7 @@ def of_triton(code: grpc.StatusCode, message: str) -> ApiError:
 def named(error: ApiError, fields: Container[str]) -> ApiError:
     """The error with the field that its sentence begins with, if the client has sent such a one."""
     first = re.match(r"\w+", error.message)
-    if error.param is None and first and first[0] in fields:
-        error.param = first[0]
+    name = _OPENAI_NAMES.get(first[0], first[0]) if first else ""
+    if error.param is None and name in fields:
+        error.param = name
     return error

@@ -7,9 +7,10 @@ from __future__ import annotations
 import json
 from typing import Any
 
-from pagetide.gateway.bodies import ChatBody, CompletionBody, GenerationBody
+from pagetide.gateway.bodies import ChatBody, CompletionBody, GenerationBody, TokenizeBody, Tool
 from pagetide.gateway.errors import refused
 
+MAX_PROMPTS = 256  # of one request; each is a stream to Triton
 # Names that change nothing in an answer here.
 _IGNORED = {
     "user",
@@ -113,4 +114,32 @@ def prompts_of(body: CompletionBody) -> list[dict[str, Any]]:
         prompt = [prompt]
     if not prompt:
         raise refused("prompt is an empty list, must have at least one prompt", "prompt")
+    if len(prompt) > MAX_PROMPTS:
+        raise refused(f"prompt has {len(prompt)} prompts, may have {MAX_PROMPTS}", "prompt")
     return [{"text_input": one} if isinstance(one, str) else {"input_ids": one} for one in prompt]
+
+
+def chat_prompt(body: ChatBody | TokenizeBody, tools: list[dict[str, Any]] | None) -> dict[str, Any]:
+    """A chat as the tensors that hold it; tools: as the template shows them."""
+    prompt: dict[str, Any] = {
+        "messages": body.messages,
+        "add_generation_prompt": body.add_generation_prompt,
+        "continue_final_message": body.continue_final_message,
+        "tools": tools,
+        "chat_template_kwargs": body.chat_template_kwargs,
+    }
+    return {name: value for name, value in prompt.items() if value is not None}
+
+
+def prompt_to_tokenize(body: TokenizeBody) -> dict[str, Any]:
+    """The prompt whose tokens are asked for, as tensors."""
+    if (body.prompt is None) == (body.messages is None):
+        raise refused("give either prompt or messages", "prompt")
+    if body.prompt is not None:
+        return {"text_input": body.prompt}
+    return chat_prompt(body, shown_tools(body.tools))
+
+
+def shown_tools(tools: list[Tool] | None) -> list[dict[str, Any]] | None:
+    """Tools as chat templates take them."""
+    return [tool.model_dump(exclude_none=True) for tool in tools] if tools else None

@@ -8,7 +8,7 @@ from typing import Any
 from pagetide.gateway.bodies import ChatBody, NamedTool, Tool
 from pagetide.gateway.calls import ListedCalls, MarkedCalls, NamedCall, Parser, PlainText
 from pagetide.gateway.errors import refused
-from pagetide.gateway.fields import schema_guide
+from pagetide.gateway.fields import schema_guide, shown_tools
 
 
 class ToolUse:
@@ -40,7 +40,7 @@ class ToolUse:
 
     def shown(self) -> list[dict[str, Any]] | None:
         """The tools for the chat template."""
-        return [tool.model_dump(exclude_none=True) for tool in self._tools] if self.is_active else None
+        return shown_tools(self._tools) if self.is_active else None
 
     def fields(self) -> dict[str, Any]:
         """The contract's fields: a call that was asked for always parses."""

@@ -1,13 +1,15 @@
 """Speaks asyncio gRPC to Triton: the fields of a request in, pieces of answers out.
 
-Written on the protocol's own messages: a piece of a stream costs half of what it does through tritonclient's
-objects, and the gateway has a core in common with the model.
+Written on the protocol's own messages, since a piece of a stream is worth few objects: the gateway shares the
+model's cores.
 """
 
 from __future__ import annotations
 
+import asyncio
 import itertools
 import json
+import logging
 import struct
 from collections.abc import AsyncIterator, Iterable, Mapping
 from dataclasses import dataclass
@@ -20,8 +22,9 @@ from tritonclient.grpc import service_pb2_grpc
 
 from pagetide.gateway.errors import ApiError, of_text, of_triton
 
+log = logging.getLogger("pagetide.gateway")
+
 _CHANNEL = (("grpc.max_send_message_length", -1), ("grpc.max_receive_message_length", -1))
-_NUMPY = {"INT32": np.int32, "FP32": np.float32, "INT64": np.int64, "BOOL": np.bool_}
 _PIECE = (
     "text_output",
     "finish_reason",
@@ -70,6 +73,8 @@ class Triton:
             [service_pb2_grpc.GRPCInferenceServiceStub(channel) for channel in self._channels]
         )
 
+        self._endings: set[asyncio.Future[None]] = set()
+
     async def close(self) -> None:
         for channel in self._channels:
             await channel.close()
@@ -103,13 +108,19 @@ class Triton:
         finally:
             call.cancel()
             if not is_whole:
-                await self._end(stub, generation)
+                # On a task of its own: whoever leaves may be cancelled, and then could not wait for it.
+                ending = asyncio.ensure_future(self._end(stub, generation))
+                self._endings.add(ending)
+                ending.add_done_callback(self._endings.discard)
 
     async def _end(self, stub: Any, generation: Generation) -> None:
         """Ends a request by its name, on the server that has it."""
         request = pb.ModelInferRequest(model_name="llm_unary", id=generation.request_id)
         _add(request, "cancel", "BOOL", (1, 1), b"\1")
-        await stub.ModelInfer(request, timeout=5)
+        try:
+            await stub.ModelInfer(request, timeout=5)
+        except grpc.aio.AioRpcError as error:
+            log.warning("%s could not be ended: %s", generation.request_id, error.details())
 
     async def tokenize(self, prompt: Mapping[str, Any]) -> list[int]:
         """The token ids of one prompt: {"text_input": text} or {"messages": ..., ...}."""
@@ -117,7 +128,7 @@ class Triton:
         for name, value in prompt.items():
             _add_value(request, "QUERY" if name == "text_input" else name, value)
         request.outputs.add(name="INPUT_ID")
-        return (await self._infer(request))["INPUT_ID"].reshape(-1).tolist()
+        return np.frombuffer(await self._infer(request), np.int32).tolist()
 
     async def detokenize(self, ids: list[int]) -> str:
         """The text of tokens, special ones included."""
@@ -126,7 +137,7 @@ class Triton:
         _add(request, "SEQUENCE_LENGTH", "INT32", (1, 1), np.array([len(ids)], np.int32).tobytes())
         _add(request, "SKIP_SPECIAL_TOKENS", "BOOL", (1, 1), b"\0")
         request.outputs.add(name="OUTPUT")
-        return (await self._infer(request))["OUTPUT"][0]
+        return _text(await self._infer(request))
 
     async def models(self) -> list[str]:
         """The models that take chats and stream: those that this gateway can serve."""
@@ -141,18 +152,18 @@ class Triton:
             raise ApiError(503, f"Triton cannot be asked: {error.details()}") from None
         return [config.name for config in configs if _serves_chats(config)]
 
-    async def _infer(self, request: Any) -> dict[str, Any]:
+    async def _infer(self, request: Any) -> bytes:
+        """The one output that is asked for."""
         try:
             response = await next(self._stubs).ModelInfer(request, timeout=60)
         except grpc.aio.AioRpcError as error:
             raise of_triton(error.code(), error.details() or str(error.code())) from None
-        return _outputs(response)
+        return response.raw_output_contents[0]
 
 
 def _serves_chats(config: Any) -> bool:
     has_messages = any(tensor.name == "messages" for tensor in config.input)
-    is_ensemble = config.platform == "ensemble"
-    return has_messages and is_ensemble and not config.name.endswith("_unary")
+    return has_messages and any(step.model_name == "llm" for step in config.ensemble_scheduling.step)
 
 
 async def _once(request: Any) -> AsyncIterator[Any]:
@@ -186,25 +197,6 @@ def _add_value(request: Any, name: str, value: Any) -> None:
 def _add(request: Any, name: str, dtype: str, shape: tuple[int, ...], data: bytes) -> None:
     request.inputs.add(name=name, datatype=dtype, shape=shape)
     request.raw_input_contents.append(data)
-
-
-def _outputs(response: Any) -> dict[str, Any]:
-    """Arrays of numbers, and lists of texts."""
-    return {
-        tensor.name: _texts(data)
-        if tensor.datatype == "BYTES"
-        else np.frombuffer(data, _NUMPY[tensor.datatype])
-        for tensor, data in zip(response.outputs, response.raw_output_contents, strict=True)
-    }
-
-
-def _texts(data: bytes) -> list[str]:
-    texts, at = [], 0
-    while at < len(data):
-        (size,) = struct.unpack_from("<I", data, at)
-        texts.append(data[at + 4 : at + 4 + size].decode("utf-8", "replace"))
-        at += 4 + size
-    return texts
 
 
 def _piece(response: Any) -> Piece:

@@ -77,10 +77,12 @@ class PromptReader:
 
     def _render(self, parsed: ParsedRequest) -> PromptText:
         if parsed.messages is not None:
-            render = self._chats.continued if parsed.continue_final_message else self._chats.render
-            flag, variables = parsed.add_generation_prompt, parsed.chat_template_kwargs
+            messages, tools, variables = parsed.messages, parsed.tools, parsed.chat_template_kwargs
             try:
-                text = render(parsed.messages, parsed.tools, flag, variables)
+                if parsed.continue_final_message:
+                    text = self._chats.continued(messages, tools, variables)
+                else:
+                    text = self._chats.render(messages, tools, parsed.add_generation_prompt, variables)
             except ChatTemplateError as error:
                 raise RequestError(str(error)) from error
             return PromptText(parsed, text, adds_special_tokens=False)

@@ -58,7 +58,7 @@ class ChatRenderer:
         return _PROBE in rendered and "'type'" not in rendered and '"type"' not in rendered
 
     def continued(
-        self, messages: list[dict[str, Any]], tools: list[Any] | None, _: bool, variables: dict[str, Any]
+        self, messages: list[dict[str, Any]], tools: list[Any] | None, variables: dict[str, Any]
     ) -> str:
         """The prompt's text up to the end of the last message's content, for an answer that goes on with it.
 

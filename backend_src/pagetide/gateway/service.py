@@ -1,0 +1,158 @@
+"""One request on its way through the gateway.
+
+body -> fields of the contract -> pieces from Triton -> choices -> one object, or server-sent events
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import json
+import logging
+import uuid
+from collections.abc import AsyncIterator
+from typing import Any
+
+from starlette.requests import Request
+from starlette.responses import JSONResponse, Response, StreamingResponse
+
+from pagetide.gateway.answers import Answer, ChatChoice, CompletionChoice
+from pagetide.gateway.bodies import ChatBody, CompletionBody, GenerationBody
+from pagetide.gateway.errors import ApiError, named, refused
+from pagetide.gateway.fields import chat_prompt, fields_of, prompts_of
+from pagetide.gateway.health import Health
+from pagetide.gateway.models import Models
+from pagetide.gateway.streams import merged
+from pagetide.gateway.tools import ToolUse
+from pagetide.gateway.triton import Generation, Triton
+
+log = logging.getLogger("pagetide.gateway")
+_CLIENT_LEFT = 499
+
+
+class Gateway:
+    """What the routes share."""
+
+    def __init__(self, triton: Triton, call_format: str):
+        self.triton = triton
+        self.models = Models(triton, call_format)
+        self.health = Health(triton)
+
+    async def chat(self, body: ChatBody, request: Request) -> Response:
+        model = await self.models.find(body.model)
+        habits = await self.models.habits(model)
+        tools = ToolUse(body, habits.calls)
+        fields = {**fields_of(body), **tools.fields()}
+        if tools.fields() and body.response_format and body.response_format.type != "text":
+            raise refused("response_format does not go with tools that must be called", "response_format")
+        prompt = chat_prompt(body, tools.shown())
+        request_id = f"chatcmpl-{uuid.uuid4().hex}"
+
+        def make_choice(index: int) -> ChatChoice:
+            return ChatChoice(index, tools, habits.thinking(), body.top_logprobs or 0)
+
+        answer = Answer("chat.completion", request_id, model, body.n or 1, make_choice)
+        return await self._answer(body, request, answer, [Generation(model, request_id, prompt, fields)])
+
+    async def complete(self, body: CompletionBody, request: Request) -> Response:
+        model = await self.models.find(body.model)
+        fields, prompts = fields_of(body), prompts_of(body)
+        request_id = f"cmpl-{uuid.uuid4().hex}"
+        echoed = [await self._text_of(prompt) if body.echo else "" for prompt in prompts]
+        per_prompt = body.n or 1
+
+        def make_choice(index: int) -> CompletionChoice:
+            return CompletionChoice(index, echoed[index // per_prompt], body.logprobs is not None)
+
+        answer = Answer("text_completion", request_id, model, per_prompt, make_choice)
+        generations = [
+            Generation(model, f"{request_id}-{i}", prompt, fields) for i, prompt in enumerate(prompts)
+        ]
+        return await self._answer(body, request, answer, generations)
+
+    async def _text_of(self, prompt: dict[str, Any]) -> str:
+        return prompt.get("text_input") or await self.triton.detokenize(prompt["input_ids"])
+
+    async def _answer(
+        self, body: GenerationBody, request: Request, answer: Answer, generations: list[Generation]
+    ) -> Response:
+        choices = self._choices(answer, generations)
+        try:
+            # Errors that come before the first piece have a status of their own.
+            first = await _unless_left(request, anext(choices, None))
+            if body.stream:
+                shows_usage = body.stream_options is not None and body.stream_options.include_usage
+                events = _events(answer, first, choices, shows_usage)
+                return StreamingResponse(events, media_type="text/event-stream", headers=_NO_CACHE)
+            found = [first] if first else []
+            found += await _unless_left(request, _all(choices))
+        except ApiError as error:
+            await choices.aclose()
+            raise named(error, body.model_fields_set | (body.model_extra or {}).keys()) from None
+        except _ClientLeftError:
+            await choices.aclose()
+            log.info("%s: the client has left", generations[0].request_id)
+            return Response(status_code=_CLIENT_LEFT)
+        return JSONResponse(answer.whole(found))
+
+    async def _choices(self, answer: Answer, generations: list[Generation]) -> AsyncIterator[dict[str, Any]]:
+        streams = [self.triton.generate(one) for one in generations]
+        async with contextlib.aclosing(merged(streams)) as pieces:
+            async for prompt, piece in pieces:
+                self.health.saw_life()
+                for choice in answer.take(prompt, piece):
+                    yield choice
+
+
+_NO_CACHE = {"Cache-Control": "no-cache", "X-Accel-Buffering": "no"}
+
+
+class _ClientLeftError(Exception):
+    """Nobody waits for the answer."""
+
+
+async def _unless_left(request: Request, work: Any) -> Any:
+    """The result of an awaitable; raises _ClientLeftError as soon as the client is gone."""
+    task = asyncio.ensure_future(work)
+    watch = asyncio.ensure_future(_left(request))
+    try:
+        await asyncio.wait({task, watch}, return_when=asyncio.FIRST_COMPLETED)
+        if not task.done():
+            raise _ClientLeftError
+        return task.result()
+    finally:
+        for one in (task, watch):
+            one.cancel()
+            with contextlib.suppress(asyncio.CancelledError, Exception):
+                await one
+
+
+async def _left(request: Request) -> None:
+    while (await request.receive())["type"] != "http.disconnect":
+        pass
+
+
+async def _all(choices: AsyncIterator[dict[str, Any]]) -> list[dict[str, Any]]:
+    return [choice async for choice in choices]
+
+
+async def _events(
+    answer: Answer, first: dict[str, Any] | None, choices: AsyncIterator[dict[str, Any]], shows_usage: bool
+) -> AsyncIterator[bytes]:
+    """Server-sent events; an error in the midst is one too, since the status has been sent."""
+    try:
+        if first:
+            yield _event(answer.chunk(first, shows_usage))
+        async for choice in choices:
+            yield _event(answer.chunk(choice, shows_usage))
+        if shows_usage:
+            yield _event(answer.usage_chunk())
+    except ApiError as error:
+        yield _event(error.body())
+    finally:
+        await choices.aclose()  # type: ignore[attr-defined]
+    yield b"data: [DONE]\n\n"
+
+
+def _event(value: dict[str, Any]) -> bytes:
+    return b"data: " + json.dumps(value, ensure_ascii=False, separators=(",", ":")).encode() + b"\n\n"
