@@ -36,12 +36,13 @@ NUMPY = {
     "INT32": np.int32,
 }
 
+# Converted weights, shared by all servers of the tests.
+CACHE = str(ROOT / ".cache")
+
 
 def start(settings: dict) -> TritonServer:
     """A server of its own, which checks its block accounting after every step."""
-    server = TritonServer(
-        free_address(), {"cache_dir": str(ROOT / ".cache"), "check_integrity": True, **settings}
-    )
+    server = TritonServer(free_address(), {"cache_dir": CACHE, "check_integrity": True, **settings})
     server.start()
     server.wait_until_ready()
     return server

@@ -5,11 +5,8 @@ from pathlib import Path
 
 import pytest
 from client import Streams, start, wait_until_idle
-from parrot import pieces_of, write_parrot
+from parrot import TEXT, pieces_of, write_parrot
 from triton_server import TritonServer
-
-# Two bytes a token, so that characters of two, three and four bytes are torn in all ways.
-TEXT = "波引夕🌊西🐚南干空海雨雲é陽 "
 
 
 @pytest.fixture(autouse=True)

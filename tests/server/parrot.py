@@ -16,6 +16,8 @@ from safetensors.torch import save_file
 
 HIDDEN = 128
 END = 0
+# Two bytes a token, so that characters of two, three and four bytes are torn in all ways.
+TEXT = "波引夕🌊西🐚南干空海雨雲é陽 "
 
 
 def pieces_of(text: str, size: int) -> list[bytes]:

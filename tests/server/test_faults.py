@@ -12,9 +12,8 @@ import numpy as np
 import psutil
 import pytest
 import tritonclient.grpc as grpc
-from client import Streams, generate, metric, stream_one, wait_for, wait_until_idle
-from conftest import CACHE, TEXT, start
-from parrot import pieces_of, write_parrot
+from client import CACHE, Streams, generate, metric, start, stream_one, wait_for, wait_until_idle
+from parrot import TEXT, pieces_of, write_parrot
 from processes import ServerError
 from triton_server import REPOSITORY, TritonServer, free_address
 from tritonclient.utils import InferenceServerException

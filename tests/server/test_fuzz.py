@@ -7,7 +7,7 @@ from __future__ import annotations
 import json
 
 import fuzz
-from conftest import CACHE
+from client import CACHE
 from triton_server import TritonServer, free_address
 
 

@@ -9,8 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from client import Streams, metric, wait_until_idle
-from conftest import CACHE
+from client import CACHE, Streams, metric, wait_until_idle
 from pagetide.llm import LLM
 from pagetide.models.source import find_model
 from pagetide.types import SamplingParams

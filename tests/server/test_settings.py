@@ -8,9 +8,8 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from client import Streams, generate, stream_one, wait_for, wait_until_idle
-from conftest import CACHE, TEXT
-from parrot import pieces_of, write_parrot
+from client import CACHE, Streams, generate, stream_one, wait_for, wait_until_idle
+from parrot import TEXT, pieces_of, write_parrot
 from test_contract_fields import scrape
 from triton_server import REPOSITORY, TritonServer, free_address
 

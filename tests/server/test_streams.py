@@ -8,8 +8,8 @@ import urllib.request
 import numpy as np
 import pytest
 from client import Streams, generate, infer_http, stream_one
-from conftest import TEXT
 from pagetide.engine.stops import num_incomplete_bytes
+from parrot import TEXT
 
 START = [1]
 DATA = TEXT.encode()
