@@ -8,25 +8,25 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
-from conftest import END_ID, FixedAnswer, SmallEngine
 from context_runner import VOCABULARY, expected_tokens, logits_after
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from pagetide.engine.blocks import BlockManager
 from pagetide.engine.groups import _seed_of_sample
 from pagetide.types import EngineError, Guide, QueueFullError, Request, RequestError, SamplingParams
+from small_engine import END_ID, FixedAnswer, SmallEngine
 
 
-def test_one_request_gives_the_tokens_that_its_context_implies(engine):
-    small = engine()
+def test_one_request_gives_the_tokens_that_its_context_implies():
+    small = SmallEngine()
     small.add(1, [1, 2, 3, 4, 5], max_tokens=10)
     small.run()
     assert small.tokens(1) == expected_tokens([1, 2, 3, 4, 5], 10, 0)
     assert small.reason(1) == ["length"]
 
 
-def test_a_long_prompt_runs_in_chunks_beside_a_decode(engine):
-    small = engine()
+def test_a_long_prompt_runs_in_chunks_beside_a_decode():
+    small = SmallEngine()
     small.add(1, [1], max_tokens=20)
     small.step()
     small.add(2, list(range(40)), max_tokens=2)
@@ -36,8 +36,8 @@ def test_a_long_prompt_runs_in_chunks_beside_a_decode(engine):
     )
 
 
-def test_equal_prefixes_are_computed_once_also_when_they_arrive_together(engine):
-    small = engine(max_num_batched_tokens=64)
+def test_equal_prefixes_are_computed_once_also_when_they_arrive_together():
+    small = SmallEngine(max_num_batched_tokens=64)
     prefix = list(range(32))
     for number in range(3):
         small.add(number, [*prefix, number], max_tokens=1)
@@ -46,11 +46,11 @@ def test_equal_prefixes_are_computed_once_also_when_they_arrive_together(engine)
     assert [o.num_cached_tokens for o in sorted(small.outputs, key=lambda o: o.number)] == [0, 32, 32]
 
 
-def test_a_block_is_found_only_behind_the_same_beginning(engine):
+def test_a_block_is_found_only_behind_the_same_beginning():
     """The third prompt begins like the first and goes on like the second: only its first block has been
     computed.
     """
-    small = engine()
+    small = SmallEngine()
     a, b, c, d = ([k] * 4 for k in (1, 2, 3, 4))
     for number, prompt in enumerate(([*a, *b, 9], [*c, *d, 9], [*a, *d, 9])):
         small.add(number, prompt, max_tokens=3)
@@ -77,16 +77,16 @@ def test_no_block_is_the_target_of_one_copy_and_the_source_of_another_in_a_step(
     assert manager.num_free == 1 and manager.grow(third, 5) == [] and third.blocks == [1, 0]
 
 
-def test_prefix_caching_can_be_switched_off(engine):
-    small = engine(enable_prefix_caching=False)
+def test_prefix_caching_can_be_switched_off():
+    small = SmallEngine(enable_prefix_caching=False)
     for number in range(2):
         small.add(number, list(range(32)), max_tokens=1)
     small.run()
     assert small.runner.num_computed_tokens == 64
 
 
-def test_samples_share_the_prompts_blocks_and_copy_only_the_last_partial_one(engine):
-    small = engine(max_num_batched_tokens=64)
+def test_samples_share_the_prompts_blocks_and_copy_only_the_last_partial_one():
+    small = SmallEngine(max_num_batched_tokens=64)
     small.add(1, list(range(18)), n=4, max_tokens=4)
     small.step()
     assert small.blocks.num_used == 5, "four full blocks and a partial one, for all samples together"
@@ -98,8 +98,8 @@ def test_samples_share_the_prompts_blocks_and_copy_only_the_last_partial_one(eng
         assert small.tokens(1, index) == expected_tokens(list(range(18)), 4, _seed_of_sample(0, index))
 
 
-def test_the_youngest_is_preempted_and_gives_the_same_tokens_later(engine):
-    small = engine(num_blocks=16)
+def test_the_youngest_is_preempted_and_gives_the_same_tokens_later():
+    small = SmallEngine(num_blocks=16)
     for number in range(4):
         small.add(number, [number + 10] * 6, max_tokens=40)
     small.run()
@@ -108,10 +108,10 @@ def test_the_youngest_is_preempted_and_gives_the_same_tokens_later(engine):
         assert small.tokens(number) == expected_tokens([number + 10] * 6, 40, 0)
 
 
-def test_end_token_stops_unless_ignored_and_not_before_min_tokens(engine):
+def test_end_token_stops_unless_ignored_and_not_before_min_tokens():
     prompt = [3, 1]
     tokens = expected_tokens(prompt, 32, 0)
-    small = engine()
+    small = SmallEngine()
     end = tokens[4]
     small.add(1, prompt, ignore_eos=False, end_id=end, max_tokens=32)
     small.add(2, prompt, ignore_eos=True, end_id=end, max_tokens=32)
@@ -121,8 +121,8 @@ def test_end_token_stops_unless_ignored_and_not_before_min_tokens(engine):
     assert end != END_ID
 
 
-def test_min_tokens_is_told_to_the_sampler_for_the_first_tokens_only(engine):
-    small = engine()
+def test_min_tokens_is_told_to_the_sampler_for_the_first_tokens_only():
+    small = SmallEngine()
     small.add(1, [1, 2], ignore_eos=False, min_tokens=2, max_tokens=4)
     masked = []
     while small.engine.has_work:
@@ -136,8 +136,8 @@ def test_min_tokens_is_told_to_the_sampler_for_the_first_tokens_only(engine):
     assert masked[:3] == [True, True, False]
 
 
-def test_cancelled_request_frees_its_blocks_within_two_steps(engine):
-    small = engine()
+def test_cancelled_request_frees_its_blocks_within_two_steps():
+    small = SmallEngine()
     small.add(1, list(range(30)), max_tokens=30)
     small.add(2, list(range(30, 40)), n=2, max_tokens=30)
     for _ in range(4):
@@ -149,8 +149,8 @@ def test_cancelled_request_frees_its_blocks_within_two_steps(engine):
     assert small.reason(1) == ["cancelled"] and small.reason(2, 1) == ["cancelled"]
 
 
-def test_cancel_by_name_finds_all_requests_of_that_name(engine):
-    small = engine()
+def test_cancel_by_name_finds_all_requests_of_that_name():
+    small = SmallEngine()
     for number, name in ((5, "same"), (6, "other"), (7, "same")):
         params = SamplingParams(max_tokens=30, seed=0, ignore_eos=True)
         small.scheduler.add(Request(number=number, prompt_ids=[number], params=params, request_id=name))
@@ -161,16 +161,16 @@ def test_cancel_by_name_finds_all_requests_of_that_name(engine):
     assert [small.reason(number) for number in (5, 6, 7)] == [["cancelled"], ["length"], ["cancelled"]]
 
 
-def test_full_queue_is_refused_at_once(engine):
-    small = engine(max_queued_requests=2)
+def test_full_queue_is_refused_at_once():
+    small = SmallEngine(max_queued_requests=2)
     small.add(1, [1], max_tokens=1)
     small.add(2, [1], max_tokens=1)
     with pytest.raises(QueueFullError, match="Maximum queue size of 2 requests reached"):
         small.add(3, [1], max_tokens=1)
 
 
-def test_static_batching_admits_only_when_the_batch_has_ended(engine):
-    small = engine(batching="static", max_num_batched_tokens=64)
+def test_static_batching_admits_only_when_the_batch_has_ended():
+    small = SmallEngine(batching="static", max_num_batched_tokens=64)
     for number, length in enumerate((2, 9, 2, 2, 2)):
         small.add(number, [number], max_tokens=length)
     running = []
@@ -181,24 +181,24 @@ def test_static_batching_admits_only_when_the_batch_has_ended(engine):
     assert not any(4 in step and 1 in step for step in running)
 
 
-def test_contiguous_reservation_takes_all_blocks_of_the_longest_answer_at_once(engine):
-    small = engine(kv_reservation="contiguous", max_num_batched_tokens=64)
+def test_contiguous_reservation_takes_all_blocks_of_the_longest_answer_at_once():
+    small = SmallEngine(kv_reservation="contiguous", max_num_batched_tokens=64)
     small.add(1, [1, 2, 3], max_tokens=29)
     small.step()
     assert small.blocks.num_used == 8
 
 
-def test_streams_come_in_order_and_nothing_follows_the_last_output(engine):
-    small = engine()
+def test_streams_come_in_order_and_nothing_follows_the_last_output():
+    small = SmallEngine()
     small.add(1, [4, 5], max_tokens=12, stream=True)
     small.run()
     assert [o.finish_reason for o in small.outputs] == [""] * 11 + ["length"]
     assert small.tokens(1) == expected_tokens([4, 5], 12, 0)
 
 
-def test_a_sample_that_still_has_to_fork_keeps_its_row_while_others_want_it(engine):
+def test_a_sample_that_still_has_to_fork_keeps_its_row_while_others_want_it():
     """Two samples of a prompt of three chunks, and a request that comes meanwhile, on two rows."""
-    small = engine(max_num_seqs=2)
+    small = SmallEngine(max_num_seqs=2)
     small.add(1, list(range(40)), n=2, max_tokens=4)
     small.add(2, [1, 2], max_tokens=4)
     small.run()
@@ -206,8 +206,8 @@ def test_a_sample_that_still_has_to_fork_keeps_its_row_while_others_want_it(engi
     assert small.tokens(2) == expected_tokens([1, 2], 4, 0)
 
 
-def test_eight_samples_of_a_long_prompt_hold_its_blocks_once(engine):
-    small = engine(
+def test_eight_samples_of_a_long_prompt_hold_its_blocks_once():
+    small = SmallEngine(
         num_blocks=128, block_size=16, max_model_len=1200, max_num_seqs=8, max_num_batched_tokens=1024
     )
     small.add(1, [i % 50 for i in range(1000)], n=8, max_tokens=4, timings=True)
@@ -219,8 +219,8 @@ def test_eight_samples_of_a_long_prompt_hold_its_blocks_once(engine):
     assert small.outputs[-1].timings.new_blocks == 63 and small.outputs[-1].timings.reused_blocks == 0
 
 
-def test_the_best_of_several_samples_are_those_with_the_highest_log_probability(engine):
-    small = engine()
+def test_the_best_of_several_samples_are_those_with_the_highest_log_probability():
+    small = SmallEngine()
     small.add(1, [5, 6], n=2, best_of=4, max_tokens=5, stream=True)
     small.run()
 
@@ -237,8 +237,8 @@ def test_the_best_of_several_samples_are_those_with_the_highest_log_probability(
     assert [o.cumulative_logprob for o in small.outputs] == pytest.approx([total for total, _ in best])
 
 
-def test_log_probabilities_come_with_their_tokens(engine):
-    small = engine()
+def test_log_probabilities_come_with_their_tokens():
+    small = SmallEngine()
     small.add(1, [5, 6], max_tokens=3, logprobs=2, stream=True)
     small.run()
     context = [5, 6]
@@ -252,9 +252,9 @@ def test_log_probabilities_come_with_their_tokens(engine):
 
 
 @pytest.mark.parametrize("num_blocks, budget", [(64, 16), (8, 5)])
-def test_every_prompt_token_but_the_first_is_scored_once_also_in_chunks(engine, num_blocks, budget):
+def test_every_prompt_token_but_the_first_is_scored_once_also_in_chunks(num_blocks, budget):
     prompt = [3, 1, 4, 1, 5, 9, 2, 6, 5, 3]
-    small = engine(num_blocks=num_blocks, max_num_batched_tokens=budget, max_model_len=28)
+    small = SmallEngine(num_blocks=num_blocks, max_num_batched_tokens=budget, max_model_len=28)
     for number in range(3):
         small.add(number, prompt, max_tokens=12, prompt_logprobs=1, context_logits=True)
     small.run()
@@ -267,21 +267,21 @@ def test_every_prompt_token_but_the_first_is_scored_once_also_in_chunks(engine, 
         )
 
 
-def test_priority_goes_before_arrival_and_the_last_in_order_gives_way(engine):
-    small = engine(max_num_seqs=1)
+def test_priority_goes_before_arrival_and_the_last_in_order_gives_way():
+    small = SmallEngine(max_num_seqs=1)
     for number, priority in ((1, 0), (2, 5), (3, -1)):
         small.add(number, [number], max_tokens=2, priority=priority)
     small.run()
     assert [o.number for o in small.outputs] == [3, 1, 2]
-    small = engine(num_blocks=16)
+    small = SmallEngine(num_blocks=16)
     for number, priority in ((1, 1), (2, 0)):
         small.add(number, [number] * 20, max_tokens=30, priority=priority)
     small.run()
     assert small.scheduler.counters.preemptions and small.outputs[0].number == 2
 
 
-def test_a_request_whose_time_is_up_gets_what_it_has(engine):
-    small = engine(max_num_seqs=1)
+def test_a_request_whose_time_is_up_gets_what_it_has():
+    small = SmallEngine(max_num_seqs=1)
     small.add(1, [1], max_tokens=60, deadline_ns=100)
     small.add(2, [2], max_tokens=60, deadline_ns=50)
     for _ in range(4):
@@ -295,16 +295,16 @@ def test_a_request_whose_time_is_up_gets_what_it_has(engine):
     assert small.scheduler.counters.timed_out == 2 and small.blocks.num_used == 0
 
 
-def test_prompts_with_different_salts_share_no_blocks(engine):
-    small = engine()
+def test_prompts_with_different_salts_share_no_blocks():
+    small = SmallEngine()
     for number, salt in enumerate(("", "a", "b", "a")):
         small.add(number, list(range(17)), max_tokens=1, salt=salt)
         small.run()
     assert [o.num_cached_tokens for o in small.outputs] == [0, 0, 0, 16]
 
 
-def test_a_guided_answer_waits_for_its_grammar_and_nobody_else_does(engine):
-    small = engine()
+def test_a_guided_answer_waits_for_its_grammar_and_nobody_else_does():
+    small = SmallEngine()
     small.add(1, [1], max_tokens=10, guide=Guide("regex", "x"))
     small.add(2, [2], max_tokens=3)
     while not small.reason(2):
@@ -319,8 +319,8 @@ def test_a_guided_answer_waits_for_its_grammar_and_nobody_else_does(engine):
     "error, reason",
     [(RequestError("no regex"), "no regex"), (OverflowError("bug"), "the engine failed at this request")],
 )
-def test_a_guide_that_is_none_is_refused_and_nobody_else_is(engine, error, reason):
-    small = engine()
+def test_a_guide_that_is_none_is_refused_and_nobody_else_is(error, reason):
+    small = SmallEngine()
     small.add(1, [1], max_tokens=10, guide=Guide("regex", "x"))
     small.add(2, [2], max_tokens=3)
     small.guides.futures["x"].set_exception(error)
@@ -332,8 +332,8 @@ def test_a_guide_that_is_none_is_refused_and_nobody_else_is(engine, error, reaso
 
 
 @pytest.mark.parametrize("min_tokens, stop_words, expected", [(2, (), [3, END_ID]), (0, ("ij",), [3, 8, 9])])
-def test_a_grammar_goes_before_min_tokens_and_stops_end_it(engine, min_tokens, stop_words, expected):
-    small = engine()
+def test_a_grammar_goes_before_min_tokens_and_stops_end_it(min_tokens, stop_words, expected):
+    small = SmallEngine()
     small.add(
         1, [1], max_tokens=10, min_tokens=5 if min_tokens else 0, stop=stop_words, guide=Guide("regex", "x")
     )
@@ -349,7 +349,7 @@ def beams_alone(prompt: list[int], width: int, max_tokens: int, **params) -> lis
     return [o.ids for o in sorted(alone.outputs, key=lambda o: o.index)]
 
 
-def test_a_wide_enough_beam_search_finds_the_likeliest_answer(engine):
+def test_a_wide_enough_beam_search_finds_the_likeliest_answer():
     """With as many beams as there are pairs of tokens nothing is lost: the best answers are those of trying
     all.
     """
@@ -359,15 +359,15 @@ def test_a_wide_enough_beam_search_finds_the_likeliest_answer(engine):
         for b in range(VOCABULARY):
             everything[a, b] = logits_after(prompt, 0)[a] + logits_after([*prompt, a], 0)[b]
     best = sorted(everything, key=lambda pair: -everything[pair])[:20]
-    small = engine(num_blocks=400, max_num_seqs=VOCABULARY, max_num_batched_tokens=64)
+    small = SmallEngine(num_blocks=400, max_num_seqs=VOCABULARY, max_num_batched_tokens=64)
     small.add(1, prompt, beam_width=VOCABULARY, n=20, max_tokens=2)
     small.run()
     assert [tuple(o.ids) for o in small.outputs] == best
     assert [o.cumulative_logprob for o in small.outputs] == pytest.approx([everything[pair] for pair in best])
 
 
-def test_beams_share_the_prompts_blocks(engine):
-    small = engine(
+def test_beams_share_the_prompts_blocks():
+    small = SmallEngine(
         num_blocks=128, block_size=16, max_num_batched_tokens=64, max_num_seqs=8, max_model_len=128
     )
     small.add(1, [i % 50 for i in range(60)], beam_width=8, max_tokens=20)
@@ -378,28 +378,28 @@ def test_beams_share_the_prompts_blocks(engine):
     assert max(used) <= 3 + 8 * 2
 
 
-def test_beams_ask_each_other_for_no_more_than_they_need(engine):
+def test_beams_ask_each_other_for_no_more_than_they_need():
     """What runs beside a search, with other ends and widths, changes nothing of it."""
     alone = beams_alone([4, 2], 2, 8, stop=("ab", "q"))
-    small = engine(num_blocks=200, max_num_seqs=8, max_num_batched_tokens=64)
+    small = SmallEngine(num_blocks=200, max_num_seqs=8, max_num_batched_tokens=64)
     small.add(1, [4, 2], beam_width=2, n=2, max_tokens=8, stop=("ab", "q"))
     small.add(2, [5, 6], beam_width=6, n=1, max_tokens=8, stop_token_ids=tuple(range(20)))
     small.run()
     assert [small.tokens(1, index) for index in range(2)] == alone
 
 
-def test_a_search_whose_texts_are_all_stop_texts_ends_with_what_it_has(engine):
-    small = engine(num_blocks=200, max_num_seqs=8, max_num_batched_tokens=64)
+def test_a_search_whose_texts_are_all_stop_texts_ends_with_what_it_has():
+    small = SmallEngine(num_blocks=200, max_num_seqs=8, max_num_batched_tokens=64)
     small.add(1, [4, 2], beam_width=4, n=4, max_tokens=8, stop=tuple("abcdefghijklmnopqrstuvwxyz"))
     small.run()
     assert [small.reason(1, index) for index in range(4)] == [["stop"]] * 4
 
 
-def test_preempted_beams_do_not_wait_for_each_other(engine):
+def test_preempted_beams_do_not_wait_for_each_other():
     """One token a step: of two beams the first has its candidates and is preempted before the second, which
     has none.
     """
-    small = engine(max_num_batched_tokens=1)
+    small = SmallEngine(max_num_batched_tokens=1)
     small.add(1, [1, 2], beam_width=2, n=2, max_tokens=12)
     scheduler = small.scheduler
 
@@ -417,8 +417,8 @@ def test_preempted_beams_do_not_wait_for_each_other(engine):
     assert [small.tokens(1, index) for index in range(2)] == beams_alone([1, 2], 2, 12)
 
 
-def test_a_cancelled_beam_search_gives_what_it_has_and_frees_its_blocks(engine):
-    small = engine()
+def test_a_cancelled_beam_search_gives_what_it_has_and_frees_its_blocks():
+    small = SmallEngine()
     small.add(1, [1, 2, 3], beam_width=3, n=2, max_tokens=30)
     for _ in range(8):
         small.step()
@@ -430,10 +430,10 @@ def test_a_cancelled_beam_search_gives_what_it_has_and_frees_its_blocks(engine):
 
 @pytest.mark.parametrize("steps", [0, 1, 2, 3])
 @pytest.mark.parametrize("rule", [{"beam_width": 3, "n": 3}, {"n": 3}, {"n": 2, "best_of": 3}])
-def test_a_request_that_ends_early_has_as_many_ended_answers_as_were_asked_for(engine, rule, steps):
+def test_a_request_that_ends_early_has_as_many_ended_answers_as_were_asked_for(rule, steps):
     """While it waits, while its prompt runs in chunks, and while its samples or beams run."""
     for end, reason in (("cancel", "cancelled"), ("deadline", "timeout")):
-        small = engine(max_num_batched_tokens=8)
+        small = SmallEngine(max_num_batched_tokens=8)
         small.add(1, list(range(20)), max_tokens=30, deadline_ns=100 if end == "deadline" else 0, **rule)
         for _ in range(steps):
             small.step()
@@ -460,8 +460,8 @@ class Broken(FixedAnswer):
 
 
 @pytest.mark.parametrize("method, error", [("fill", RequestError), ("advance", EngineError)])
-def test_a_request_that_fails_in_a_step_fails_alone(engine, method, error):
-    small = engine()
+def test_a_request_that_fails_in_a_step_fails_alone(method, error):
+    small = SmallEngine()
     small.add(1, [1], max_tokens=10, n=2, stream=True, guide=Guide("regex", "x"))
     small.add(2, [2], max_tokens=9)
     own = type("Own", (FixedAnswer,), {method: getattr(Broken, method)})
@@ -472,8 +472,8 @@ def test_a_request_that_fails_in_a_step_fails_alone(engine, method, error):
     assert small.tokens(2) == expected_tokens([2], 9, 0) and small.blocks.num_used == 0
 
 
-def test_a_row_without_any_token_ends_its_request_with_an_error(engine):
-    small = engine()
+def test_a_row_without_any_token_ends_its_request_with_an_error():
+    small = SmallEngine()
     small.add(1, [1], max_tokens=10, guide=Guide("regex", "x"))
     small.add(2, [2], max_tokens=9)
     nothing = type("Nothing", (FixedAnswer,), {"fill": lambda self, mask: mask.fill(0)})
@@ -484,8 +484,8 @@ def test_a_row_without_any_token_ends_its_request_with_an_error(engine):
     assert small.tokens(2) == expected_tokens([2], 9, 0)
 
 
-def test_what_cannot_become_a_sequence_is_refused_and_nothing_is_left_of_it(engine):
-    small = engine()
+def test_what_cannot_become_a_sequence_is_refused_and_nothing_is_left_of_it():
+    small = SmallEngine()
     with pytest.raises(EngineError, match="the engine failed at this request"):
         small.add(1, [1], temperature=None)
     assert not small.engine.has_work
@@ -495,9 +495,9 @@ def test_what_cannot_become_a_sequence_is_refused_and_nothing_is_left_of_it(engi
 
 
 @pytest.mark.parametrize("overlaps", [True, False])
-def test_a_request_that_comes_while_a_step_runs_is_in_the_next(engine, overlaps):
+def test_a_request_that_comes_while_a_step_runs_is_in_the_next(overlaps):
     """Where the device computes beside the host, the next step has been launched by then."""
-    small = engine(overlaps=overlaps, max_num_batched_tokens=64)
+    small = SmallEngine(overlaps=overlaps, max_num_batched_tokens=64)
     small.add(1, [1, 2, 3], max_tokens=30)
     for _ in range(3):
         small.step()
@@ -514,8 +514,8 @@ def test_a_request_that_comes_while_a_step_runs_is_in_the_next(engine, overlaps)
 
 
 @pytest.mark.parametrize("overlaps", [True, False])
-def test_masks_are_those_of_all_tokens_before(engine, overlaps):
-    small = engine(overlaps=overlaps)
+def test_masks_are_those_of_all_tokens_before(overlaps):
+    small = SmallEngine(overlaps=overlaps)
     small.add(1, [1], max_tokens=10, guide=Guide("regex", "x"))
     small.add(2, [2], max_tokens=10)
     small.guides.compile(Guide("regex", "x")).set_result(lambda: FixedAnswer([9, 8, 9, 8, 3]))

@@ -1,3 +1,5 @@
+"""The engine on a device that shows every wrong block (context_runner.py), driven by hand."""
+
 from __future__ import annotations
 
 from collections.abc import Callable
@@ -5,7 +7,6 @@ from concurrent.futures import Future
 from typing import Any
 
 import numpy as np
-import pytest
 from context_runner import VOCABULARY, ContextRunner
 from pagetide.config import make_settings
 from pagetide.engine.blocks import BlockManager
@@ -131,8 +132,3 @@ class SmallEngine:
             for o in self.outputs
             if o.number == number and o.index == index and o.finish_reason
         ]
-
-
-@pytest.fixture
-def engine() -> Callable[..., SmallEngine]:
-    return SmallEngine
