@@ -36,6 +36,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent))
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "clients"))
 
 import host
+import ops
 import streams
 from triton_server import ROOT, TritonServer, free_address
 
@@ -651,6 +652,11 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument(
         "--host", action="store_true", help="the host's time for each step, without a model, and nothing else"
     )
+    parser.add_argument(
+        "--ops",
+        action="store_true",
+        help="where a step's time goes, each op beside its limit, and nothing else",
+    )
     parser.add_argument("--seconds", type=float, default=10, help="of each run of --streams and --chunks")
     parser.add_argument(
         "--against",
@@ -721,6 +727,12 @@ def main() -> int:
         times = host.measure([32, 256])
         print(host.table(times))
         print(json.dumps({"machine": versions(), "host_us": times}))
+        return 0
+    if arguments.ops:
+        limits = machine_limits()
+        found = ops.measure(CACHE, {"read_gb_s": limits["read_gb_s"], "gflop_s": limits["bfloat16_gflop_s"]})
+        print(ops.table(found))
+        print(json.dumps({"machine": versions(), "limits": limits, "ops": ops.as_json(found)}))
         return 0
     if arguments.features:
         costs = feature_costs(max(arguments.repeats, 3))

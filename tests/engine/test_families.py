@@ -36,7 +36,7 @@ def prompt_logits(folder, ids: list[int], ops: str, is_compiled: bool) -> torch.
         layer_shape(config, size, 512, cpu),
         torch.float32,
     )
-    assert isinstance(decoder._layers, CompiledLayers) == is_compiled
+    assert isinstance(decoder.layers, CompiledLayers) == is_compiled
     store = TorchStore(decoder.kv_layout(torch.float32), 40, cpu)
     table = torch.randperm(40)[: -(-count // size)].to(torch.int32).unsqueeze(0)
     positions = torch.arange(count)

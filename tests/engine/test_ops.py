@@ -21,7 +21,7 @@ from pagetide.ops.batch import Batch
 from pagetide.ops.cpu.attention_tasks import MAX_ROWS, plan_tasks
 from pagetide.ops.cpu.embedding import CompiledEmbedding
 from pagetide.ops.cpu.gather import gather
-from pagetide.ops.cpu.layers import CompiledLayers
+from pagetide.ops.cpu.layers import PHASES, CompiledLayers
 from pagetide.ops.cpu.logits import edit, mask, penalize
 from pagetide.ops.cpu.packing import pack, read_rows
 from pagetide.ops.cpu.sampling import _noise, argmax, sample, score
@@ -216,6 +216,16 @@ def test_long_contexts_are_split_and_merged(window):
         run_steps(compiled, shape, lengths, torch.nan, torch.float32), expected, strict=True
     ):
         torch.testing.assert_close(own, right, atol=1e-3, rtol=1e-3)
+
+
+def test_layers_say_what_each_phase_took():
+    shape = LayerShape(2, 64, 48, HeadShape(6, 2, 32), 16, 1e-5, rotary_like(3000, 32))
+    compiled = CompiledLayers(shape, random_layers(shape, torch.float32, 0, False, False))
+    assert not compiled.ticks.any()
+    run_steps(compiled, shape, [[20, 5]], 0.0, torch.float32)
+    took = dict(zip(PHASES, compiled.ticks.T.tolist(), strict=True))
+    assert took.pop("merge") == [0, 0], "no context was split"
+    assert all(ticks > 0 for by_layer in took.values() for ticks in by_layer)
 
 
 def rotary_like(length: int, head_dim: int) -> torch.Tensor:
@@ -441,6 +451,34 @@ def test_masks_leave_only_the_tokens_whose_bits_are_set(num_rows, vocabulary, se
         for i, row in enumerate(rows.tolist()):
             left = torch.isfinite(logits[i]).nonzero().flatten().tolist()
             assert left == (allowed[row] if is_masked[row] else list(range(vocabulary)))
+
+
+@relaxed
+@given(
+    st.sampled_from([1000, 5000, 49_152]),
+    st.sampled_from([0.01, 1.0, 4.0, 100.0]),
+    st.booleans(),
+    st.sampled_from([0, 1, 3, 50, 700, 4000]),
+    st.sampled_from([1.0, 0.95, 0.3]),
+    st.sampled_from([0.0, 0.02]),
+    st.integers(0, 999),
+)
+def test_sampling_and_scores_of_large_vocabularies(vocabulary, spread, has_ties, top_k, top_p, min_p, seed):
+    """Flat and peaked distributions, with many equal logits and without."""
+    torch.manual_seed(seed)
+    logits = torch.randn(2, vocabulary) * spread
+    if has_ties:
+        logits = (logits * 2 / spread).round() * spread / 2
+    logits[0, torch.rand(vocabulary) < 0.3] = -torch.inf
+    columns = (torch.full((2,), value) for value in (1.0, top_k, top_p, min_p, seed))
+    arguments = (*columns, torch.arange(2))
+    assert sample(logits, *arguments).tolist() == reference.sample(logits, *arguments).tolist()
+    ids = torch.tensor([int(logits[0].argmax()), seed])
+    for own, right in zip(score(logits, ids, 20), reference.score(logits, ids, 20), strict=True):
+        if own.dtype is torch.float32:
+            torch.testing.assert_close(own, right, atol=2e-4, rtol=2e-4)
+        elif own.ndim == 1 or not has_ties:
+            assert own.tolist() == right.tolist()
 
 
 @pytest.mark.parametrize("score", [reference.score, score])

@@ -38,12 +38,12 @@ class Decoder:
             checkpoint,
             activations,
         )
-        self._layers = ops.make_layers(shape, self._read_layers())
+        self.layers = ops.make_layers(shape, self._read_layers())
         self._embedding = ops.make_embedding(self._read_embedding())
 
     def kv_layout(self, dtype: torch.dtype) -> KVLayout:
         """The cache that forward() takes, with keys and values of this type."""
-        return KVLayout(self._config.num_layers, self._layers.block_shape, dtype)
+        return KVLayout(self._config.num_layers, self.layers.block_shape, dtype)
 
     def forward(self, batch: Batch, pool: torch.Tensor) -> torch.Tensor:
         """Runs the step's tokens; their keys and values go into the pool.
@@ -51,7 +51,7 @@ class Decoder:
         Returns logits float32 [s, vocab_size].
         """
         residual = self._embedding.embed(batch.ids)
-        self._layers(residual, batch, pool)
+        self.layers(residual, batch, pool)
         return self._embedding.logits(residual[batch.logit_index])
 
     def _read_embedding(self) -> EmbeddingWeights:

@@ -27,7 +27,7 @@ class Runner:
         self, device: Device, decoder: Decoder, store: KVStore, ops: Ops, rows: Rows, block_size: int
     ):
         self.device = device
-        self._decoder = decoder
+        self.decoder = decoder
         self._store = store
         self._block_size = block_size
         self._rows = rows
@@ -53,7 +53,7 @@ class Runner:
         if len(plan.copies):
             self._store.copy_blocks(tensors.copies[:, 0], tensors.copies[:, 1])
         batch = make_batch(plan, tensors, self._rows, self._block_size, self._ops)
-        self._logits = self._decoder.forward(batch, self._store.pool)
+        self._logits = self.decoder.forward(batch, self._store.pool)
 
     @torch.inference_mode()
     def _sample(self, plan: StepPlan, masks: np.ndarray | None) -> list[torch.Tensor]:

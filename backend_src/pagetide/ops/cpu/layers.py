@@ -31,11 +31,12 @@ from pagetide.ops.cpu.norm import normalize
 from pagetide.ops.cpu.packing import GROUP, pack
 from pagetide.ops.cpu.rotary import write
 from pagetide.ops.cpu.scratch import make_scratch
-from pagetide.ops.cpu.sync import finish, make_sync, num_concurrent_threads
+from pagetide.ops.cpu.sync import begin, finish, make_sync, num_concurrent_threads, phase_ticks
 from pagetide.ops.cpu.tiles import LANES, TILE_ROWS
 from pagetide.ops.layers import LayerShape, LayerWeights
 
-PHASES = 9
+PHASES = ("norm", "qkv", "rotary, write", "attention", "merge", "out", "norm", "gate, up, SiLU", "down")
+_NUM_PHASES = len(PHASES)
 
 
 class Weights(NamedTuple):
@@ -94,8 +95,9 @@ def _run_thread(thread, sync, weights, acts, scratch, places, work, kv, eps, sca
     t, hidden = len(places.slots), acts.residual.shape[1]
     head_dim = acts.queries.shape[2]
     sums = scratch.scores[thread].reshape(-1)
+    begin(sync, thread)
     for layer in range(weights.attention_norm.shape[0]):
-        phase = layer * PHASES
+        phase = layer * _NUM_PHASES
         normalize(sync, phase, thread, acts.residual, t, weights.attention_norm[layer], eps, acts.normed)
         finish(sync, phase, thread)
         at = layer * weights.qkv.shape[1]
@@ -191,6 +193,7 @@ class CompiledLayers:
         self._cos_sin = shape.cos_sin.numpy()
         self._num_threads = num_concurrent_threads()
         self._activations: Activations | None = None
+        self._sync = make_sync(_NUM_PHASES * shape.num_layers, self._num_threads)
         self._scratch = make_scratch(
             self._num_threads, shape.heads.head_dim, activation_type(self._weights.qkv)
         )
@@ -201,6 +204,11 @@ class CompiledLayers:
         heads = self._shape.heads
         return (2, heads.num_kv_heads, self._shape.block_size * heads.head_dim)
 
+    @property
+    def ticks(self) -> np.ndarray:
+        """What each phase of each layer took in the last call (sync.phase_ticks): int64 [layers, phases]."""
+        return phase_ticks(self._sync).reshape(-1, _NUM_PHASES)
+
     def __call__(self, residual: torch.Tensor, batch: Batch, pool: torch.Tensor) -> None:
         shape = self._shape
         t = len(residual)
@@ -208,7 +216,7 @@ class CompiledLayers:
         places = Places(
             batch.slot_mapping.numpy(), batch.positions.numpy(), batch.block_table.numpy(), self._cos_sin
         )
-        sync = make_sync(PHASES * shape.num_layers, self._num_threads)
+        self._sync = sync = make_sync(_NUM_PHASES * shape.num_layers, self._num_threads)
         acts = self._make_room(t)
         acts.residual[:t] = residual.numpy()
         scale = np.float32(shape.heads.head_dim**-0.5)

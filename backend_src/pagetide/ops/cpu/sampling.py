@@ -12,6 +12,10 @@ NO_TOKEN = -1  # runner/plan.py's: no logit is finite
 _MASK_32 = np.uint64(0xFFFFFFFF)
 _MINUS_INFINITY = np.float32(-np.inf)
 _MAX_DOUBLINGS = 20  # of the reach below the peak; what is a million nats less likely is looked for among all
+_MAX_HALVINGS = 12  # of the room in which a border is looked for
+_FEW = 64  # values that may be sorted without having been asked for
+_MANY = 500  # values; fewer get their noise one by one
+_SPAN = 64  # values that are looked at together
 _BUCKETS = 256  # of an eighth of a nat each; what is further from the peak shares the last one
 
 
@@ -82,7 +86,7 @@ def _threshold(scaled, peak, top_k, top_p, min_p):  # type: ignore[no-untyped-de
     size = scaled.shape[0]
     threshold = _MINUS_INFINITY
     if 0 < top_k < size:
-        threshold = _likeliest(scaled, peak, top_k)[top_k - 1]
+        threshold = scaled[_likeliest(scaled, peak, top_k)[top_k - 1]]
     if top_p < 1:
         threshold = max(threshold, _nucleus(scaled, peak, threshold, top_p))
     if min_p > 0:
@@ -92,22 +96,66 @@ def _threshold(scaled, peak, top_k, top_p, min_p):  # type: ignore[no-untyped-de
 
 @device_function
 def _likeliest(values, peak, count):  # type: ignore[no-untyped-def]
-    """At least count of the largest values, largest first: those above a border that is lowered until they
-    are enough.
+    """Where the count largest values are and all that equal the last of them, and maybe a few more: largest
+    first, of equal ones the first first.
     """
-    border = peak
+    places = _places_from(values, _border(values, peak, count))
+    return places[np.argsort(-values[places], kind="mergesort")]
+
+
+@device_function
+def _border(values, peak, count):  # type: ignore[no-untyped-def]
+    """A value that at least count values reach, and not many more if it can be: lowered until they are
+    enough, then raised by halves.
+    """
+    border, too_high = peak, peak
     reach = np.float32(4)
     for _ in range(_MAX_DOUBLINGS):
         border = peak - reach
-        found = 0
-        for i in range(values.shape[0]):
-            found += values[i] >= border
+        found = _count_from(values, border)
         if found >= count:
             break
+        too_high = border
         reach *= np.float32(2)
     else:
-        border = _MINUS_INFINITY
-    return np.sort(values[values >= border])[::-1]
+        return _MINUS_INFINITY
+    for _ in range(_MAX_HALVINGS):
+        if found <= 2 * count + _FEW:
+            break
+        middle = np.float32(0.5) * (border + too_high)
+        found_there = _count_from(values, middle)
+        if found_there >= count:
+            border, found = middle, found_there
+        else:
+            too_high = middle
+    return border
+
+
+@device_function
+def _count_from(values, border):  # type: ignore[no-untyped-def]
+    found = np.int32(0)
+    for i in range(values.shape[0]):
+        found += np.int32(values[i] >= border)
+    return found
+
+
+@device_function
+def _places_from(values, border):  # type: ignore[no-untyped-def]
+    """Where values are at least border, in order. Spans without any are passed over in vectors."""
+    size = values.shape[0]
+    places = np.empty(_count_from(values, border), np.int64)
+    count = 0
+    for begin in range(0, size, _SPAN):
+        end = min(begin + _SPAN, size)
+        largest = _MINUS_INFINITY
+        for i in range(begin, end):
+            largest = max(largest, values[i])
+        if largest >= border:
+            for i in range(begin, end):
+                if values[i] >= border:
+                    places[count] = i
+                    count += 1
+    return places
 
 
 @device_function
@@ -117,23 +165,32 @@ def _nucleus(scaled, peak, threshold, top_p):  # type: ignore[no-untyped-def]
     Probabilities are added up by distance from the peak, in buckets; only the bucket where the sum reaches
     top_p is sorted.
     """
+    size = scaled.shape[0]
+    mass_of, bucket_of = np.empty(size, np.float32), np.empty(size, np.int32)
+    total = np.float64(0)
+    for i in range(size):
+        own = fast_exp(scaled[i] - peak) if scaled[i] >= threshold else np.float32(0)
+        mass_of[i], bucket_of[i] = own, _bucket(scaled[i], peak)
+        total += own
     masses = np.zeros(_BUCKETS + 1, np.float64)
-    total = 0.0
-    for i in range(scaled.shape[0]):
-        if scaled[i] >= threshold:
-            mass = fast_exp(scaled[i] - peak)
-            masses[_bucket(scaled[i], peak)] += mass
-            total += mass
+    for i in range(size):
+        masses[bucket_of[i]] += mass_of[i]
     mass, bucket = 0.0, 0
     while bucket < _BUCKETS and mass + masses[bucket] < top_p * total:
         mass += masses[bucket]
         bucket += 1
-    members = np.empty(scaled.shape[0], np.float32)
+    members = np.empty(size, np.float32)
     count = 0
-    for i in range(scaled.shape[0]):
-        if scaled[i] >= threshold and _bucket(scaled[i], peak) == bucket:
-            members[count] = scaled[i]
-            count += 1
+    for begin in range(0, size, _SPAN):
+        end = min(begin + _SPAN, size)
+        num_here = np.int32(0)
+        for i in range(begin, end):
+            num_here += np.int32(bucket_of[i] == bucket)
+        if num_here > 0:
+            for i in range(begin, end):
+                if bucket_of[i] == bucket and scaled[i] >= threshold:
+                    members[count] = scaled[i]
+                    count += 1
     ordered = np.sort(members[:count])[::-1]
     for k in range(count):
         mass += fast_exp(ordered[k] - peak)
@@ -144,30 +201,39 @@ def _nucleus(scaled, peak, threshold, top_p):  # type: ignore[no-untyped-def]
 
 @device_function
 def _bucket(value, peak):  # type: ignore[no-untyped-def]
-    return np.int64(min((peak - value) * np.float32(8), np.float32(_BUCKETS)))
+    return np.int32(min((peak - value) * np.float32(8), np.float32(_BUCKETS)))
 
 
 @device_function
 def _gumbel_argmax(scaled, peak_at, threshold, seed, position):  # type: ignore[no-untyped-def]
     """argmax of logit + Gumbel noise among the logits from threshold on; the noise is that of
     ops.reference.gumbel_noise.
-
-    A token beats `best` only if 1 - uniform < exp(logit - best): that is asked first, of all tokens in one
-    loop that can be vectorized.
     """
     state = _mix((seed & _MASK_32) ^ _mix(seed >> np.uint64(32)))
     state = _mix(state ^ _mix(position & _MASK_32))
     at, best = peak_at, scaled[peak_at] + _noise(_bits(state, peak_at))
-    may_win = np.empty(scaled.shape[0], np.bool_)
+    if _count_from(scaled, threshold) > _MANY:
+        places = _may_win(scaled, threshold, best, state)
+    else:
+        places = _places_from(scaled, threshold)
+    for i in places:
+        noisy = scaled[i] + _noise(_bits(state, i))
+        if noisy > best:
+            at, best = i, noisy
+    return at
+
+
+@device_function
+def _may_win(scaled, threshold, best, state):  # type: ignore[no-untyped-def]
+    """Where a token from threshold on may beat `best`: only if 1 - uniform < exp(logit - best), which can be
+    asked of all in vectors.
+    """
+    may_win = np.empty(scaled.shape[0], np.float32)
     for i in range(scaled.shape[0]):
         rest = (np.float32(2**23) - np.float32(np.int32(_bits(state, i)))) * np.float32(2.0**-23)
-        may_win[i] = (rest <= fast_exp(scaled[i] - best) * np.float32(1.001)) & (scaled[i] >= threshold)
-    for i in range(scaled.shape[0]):
-        if may_win[i]:
-            noisy = scaled[i] + _noise(_bits(state, i))
-            if noisy > best:
-                at, best = i, noisy
-    return at
+        margin = fast_exp(scaled[i] - best) * np.float32(1.001) - rest
+        may_win[i] = margin if scaled[i] >= threshold else np.float32(-1)
+    return _places_from(may_win, np.float32(0))
 
 
 @device_function
@@ -209,12 +275,10 @@ def _score(num_rows, logits, ids, logprobs, ranks, top_ids, top_logprobs):  # ty
         norm = peak + np.log(total)
         logprobs[row], ranks[row] = own - norm, better + 1
         if count > 0:
-            border = _likeliest(values, peak, count)[count - 1]
-            places = np.flatnonzero(values >= border)
-            order = np.argsort(-values[places], kind="mergesort")
+            places = _likeliest(values, peak, count)
             for k in range(count):
-                top_ids[row, k] = places[order[k]]
-                top_logprobs[row, k] = values[places[order[k]]] - norm
+                top_ids[row, k] = places[k]
+                top_logprobs[row, k] = values[places[k]] - norm
 
 
 def score(logits: torch.Tensor, ids: torch.Tensor, num_top: int) -> list[torch.Tensor]:

@@ -1,8 +1,9 @@
 """How the threads of one kernel take tasks and wait for each other, without leaving the kernel.
 
 sync int64 [1 + phases, threads, 8], zeros at the beginning, a cache line for each thread: [0, 0, 0] counts
-arrivals at barriers, [0, 0, 1] the threads that sleep at one; then, for each phase and thread, [tasks taken
-of the thread's share, processor's clock at the phase's end].
+arrivals at barriers, [0, 0, 1] the threads that sleep at one, [0, thread, 2] is the processor's clock when
+the thread began; then, for each phase and thread, [tasks taken of the thread's share, clock at the phase's
+end].
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ from pagetide.ops.cpu.compiled import device_function, kernel
 
 _LINE = 8
 _SPINS = 20_000  # about 50 us; then the thread sleeps, and whoever else wants the core gets it
-_ARRIVALS, _SLEEPERS = 0, 1  # elements of sync
+_ARRIVALS, _SLEEPERS, _BEGAN = 0, 1, 2  # elements of a line of sync[0]
 _FUTEX, _WAIT, _WAKE, _ALL = 202, 128, 129, 2**31 - 1  # x86-64's system call, and its private operations
 
 _sched_yield = types.ExternalFunction("sched_yield", types.int32())
@@ -73,6 +74,12 @@ def _clock(typing_context):  # type: ignore[no-untyped-def]
 
 
 @device_function
+def begin(sync, thread):  # type: ignore[no-untyped-def]
+    """Notes when a thread began."""
+    sync[0, thread, _BEGAN] = _clock()
+
+
+@device_function
 def take(sync, phase, thread, num_tasks):  # type: ignore[no-untyped-def]
     """The number of a task that no other thread gets, or -1 if none is left.
 
@@ -117,6 +124,21 @@ def finish(sync, phase, thread):  # type: ignore[no-untyped-def]
 def make_sync(num_phases: int, num_threads: int) -> np.ndarray:
     """Counters for one call of a kernel, each on its own cache line: int64 [1 + phases, threads, line]."""
     return np.zeros((1 + num_phases, num_threads, _LINE), np.int64)
+
+
+def phase_ticks(sync: np.ndarray) -> np.ndarray:
+    """Ticks of the processor's clock that each phase took, from the end of the one before to the last
+    thread's end: int64 [phases]; 0 for a phase that was left out.
+    """
+    ends = sync[1:, :, 1].max(1)
+    ends = np.maximum.accumulate(np.concatenate([[sync[0, :, _BEGAN].min()], ends]))
+    return np.diff(ends)
+
+
+@device_function
+def ticks():  # type: ignore[no-untyped-def]
+    """The clock of phase_ticks, now."""
+    return _clock()
 
 
 @kernel
