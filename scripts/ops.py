@@ -9,13 +9,14 @@ from __future__ import annotations
 
 import time
 from collections import Counter
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from pagetide.llm import LLM
-from pagetide.models.config import UnsupportedModelError
+from pagetide.models.config import DecoderConfig
 from pagetide.models.families import read_model
 from pagetide.ops.cpu.layers import PHASES
 from pagetide.ops.cpu.sync import ticks
@@ -31,6 +32,10 @@ class Case:
     sequences: int
     num_before: int
     num_new: int
+
+    @property
+    def decodes(self) -> bool:
+        return self.num_new == 1
 
     @property
     def num_tokens(self) -> int:
@@ -90,14 +95,14 @@ class Row:
     limit: float | None
 
 
-def measure(cache_dir: str, limits: dict[str, float]) -> dict[str, list[Row]]:
+def measure(cache_dir: str, limits: dict[str, float], cases: Iterable[Case] = CASES) -> dict[str, list[Row]]:
     """Rows of every case. limits: read_gb_s and gflop_s of the machine."""
     llm = LLM(cache_dir=cache_dir, max_num_seqs=32, max_num_batched_tokens=512, enable_prefix_caching=False)
     watch = WatchingRunner(llm.engine.runner, ticks_per_second=_ticks_per_second())
     llm.engine.runner = watch
 
     _, config = read_model(Path(llm.engine.info.model))
-    return {case.name: _rows(case, config, _steps(llm, watch, case), limits) for case in CASES}
+    return {case.name: _rows(case, config, _steps(llm, watch, case), limits) for case in cases}
 
 
 def _ticks_per_second() -> float:
@@ -112,14 +117,13 @@ def _steps(llm: LLM, watch: WatchingRunner, case: Case) -> tuple[np.ndarray, flo
     device, of the whole step.
     """
     rng, engine, steps = np.random.default_rng(0), llm.engine, []
-    for _ in range(1 if case.num_new == 1 else NUM_PROMPTS):
+    for _ in range(1 if case.decodes else NUM_PROMPTS):
         # Long enough that all decode together for a while after the last prompt.
-        num_out = NUM_DECODE + case.sequences * case.num_before // 512 if case.num_new == 1 else 1
+        num_out = NUM_DECODE + case.sequences * case.num_before // 512 if case.decodes else 1
         params = SamplingParams(temperature=0, max_tokens=num_out, ignore_eos=True)
         for number in range(case.sequences):
-            prompt = rng.integers(
-                100, 40_000, case.num_before + (case.num_new if num_out == 1 else 0)
-            ).tolist()
+            length = case.num_before + (0 if case.decodes else case.num_new)
+            prompt = rng.integers(100, 40_000, length).tolist()
             engine.add(Request(number=len(steps) * 1000 + number + 1, prompt_ids=prompt, params=params))
         while engine.has_work:
             begin = time.perf_counter()
@@ -133,7 +137,7 @@ def _steps(llm: LLM, watch: WatchingRunner, case: Case) -> tuple[np.ndarray, flo
                 )
             )
     wanted = [step for step in steps if step[0] == case.num_tokens]
-    if case.num_before and case.num_new > 1:  # chunks of one prompt: only the last ones
+    if case.num_before and not case.decodes:  # chunks of one prompt: only the last ones
         wanted = wanted[case.num_before // case.num_new :: case.num_before // case.num_new + 1]
     assert wanted, f"no step of {case.num_tokens} tokens: {Counter(step[0] for step in steps)}"
     phases = np.median([step[3] for step in wanted], axis=0)
@@ -146,7 +150,7 @@ def _steps(llm: LLM, watch: WatchingRunner, case: Case) -> tuple[np.ndarray, flo
 
 def _rows(
     case: Case,
-    config: UnsupportedModelError,
+    config: DecoderConfig,
     seconds: tuple[np.ndarray, float, float],
     limits: dict[str, float],
 ) -> list[Row]:

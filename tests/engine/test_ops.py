@@ -9,6 +9,7 @@ import subprocess
 import sys
 
 import numpy as np
+import ops
 import pytest
 import torch
 from hypothesis import given, settings
@@ -31,6 +32,7 @@ from pagetide.ops.plain import TORCH_LAYERS, TorchEmbedding
 from pagetide.ops.weights import DenseWeight
 from pagetide.runner.plan import Admission, LogitEdit, RowEdits, RowParams, bits_of
 from pagetide.runner.rows import Rows
+from triton_server import ROOT
 
 dtypes = st.sampled_from([torch.float32, torch.bfloat16])
 relaxed = settings(max_examples=40, deadline=None)
@@ -226,6 +228,16 @@ def test_layers_say_what_each_phase_took():
     took = dict(zip(PHASES, compiled.ticks.T.tolist(), strict=True))
     assert took.pop("merge") == [0, 0], "no context was split"
     assert all(ticks > 0 for by_layer in took.values() for ticks in by_layer)
+
+
+def test_the_ops_of_a_step_add_up_to_it():
+    """What scripts/benchmark.py --ops shows, of two small cases."""
+    cases = (ops.Case("decode", 2, 20, 1), ops.Case("prompt", 1, 0, 48))
+    measured = ops.measure(str(ROOT / ".cache"), {"read_gb_s": 30.0, "gflop_s": 400.0}, cases)
+    for rows in measured.values():
+        *parts, whole = rows
+        assert all(row.seconds > 0 for row in parts if row.name in {*PHASES} - {"merge"})
+        assert sum(row.seconds for row in parts) == pytest.approx(whole.seconds)
 
 
 def rotary_like(length: int, head_dim: int) -> torch.Tensor:
