@@ -25,7 +25,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 MAX_RUNNING = 32
-CONTEXT = 2048
+LONGEST = 8192  # context of one sequence
 
 
 class Stepped(Protocol):
@@ -92,7 +92,7 @@ class Vllm:
             model=str(model),
             dtype=dtype,
             max_num_seqs=MAX_RUNNING,
-            max_model_len=CONTEXT,
+            max_model_len=LONGEST,
             enable_prefix_caching=True,
             disable_log_stats=True,
         )

@@ -12,19 +12,25 @@ the first seconds of a run are left out.
 
 from __future__ import annotations
 
+import json
 import random
+import re
 import statistics
+import subprocess
+import sys
 import threading
 import time
+import urllib.request
 from collections import Counter
-from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from itertools import pairwise
 from typing import Any
 
 import psutil
+from engines import CACHE, started_server
 from load_user import Answer, LoadUser, random_prompt
-from triton_server import TritonServer
+from triton_server import ROOT, TritonServer
+from workloads import MAX_RUNNING
 
 WARM_UP_S = 3.0
 
@@ -79,14 +85,59 @@ class User:
         self._connection.close()
 
 
+def serve_alone(seconds: float, max_running: int) -> None:
+    """Answers each number of users on standard input with the engine's own tokens a second."""
+    from pagetide.llm import LLM
+
+    llm = LLM(cache_dir=CACHE, max_num_seqs=max_running)
+    for line in sys.stdin:
+        print(json.dumps(engine_alone(int(line), seconds, llm)), flush=True)
+
+
+def measure_beside_engine(users: list[int], seconds: float) -> list[StreamFigures]:
+    """Engine alone and server take turns for each number of users."""
+    max_running = max(MAX_RUNNING, *users)  # every user streams
+    alone_options = ["--streams-alone", str(max_running), "--seconds", str(seconds)]
+    command = [sys.executable, str(ROOT / "scripts" / "benchmark.py"), *alone_options]
+    alone = subprocess.Popen(
+        command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True
+    )
+    assert alone.stdin is not None and alone.stdout is not None
+    rows = []
+    with started_server(max_running) as server:
+        for count in users:
+            print(f"{count} users ...", file=sys.stderr, flush=True)
+            row = measure(server, count, seconds)
+            print(count, file=alone.stdin, flush=True)
+            row.engine_tokens_per_s = json.loads(alone.stdout.readline())
+            rows.append(row)
+    alone.stdin.close()
+    alone.wait()
+    return rows
+
+
+def measure_chunks(users: int, seconds: float) -> dict[str, StreamFigures]:
+    """What a chunk costs, and where, by what its client asks for."""
+    with started_server() as server:
+        return {name: measure(server, users, seconds, outputs) for name, outputs in WAYS.items()}
+
+
+def num_steps(server: TritonServer) -> float:
+    """That the engine has made so far."""
+    name = "pagetide_step_tokens_count"
+    with urllib.request.urlopen(f"http://{server.address.metrics}/metrics", timeout=10) as answer:
+        found = re.search(rf"^{name}{{.*}} (\S+)$", answer.read().decode(), re.MULTILINE)
+    assert found is not None, name
+    return float(found[1])
+
+
 def measure(
     server: TritonServer,
     users: int,
     seconds: float,
-    steps: Callable[[], float],
     outputs: list[str] | None = None,
 ) -> StreamFigures:
-    """Runs the users. steps: how many steps the engine has made; outputs: as LoadUser's."""
+    """Runs the users. outputs: as LoadUser's."""
     everyone = [User(server.address.grpc, i, outputs) for i in range(users)]
     begin = time.monotonic() + WARM_UP_S
     end = begin + seconds
@@ -94,14 +145,14 @@ def measure(
     for thread in threads:
         thread.start()
     time.sleep(max(0.0, begin - time.monotonic()))
-    before, steps_before = processor_times(server), steps()
+    before, steps_before = processor_times(server), num_steps(server)
     time.sleep(max(0.0, end - time.monotonic()))
-    after, num_steps = processor_times(server), steps() - steps_before
+    after, steps = processor_times(server), num_steps(server) - steps_before
     for thread in threads:
         thread.join()
     if errors := [user.error for user in everyone if user.error]:
         raise RuntimeError(f"{len(errors)} of {users} users got an error: {errors[0]}")
-    return evaluate(everyone, users, begin, end, after - before, 1000 * seconds / max(num_steps, 1))
+    return evaluate(everyone, users, begin, end, after - before, 1000 * seconds / max(steps, 1))
 
 
 def evaluate(

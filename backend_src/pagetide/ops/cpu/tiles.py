@@ -114,7 +114,7 @@ def emit_prefetch(builder: ir.IRBuilder, pointer: ir.Value) -> None:
     kind = ir.FunctionType(ir.VoidType(), [address, _WORD, _WORD, _WORD])
     function = cgutils.get_or_insert_function(builder.module, kind, "llvm.prefetch.p0")
     builder.call(
-        function, [builder.bitcast(pointer, address), *(ir.Constant(_WORD, value) for value in (0, 3, 1))]
+        function, [builder.bitcast(pointer, address), *(ir.Constant(_WORD, value) for value in (0, 1, 1))]
     )
 
 

@@ -1,0 +1,71 @@
+"""What each sampling feature costs a step of decoding sequences."""
+
+from __future__ import annotations
+
+import itertools
+import statistics
+import time
+from typing import Any
+
+from engines import CACHE
+from workloads import MAX_RUNNING, workload
+
+FEATURES: dict[str, dict[str, Any]] = {
+    "temperature": {"temperature": 0.8},
+    "temperature, top_k 40": {"temperature": 0.8, "top_k": 40},
+    "temperature, top_p 0.9": {"temperature": 0.8, "top_p": 0.9},
+    "temperature, min_p 0.05": {"temperature": 0.8, "min_p": 0.05},
+    "all penalties": {"repetition_penalty": 1.2, "presence_penalty": 0.5, "frequency_penalty": 0.5},
+    "logit_bias, 300 tokens": {"logit_bias": dict.fromkeys(range(300, 600), 1.0)},
+    "bad_words": {"bad_words": ("the", "some words", "and")},
+    "min_tokens": {"min_tokens": 1000, "ignore_eos": False},
+    "allowed_token_ids": {"allowed_token_ids": tuple(range(100, 40_000))},
+    "logprobs 5": {"logprobs": 5},
+    "guided, a regular expression": {"guide": ("regex", "[a-zA-Z0-9 ,.]*")},
+}
+
+
+def costs(repeats: int) -> dict[str, list[float]]:
+    """Time per step of 32 decoding sequences, as a ratio to plain greedy ones just before: all with one
+    feature, and each with another.
+    """
+    from pagetide.llm import LLM
+    from pagetide.types import Guide, Request, SamplingParams
+
+    llm = LLM(cache_dir=CACHE, max_num_seqs=MAX_RUNNING)
+    engine, numbers, seeds = llm.engine, itertools.count(), itertools.count(900_000)
+
+    def params(values: dict[str, Any]) -> SamplingParams:
+        given = {"temperature": 0, "max_tokens": 40, "ignore_eos": True, "seed": 1, **values}
+        return SamplingParams(**given | ({"guide": Guide(*given["guide"])} if "guide" in given else {}))
+
+    def step_seconds(rules: list[dict[str, Any]]) -> float:
+        for job, rule in zip(workload("batch", next(seeds))[:MAX_RUNNING], rules, strict=True):
+            engine.add(Request(number=next(numbers), prompt_ids=job.prompt, params=params(rule)))
+        times = []
+        while engine.has_work:
+            gauges = engine.statistics().gauges
+            decodes = gauges["running"] == MAX_RUNNING and not gauges["waiting"]
+            begin = time.perf_counter()
+            engine.step()
+            if decodes:
+                times.append(time.perf_counter() - begin)
+        return statistics.median(times[2:])
+
+    mixed = list(itertools.islice(itertools.cycle(FEATURES.values()), MAX_RUNNING))
+    batches = {"each request another one": mixed} | {
+        name: [rule] * MAX_RUNNING for name, rule in FEATURES.items()
+    }
+    step_seconds(mixed)  # compiles kernels and grammars
+    ratios: dict[str, list[float]] = {name: [] for name in batches}
+    for _ in range(repeats):
+        for name, rules in batches.items():
+            plain = step_seconds([{}] * MAX_RUNNING)
+            ratios[name].append(step_seconds(rules) / plain)
+    return ratios
+
+
+def table(ratios: dict[str, list[float]]) -> str:
+    lines = [f"| {MAX_RUNNING} sequences, decoding | time of a step against plain greedy |", "| --- | --- |"]
+    lines += [f"| {name} | {statistics.median(values) - 1:+.0%} |" for name, values in ratios.items()]
+    return "\n".join(lines)

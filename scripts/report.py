@@ -1,0 +1,141 @@
+"""Tables and plots of benchmark.py."""
+
+from __future__ import annotations
+
+import statistics
+from pathlib import Path
+
+from engines import Figures
+from workloads import workload
+
+
+def shares(found: dict[str, dict[str, list[float]]]) -> str:
+    lines = [
+        "| through Triton, share of the engine alone | " + " | ".join(found) + " |",
+        "|" + " --- |" * (len(found) + 1),
+    ]
+    for kind in ("streams", "whole answers"):
+        lines.append(
+            f"| {kind} | "
+            + " | ".join(f"{statistics.median(by_kind[kind]):.0%}" for by_kind in found.values())
+            + " |"
+        )
+    return "\n".join(lines)
+
+
+def rates(
+    results: dict[str, dict[str, list[Figures]]],
+    peaks: dict[str, float],
+    names: list[str],
+    limits: dict[str, float],
+) -> str:
+    """A table: tokens/s by engine and workload, in brackets the ratio to the faster transformers."""
+    base = {
+        name: max(
+            (
+                median_rate(runs[name])
+                for engine, runs in results.items()
+                if engine.startswith("transformers")
+            ),
+            default=None,
+        )
+        for name in names
+    }
+    header = ["engine", *names, "TTFT ms", "TPOT ms", "peak MB"]
+    lines = [f"| {' | '.join(header)} |", "|" + " --- |" * len(header)]
+    for engine, runs in results.items():
+        cells = [engine]
+        for name in names:
+            rate = median_rate(runs[name])
+            cells.append(f"{rate:.0f}" + (f" ({rate / base[name]:.1f}x)" if base[name] else ""))
+        shown = runs["single" if "single" in names else names[0]]
+        for attribute in ("ttft_s", "tpot_s"):
+            values = [v for figure in shown if (v := getattr(figure, attribute)) is not None]
+            cells.append(f"{1000 * statistics.median(values):.1f}" if values else "-")
+        lines.append(f"| {' | '.join([*cells, f'{peaks[engine]:.0f}'])} |")
+    return "\n".join([*lines, "", *_comparisons(results, names, limits)])
+
+
+def _comparisons(
+    results: dict[str, dict[str, list[Figures]]], names: list[str], limits: dict[str, float]
+) -> list[str]:
+    """Pagetide beside the best other engine of each workload, and beside what the machine allows."""
+    others = [engine for engine in results if not engine.startswith("pagetide")]
+    lines, ours = [], results.get("pagetide")
+    if ours and others:
+        ratios = []
+        for name in names:
+            best = max(others, key=lambda engine: median_rate(results[engine][name]))
+            ratio = median_rate(ours[name]) / median_rate(results[best][name])
+            ratios.append(f"{name} {ratio:.2f}x ({best})")
+        lines.append(f"Pagetide against the best other engine: {', '.join(ratios)}.")
+    lines.append(
+        f"Limits: memory read {limits['read_gb_s']:.0f} GB/s, so at most "
+        f"{limits['max_single_tokens_s']:.0f} tokens/s for one sequence "
+        f"({limits['weights_mb']:.0f} MB of weights a step). Matrix products: "
+        f"{limits['bfloat16_gflop_s']:.0f} GFLOP/s in bfloat16, "
+        f"{limits['float32_gflop_s']:.0f} in float32 (torch)."
+    )
+    if ours:
+        reached = []
+        for name in names:
+            tpot = ours[name][0].tpot_s
+            if len(workload(name)) == 1 and tpot:
+                share = 1 / tpot / limits["max_single_tokens_s"]
+                reached.append(f"decode of {name} {share:.0%} of what memory allows")
+            else:
+                share = median_rate(ours[name]) * _flop_per_token(name, limits) / limits["bfloat16_gflop_s"]
+                reached.append(f"{name} {share / 1e9:.0%} of the products' peak")
+        lines.append(f"Pagetide reaches: {', '.join(reached)}.")
+    return lines
+
+
+def _flop_per_token(name: str, limits: dict[str, float]) -> float:
+    """Of the products with weights, prompts included, for each token of the answers."""
+    jobs = workload(name)
+    num_new = sum(job.num_tokens for job in jobs)
+    num_all = num_new + sum(len(job.prompt) for job in jobs)
+    return 2 * (limits["layer_weights"] * num_all / num_new + limits["head_weights"])
+
+
+def arrivals(results: dict[str, dict[str, list[Figures]]], names: list[str]) -> str:
+    """A table of waiting times for requests that come at random."""
+    lines = [
+        "| engine | requests/s | tokens/s | TTFT p50 ms | TTFT p99 | TPOT p50 ms | TPOT p99 |",
+        "|" + " --- |" * 7,
+    ]
+    for name in names:
+        for engine, runs in results.items():
+            cells = [engine, name.partition(":")[2], f"{median_rate(runs[name]):.0f}"]
+            for attribute in ("ttft_s", "ttft_p99_s", "tpot_s", "tpot_p99_s"):
+                values = [value for run in runs[name] if (value := getattr(run, attribute)) is not None]
+                cells.append(f"{1000 * statistics.median(values):.0f}" if values else "-")
+            lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def median_rate(runs: list[Figures]) -> float:
+    return statistics.median(run.tokens_per_s for run in runs)
+
+
+def draw(results: dict[str, dict[str, list[Figures]]], names: list[str], file: Path) -> None:
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    figure, axes = plt.subplots(
+        1, len(names), figsize=(3.2 * len(names), 0.5 * len(results) + 1.6), sharey=True
+    )
+    engines = list(results)[::-1]
+    for axis, name in zip([axes] if len(names) == 1 else axes, names, strict=True):
+        bars = axis.barh(engines, [median_rate(results[engine][name]) for engine in engines])
+        for bar, engine in zip(bars, engines, strict=True):
+            bar.set_color("#1f6f8b" if engine.startswith("pagetide") else "#b0b7bd")
+        axis.bar_label(bars, fmt="%.0f", padding=2, fontsize=8)
+        axis.set_title(name)
+        axis.margins(x=0.18)
+        axis.spines[["top", "right"]].set_visible(False)
+    figure.suptitle("output tokens per second")
+    figure.tight_layout()
+    figure.savefig(file, dpi=130)
