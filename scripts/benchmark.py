@@ -24,6 +24,8 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+import psutil
+
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "backend_src"))
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "clients"))
@@ -40,28 +42,30 @@ from workloads import WORKLOADS, workload
 POISSON_SHARES = (0.6, 0.9)  # of our own capacity
 
 
-def run_one(engine: str, names: Iterable[str], seed: int) -> None:
-    """In a process of its own: prints a JSON line for each workload, and the peak memory of the process and
-    its children.
+def run_one(engine: str, names: Iterable[str], model: str, seed: int) -> None:
+    """In a process of its own: prints a JSON line for each workload, and one with the seconds from the
+    process' beginning to the first token of all (cold_s) and the peak memory of the process and its children.
     """
-    measured = ENGINES[engine](lambda name: workload(name, next(seeds)), names)
-    seeds = iter(range(seed * 1000, seed * 1000 + 1000))
-    next(measured)
+    seeds = itertools.count(seed * 1000)
+    measured = ENGINES[engine](lambda name: workload(name, next(seeds)), names, model)
+    _, warm_up = next(measured)
+    cold = time.time() - psutil.Process().create_time() - warm_up.seconds + (warm_up.ttft_s or 0)
     for name, result in measured:
         print(json.dumps({"workload": name, **asdict(result)}), flush=True)
-    peak = (
-        max(resource.getrusage(who).ru_maxrss for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN))
-        / 1024
-    )
-    print(json.dumps({"peak_mb": peak}), flush=True)
+    peak = max(resource.getrusage(who).ru_maxrss for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN))
+    print(json.dumps({"peak_mb": peak / 1024, "cold_s": cold}), flush=True)
 
 
-def measure(engine: str, names: list[str], seed: int) -> tuple[dict[str, Figures], float]:
-    command = [sys.executable, __file__, "--run-one", engine, "--workloads", *names, "--seed", str(seed)]
+def measure(
+    engine: str, names: list[str], model: str, seed: int
+) -> tuple[dict[str, Figures], dict[str, float]]:
+    """Figures by workload; peak_mb and cold_s."""
+    command = [sys.executable, __file__, "--run-one", engine, "--model", model]
+    command += ["--workloads", *names, "--seed", str(seed)]
     output = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True).stdout
     rows = [json.loads(line) for line in output.splitlines() if line.startswith("{")]
     found = {row.pop("workload"): Figures(**row) for row in rows if "workload" in row}
-    return found, rows[-1]["peak_mb"]
+    return found, rows[-1]
 
 
 def served_shares(names: list[str], repeats: int) -> dict[str, dict[str, list[float]]]:
@@ -159,6 +163,7 @@ def parse_arguments() -> argparse.Namespace:
         default=list(WORKLOADS),
         help=f"{', '.join(WORKLOADS)} (the default: all), long, poisson:RATE",
     )
+    parser.add_argument("--model", default="", help="a model directory; the embedded model if not given")
     parser.add_argument(
         "--repeats",
         type=int,
@@ -189,17 +194,19 @@ def engines_of(arguments: argparse.Namespace) -> list[str]:
 
 
 def run_rounds(
-    engines: list[str], names: list[str], repeats: int, may_fail: Iterable[str]
-) -> tuple[dict[str, dict[str, list[Figures]]], dict[str, float]]:
-    """All engines in turn, so many times: figures by engine and workload, and peak memory in MB."""
+    engines: list[str], names: list[str], model: str, repeats: int, may_fail: Iterable[str]
+) -> tuple[dict[str, dict[str, list[Figures]]], dict[str, list[dict[str, float]]]]:
+    """All engines in turn, so many times: figures by engine and workload, and what measure says of the
+    processes.
+    """
     results: dict[str, dict[str, list[Figures]]] = {}
-    peaks: dict[str, float] = {}
+    processes: dict[str, list[dict[str, float]]] = {}
     for repeat in range(repeats):
         for engine in engines:
             begin = time.perf_counter()
             print(f"round {repeat + 1} of {repeats}: {engine} ...", end=" ", file=sys.stderr, flush=True)
             try:
-                found, peak = measure(engine, names, repeat)
+                found, process = measure(engine, names, model, repeat)
             except subprocess.CalledProcessError as error:
                 if engine not in may_fail:
                     raise
@@ -207,15 +214,15 @@ def run_rounds(
                 continue
             for name, result in found.items():
                 results.setdefault(engine, {}).setdefault(name, []).append(result)
-            peaks[engine] = max(peaks.get(engine, 0), peak)
+            processes.setdefault(engine, []).append(process)
             print(f"{time.perf_counter() - begin:.0f} s", file=sys.stderr)
-    return results, peaks
+    return results, processes
 
 
-def poisson_names(seed: int) -> list[str]:
+def poisson_names(model: str, seed: int) -> list[str]:
     """The workloads whose requests come at shares of what Pagetide alone finishes of `mixed`."""
     jobs = workload("mixed")
-    found, _ = measure("pagetide", ["mixed"], seed)
+    found, _ = measure("pagetide", ["mixed"], model, seed)
     capacity = found["mixed"].tokens_per_s * len(jobs) / sum(job.num_tokens for job in jobs)
     return [f"poisson:{share * capacity:.2f}" for share in POISSON_SHARES]
 
@@ -234,8 +241,10 @@ def print_one(arguments: argparse.Namespace) -> bool:
         times = host.measure([32, 256])
         table, found = host.table(times), {"host_us": times}
     elif arguments.ops:
-        limits = machine_limits()
-        cases = ops.measure(CACHE, {"read_gb_s": limits["read_gb_s"], "gflop_s": limits["bfloat16_gflop_s"]})
+        limits = machine_limits(arguments.model)
+        cases = ops.measure(
+            arguments.model, CACHE, {"read_gb_s": limits["read_gb_s"], "gflop_s": limits["bfloat16_gflop_s"]}
+        )
         table, found = ops.table(cases), {"limits": limits, "ops": ops.as_json(cases)}
     elif arguments.features:
         costs = features.costs(max(arguments.repeats, 3))
@@ -251,27 +260,29 @@ def main() -> int:
     arguments = parse_arguments()
     if arguments.run_one:
         names = iter(lambda: sys.stdin.readline().strip(), "") if arguments.on_demand else arguments.workloads
-        run_one(arguments.run_one, names, arguments.seed)
+        run_one(arguments.run_one, names, arguments.model, arguments.seed)
         return 0
     if arguments.streams_alone:
         streams.serve_alone(arguments.seconds, arguments.streams_alone)
         return 0
     if print_one(arguments):
         return 0
-    names = poisson_names(arguments.repeats) if arguments.poisson else arguments.workloads
-    results, peaks = run_rounds(engines_of(arguments), names, arguments.repeats, arguments.against or ())
-    limits = machine_limits()
+    names = poisson_names(arguments.model, arguments.repeats) if arguments.poisson else arguments.workloads
+    results, processes = run_rounds(
+        engines_of(arguments), names, arguments.model, arguments.repeats, arguments.against or ()
+    )
+    limits = machine_limits(arguments.model)
     if arguments.poisson:
         print(report.arrivals(results, names))
     elif results:
-        print(report.rates(results, peaks, names, limits))
+        print(report.rates(results, processes, names, limits))
     shares = served_shares(names, max(arguments.repeats, 3)) if arguments.server else {}
     if shares:
         print(report.shares(shares))
     summary = {
         "machine": versions(),
         "limits": limits,
-        "peak_mb": peaks,
+        "processes": processes,
         "served_shares": shares,
         "results": {
             engine: {name: [asdict(run) for run in runs] for name, runs in by_name.items()}

@@ -14,6 +14,7 @@ from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -34,16 +35,22 @@ class Figures:
     tpot_s: float | None = None
     ttft_p99_s: float | None = None
     tpot_p99_s: float | None = None
+    seconds: float = 0.0
+
+
+# Runs the workloads of these names on the model in this folder, the embedded one if that is empty; the first
+# that it yields is a warm-up.
+Engine = Callable[[Callable[[str], list[Job]], Iterable[str], str], Iterator[tuple[str, Figures]]]
 
 
 def run_pagetide(
-    jobs_of: Callable[[str], list[Job]], names: Iterable[str], **settings: Any
+    jobs_of: Callable[[str], list[Job]], names: Iterable[str], model: str, **settings: Any
 ) -> Iterator[tuple[str, Figures]]:
     """The engine without a server."""
     from pagetide.llm import LLM
     from pagetide.types import Request, SamplingParams
 
-    llm = LLM(cache_dir=CACHE, max_num_seqs=MAX_RUNNING, **settings)
+    llm = LLM(model, cache_dir=CACHE, max_num_seqs=MAX_RUNNING, **settings)
     engine, numbers = llm.engine, iter(range(10**9))
     for name in itertools.chain(["single"], names):  # the first one warms up
         jobs = jobs_of(name)
@@ -70,15 +77,15 @@ def run_pagetide(
 
 
 def run_transformers(
-    jobs_of: Callable[[str], list[Job]], names: list[str], dtype: str
+    jobs_of: Callable[[str], list[Job]], names: Iterable[str], model: str, dtype: str
 ) -> Iterator[tuple[str, Figures]]:
     """transformers' generate in static batches of 32: each batch runs until its longest answer is there."""
     import torch
     from pagetide.models.source import find_model
     from transformers import AutoModelForCausalLM
 
-    model = AutoModelForCausalLM.from_pretrained(
-        str(find_model("", Path(CACHE))), dtype=getattr(torch, dtype)
+    loaded = AutoModelForCausalLM.from_pretrained(
+        str(find_model(model, Path(CACHE))), dtype=getattr(torch, dtype)
     ).eval()
 
     def generate(batch: list[Job]) -> None:
@@ -86,7 +93,7 @@ def run_transformers(
         ids = torch.tensor([[0] * (longest - len(job.prompt)) + job.prompt for job in batch])
         mask = torch.tensor([[0] * (longest - len(job.prompt)) + [1] * len(job.prompt) for job in batch])
         with torch.inference_mode():
-            out = model.generate(
+            out = loaded.generate(
                 ids,
                 attention_mask=mask,
                 do_sample=False,
@@ -109,21 +116,22 @@ def run_transformers(
         seconds = time.perf_counter() - begin
         count = sum(job.num_tokens for job in jobs)
         tpot = (seconds - first) / (count - 1) if first else None
-        yield name, Figures(count / seconds, first, tpot)
+        yield name, Figures(count / seconds, first, tpot, seconds=seconds)
 
 
 def run_server(
-    jobs_of: Callable[[str], list[Job]], names: list[str], stream: bool
+    jobs_of: Callable[[str], list[Job]], names: Iterable[str], model: str, stream: bool
 ) -> Iterator[tuple[str, Figures]]:
     """Through Triton's ensemble over gRPC."""
-    with started_server() as server:
+    with started_server(model=model) as server:
         for name in ["single", *names]:
             yield name, run_served(server, jobs_of(name), stream)
 
 
 @contextmanager
-def started_server(max_running: int = MAX_RUNNING) -> Iterator[TritonServer]:
-    server = TritonServer(free_address(), {"cache_dir": CACHE, "max_num_seqs": max_running})
+def started_server(max_running: int = MAX_RUNNING, model: str = "") -> Iterator[TritonServer]:
+    settings = {"cache_dir": CACHE, "max_num_seqs": max_running, "model": model}
+    server = TritonServer(free_address(), settings)
     server.start()
     try:
         server.wait_until_ready()
@@ -203,7 +211,12 @@ def figures(
     waits = [first[i] - jobs[i].at for i in first]
     gaps = [(last[i] - first[i]) / (counts[i] - 1) for i in first if counts[i] > 1]
     return Figures(
-        sum(counts.values()) / seconds, _median(waits), _median(gaps), _percentile(waits), _percentile(gaps)
+        sum(counts.values()) / seconds,
+        _median(waits),
+        _median(gaps),
+        _percentile(waits),
+        _percentile(gaps),
+        seconds,
     )
 
 
@@ -219,15 +232,18 @@ PEERS = ROOT / ".peers"  # where scripts/peers.sh installs other engines
 
 
 def run_peer(
-    jobs_of: Callable[[str], list[Job]], names: list[str], peer: str
+    jobs_of: Callable[[str], list[Job]], names: Iterable[str], model: str, peer: str
 ) -> Iterator[tuple[str, Figures]]:
     """Another engine, in the environment that scripts/peers.sh has made for it."""
+    from pagetide.models.source import find_model
+
     command = [
         str(PEERS / peer / "bin" / "python"),
         str(ROOT / "scripts" / "peer_engines.py"),
         peer,
         str(PEERS),
         "bfloat16",
+        str(find_model(model, Path(CACHE)).resolve()),
     ]
     with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as process:
         assert process.stdin is not None and process.stdout is not None
@@ -240,17 +256,17 @@ def run_peer(
         process.stdin.close()
 
 
-ENGINES: dict[str, Callable[..., Iterator[tuple[str, Figures]]]] = {
+ENGINES: dict[str, Engine] = {
     "pagetide": run_pagetide,
-    "pagetide, static batches, contiguous KV": lambda jobs, names: run_pagetide(
-        jobs, names, batching="static", kv_reservation="contiguous"
+    "pagetide, static batches, contiguous KV": partial(
+        run_pagetide, batching="static", kv_reservation="contiguous"
     ),
-    "pagetide float32": lambda jobs, names: run_pagetide(jobs, names, dtype="float32"),
-    "transformers bfloat16": lambda jobs, names: run_transformers(jobs, names, "bfloat16"),
-    "transformers float32": lambda jobs, names: run_transformers(jobs, names, "float32"),
-    "openvino": lambda jobs, names: run_peer(jobs, list(names), "openvino"),
-    "vllm": lambda jobs, names: run_peer(jobs, list(names), "vllm"),
-    "llamacpp": lambda jobs, names: run_peer(jobs, list(names), "llamacpp"),
-    "pagetide through Triton, streams": lambda jobs, names: run_server(jobs, names, stream=True),
-    "pagetide through Triton, whole answers": lambda jobs, names: run_server(jobs, names, stream=False),
+    "pagetide float32": partial(run_pagetide, dtype="float32"),
+    "transformers bfloat16": partial(run_transformers, dtype="bfloat16"),
+    "transformers float32": partial(run_transformers, dtype="float32"),
+    "openvino": partial(run_peer, peer="openvino"),
+    "vllm": partial(run_peer, peer="vllm"),
+    "llamacpp": partial(run_peer, peer="llamacpp"),
+    "pagetide through Triton, streams": partial(run_server, stream=True),
+    "pagetide through Triton, whole answers": partial(run_server, stream=False),
 }

@@ -95,9 +95,13 @@ class Row:
     limit: float | None
 
 
-def measure(cache_dir: str, limits: dict[str, float], cases: Iterable[Case] = CASES) -> dict[str, list[Row]]:
+def measure(
+    model: str, cache_dir: str, limits: dict[str, float], cases: Iterable[Case] = CASES
+) -> dict[str, list[Row]]:
     """Rows of every case. limits: read_gb_s and gflop_s of the machine."""
-    llm = LLM(cache_dir=cache_dir, max_num_seqs=32, max_num_batched_tokens=512, enable_prefix_caching=False)
+    llm = LLM(
+        model, cache_dir=cache_dir, max_num_seqs=32, max_num_batched_tokens=512, enable_prefix_caching=False
+    )
     watch = WatchingRunner(llm.engine.runner, ticks_per_second=_ticks_per_second())
     llm.engine.runner = watch
 

@@ -1,7 +1,9 @@
 """Runs other engines on the benchmark's workloads, each in the environment that scripts/peers.sh has made
 for it.
 
-python peer_engines.py ENGINE PEERS_DIRECTORY DTYPE    started by benchmark.py; imports nothing of Pagetide
+python peer_engines.py ENGINE PEERS_DIRECTORY DTYPE MODEL_DIRECTORY
+
+Started by benchmark.py; imports nothing of Pagetide.
 
 Reads one workload a line, as JSON: [{"prompt": [token ids], "num_tokens": n, "at": seconds after the
 beginning}, ...], greedy, exactly n tokens each.
@@ -40,7 +42,7 @@ class Stepped(Protocol):
 class OpenVino:
     """ContinuousBatchingPipeline."""
 
-    def __init__(self, peers: Path, dtype: str):
+    def __init__(self, peers: Path, dtype: str, model: Path):
         import openvino_genai
 
         self._library = openvino_genai
@@ -51,7 +53,7 @@ class OpenVino:
         precision = {"bfloat16": "bf16", "float32": "f32"}[dtype]
         properties = {"INFERENCE_PRECISION_HINT": precision, "KV_CACHE_PRECISION": precision}
         self._pipeline = openvino_genai.ContinuousBatchingPipeline(
-            str(peers / "openvino" / "model"), scheduler, "CPU", properties
+            str(peers / "openvino" / "models" / model.name), scheduler, "CPU", properties
         )
         self._handles: dict[int, Any] = {}
         self._counts: dict[int, int] = {}
@@ -83,11 +85,10 @@ class OpenVino:
 class Vllm:
     """vLLM's engine in this process."""
 
-    def __init__(self, peers: Path, dtype: str):
+    def __init__(self, peers: Path, dtype: str, model: Path):
         from vllm import LLM, SamplingParams
 
         self._params = SamplingParams
-        model = next((peers.parent / ".cache" / "models").glob("*/config.json")).parent
         llm = LLM(
             model=str(model),
             dtype=dtype,
@@ -133,7 +134,7 @@ class LlamaCpp:
     of a batch.
     """
 
-    def __init__(self, peers: Path, dtype: str):
+    def __init__(self, peers: Path, dtype: str, model: Path):
         assert dtype == "bfloat16", "peers.sh makes a bfloat16 file"
         with socket.socket() as free:
             free.bind(("127.0.0.1", 0))
@@ -150,7 +151,12 @@ class LlamaCpp:
             self._port,
             "--no-webui",
         ]
-        command = [str(program), "--model", str(peers / "llamacpp" / "model.gguf"), *map(str, options)]
+        command = [
+            str(program),
+            "--model",
+            str(peers / "llamacpp" / "models" / f"{model.name}.gguf"),
+            *map(str, options),
+        ]
         self._server = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
         while True:
             try:
@@ -211,10 +217,10 @@ class LlamaCpp:
 
 
 def main() -> None:
-    name, peers, dtype = sys.argv[1], Path(sys.argv[2]), sys.argv[3]
+    name, peers, dtype, model = sys.argv[1], Path(sys.argv[2]), sys.argv[3], Path(sys.argv[4])
     answers = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)  # what the engine prints is not an answer
-    engine: Any = {"openvino": OpenVino, "vllm": Vllm, "llamacpp": LlamaCpp}[name](peers, dtype)
+    engine: Any = {"openvino": OpenVino, "vllm": Vllm, "llamacpp": LlamaCpp}[name](peers, dtype, model)
     number = 0
     for line in sys.stdin:
         jobs = json.loads(line)

