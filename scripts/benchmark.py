@@ -19,7 +19,8 @@ import resource
 import subprocess
 import sys
 import time
-from collections.abc import Iterable
+from collections import defaultdict
+from collections.abc import Callable, Iterable
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -35,9 +36,9 @@ import host
 import ops
 import report
 import streams
-from engines import CACHE, ENGINES, Figures, run_served, started_server
+from engines import CACHE, ENGINES, Figures, run_gateway, run_served, started_gateway, started_server
 from limits import machine_limits, versions
-from workloads import WORKLOADS, workload
+from workloads import WORKLOADS, Job, workload
 
 POISSON_SHARES = (0.6, 0.9)  # of our own capacity
 
@@ -68,18 +69,19 @@ def measure(
     return found, rows[-1]
 
 
-def served_shares(names: list[str], repeats: int) -> dict[str, dict[str, list[float]]]:
-    """Tokens/s through Triton as shares of the engine alone, by workload and kind of answer.
+def served_shares(names: list[str], repeats: int) -> dict[str, dict[str, list[dict[str, float]]]]:
+    """By workload and way: tokens/s as a share of the engine alone, and time to first token in ms.
 
-    Engine and server are both there and take turns, since a machine's speed changes over minutes; the idle
-    one takes no time.
+    Engine, server and gateway are all there and take turns, since a machine's speed changes over minutes;
+    the idle ones take no time.
     """
-    shares: dict[str, dict[str, list[float]]] = {name: {"streams": [], "whole answers": []} for name in names}
+    found: dict[str, dict[str, list[dict[str, float]]]] = {name: defaultdict(list) for name in names}
     command = [sys.executable, __file__, "--run-one", "pagetide", "--on-demand"]
     seeds = itertools.count(500_000)
     with (
         subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as engine,
         started_server() as server,
+        started_gateway(server) as gateway,
     ):
 
         def alone(name: str) -> float:
@@ -89,18 +91,22 @@ def served_shares(names: list[str], repeats: int) -> dict[str, dict[str, list[fl
             line = next(line for line in engine.stdout if line.startswith("{"))
             return json.loads(line)["tokens_per_s"]
 
+        ways: dict[str, Callable[[list[Job]], Figures]] = {
+            "streams over gRPC": lambda jobs: run_served(server, jobs, stream=True),
+            "whole answers over gRPC": lambda jobs: run_served(server, jobs, stream=False),
+            "streams of the gateway": lambda jobs: run_gateway(gateway, jobs),
+        }
         for name in names:
             alone(name)
             for _ in range(repeats):
-                for kind, found in shares[name].items():
+                for way, run in ways.items():
                     before = alone(name)
-                    served = run_served(
-                        server, workload(name, next(seeds)), stream=kind == "streams"
-                    ).tokens_per_s
-                    found.append(2 * served / (before + alone(name)))
+                    figures = run(workload(name, next(seeds)))
+                    share = 2 * figures.tokens_per_s / (before + alone(name))
+                    found[name][way].append({"share": share, "ttft_ms": 1000 * (figures.ttft_s or 0)})
         assert engine.stdin is not None
         engine.stdin.close()
-    return shares
+    return found
 
 
 def parse_arguments() -> argparse.Namespace:
@@ -113,7 +119,9 @@ def parse_arguments() -> argparse.Namespace:
         help="the engine alone (the default, with transformers and static batching beside it)",
     )
     parser.add_argument(
-        "--server", action="store_true", help="through Triton too, taking turns with the engine alone"
+        "--server",
+        action="store_true",
+        help="through Triton and the gateway too, taking turns with the engine alone",
     )
     parser.add_argument(
         "--features", action="store_true", help="what each sampling feature costs a step, and nothing else"

@@ -4,8 +4,10 @@ transformers, and those of scripts/peers.sh.
 
 from __future__ import annotations
 
+import asyncio
 import itertools
 import json
+import os
 import statistics
 import subprocess
 import threading
@@ -18,6 +20,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from gateway_process import start_gateway, stop_gateway
 from triton_server import ROOT, TritonServer, free_address
 from workloads import MAX_RUNNING, Job
 
@@ -140,6 +143,17 @@ def started_server(max_running: int = MAX_RUNNING, model: str = "") -> Iterator[
         server.stop()
 
 
+@contextmanager
+def started_gateway(server: TritonServer) -> Iterator[int]:
+    """An OpenAI gateway for the server; yields its port."""
+    port = free_address().http_port
+    start_gateway(server.folder, "127.0.0.1", port, server.address.grpc, ends_with_parent=True)
+    try:
+        yield port
+    finally:
+        stop_gateway(server.folder)
+
+
 def run_served(server: TritonServer, jobs: list[Job], stream: bool) -> Figures:
     """All requests at once on one connection."""
     import tritonclient.grpc as grpc
@@ -152,6 +166,45 @@ def run_served(server: TritonServer, jobs: list[Job], stream: bool) -> Figures:
         seconds = answers.wait()
     assert sum(answers.counts.values()) == sum(job.num_tokens for job in jobs)
     return figures(seconds, jobs, answers.first if stream else {}, answers.last, answers.counts)
+
+
+def run_gateway(port: int, jobs: list[Job]) -> Figures:
+    """The same as streams of the gateway's /v1/completions, on a connection each."""
+    first: dict[int, float] = {}
+    last: dict[int, float] = {}
+    counts: dict[int, int] = {}
+
+    async def ask(number: int, job: Job) -> None:
+        body = json.dumps(
+            {
+                "model": "ensemble",
+                "prompt": job.prompt,
+                "max_tokens": job.num_tokens,
+                "temperature": 0,
+                "ignore_eos": True,
+                "stream": True,
+                "stream_options": {"include_usage": True},
+            }
+        ).encode()
+        head = "POST /v1/completions HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n"
+        reader, writer = await asyncio.open_connection("127.0.0.1", port)
+        writer.write(f"{head}Content-Length: {len(body)}\r\nConnection: close\r\n\r\n".encode() + body)
+        async for line in reader:
+            if line.startswith(b"data: {"):
+                last[number] = time.perf_counter() - begin
+                first.setdefault(number, last[number])
+                if usage := json.loads(line[6:]).get("usage"):
+                    counts[number] = usage["completion_tokens"]
+        writer.close()
+
+    async def ask_all() -> None:
+        await asyncio.gather(*(ask(number, job) for number, job in enumerate(jobs)))
+
+    begin = time.perf_counter()
+    asyncio.run(ask_all())
+    seconds = time.perf_counter() - begin
+    assert counts == {number: job.num_tokens for number, job in enumerate(jobs)}
+    return figures(seconds, jobs, first, last, counts)
 
 
 def request_inputs(job: Job, stream: bool) -> list[Any]:
@@ -245,7 +298,10 @@ def run_peer(
         "bfloat16",
         str(find_model(model, Path(CACHE)).resolve()),
     ]
-    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as process:
+    environment = {**os.environ, **({"LD_PRELOAD": _preloads_of_vllm()} if peer == "vllm" else {})}
+    with subprocess.Popen(
+        command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environment
+    ) as process:
         assert process.stdin is not None and process.stdout is not None
         for name in ["single", *names]:
             jobs = jobs_of(name)
@@ -254,6 +310,12 @@ def run_peer(
             first, last, counts = (dict(enumerate(result[key])) for key in ("first", "last", "counts"))
             yield name, figures(result["seconds"], jobs, first, last, counts)
         process.stdin.close()
+
+
+def _preloads_of_vllm() -> str:
+    """What its documentation asks for: its OpenMP runtime, and tcmalloc where the system has it."""
+    found = [PEERS / "vllm" / "lib" / "libiomp5.so", *Path("/usr/lib").glob("*/libtcmalloc_minimal.so.4")]
+    return ":".join(str(file) for file in found if file.exists())
 
 
 ENGINES: dict[str, Engine] = {

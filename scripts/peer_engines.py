@@ -94,6 +94,7 @@ class Vllm:
             dtype=dtype,
             max_num_seqs=MAX_RUNNING,
             max_model_len=LONGEST,
+            kv_cache_memory_bytes=2 * 2**30,
             enable_prefix_caching=True,
             disable_log_stats=True,
         )

@@ -9,17 +9,18 @@ from engines import Figures
 from workloads import workload
 
 
-def shares(found: dict[str, dict[str, list[float]]]) -> str:
+def shares(found: dict[str, dict[str, list[dict[str, float]]]]) -> str:
+    """A table: each way's tokens/s as a share of the engine alone, and where answers stream its TTFT."""
     lines = [
-        "| through Triton, share of the engine alone | " + " | ".join(found) + " |",
+        "| share of the engine alone (TTFT) | " + " | ".join(found) + " |",
         "|" + " --- |" * (len(found) + 1),
     ]
-    for kind in ("streams", "whole answers"):
-        lines.append(
-            f"| {kind} | "
-            + " | ".join(f"{statistics.median(by_kind[kind]):.0%}" for by_kind in found.values())
-            + " |"
-        )
+    for way in next(iter(found.values())):
+        cells = [way]
+        for by_way in found.values():
+            share, ttft = (statistics.median(run[key] for run in by_way[way]) for key in ("share", "ttft_ms"))
+            cells.append(f"{share:.0%}" + (f" ({ttft:.0f} ms)" if ttft else ""))
+        lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines)
 
 

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import json
 import re
 import subprocess
 import sys
+from pathlib import Path
 
 import openai
 import psutil
@@ -34,7 +36,35 @@ def run(*command: str, timeout: float = 120) -> subprocess.CompletedProcess[str]
     return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=timeout)
 
 
-def test_serve_detached_streams_a_completion_and_stop_leaves_no_process():
+def chat(where: str, file: Path) -> None:
+    """A chat in the terminal that uses every command, saved in the file."""
+    lines = [
+        "/system Answer in one short sentence.",
+        "/params temperature=0 max_tokens=30",
+        "Who are you?",
+        "/reset",
+        QUESTION,
+        "/retry",
+        "/params temperature=-1",
+        "This is refused.",
+        "/params temperature=",
+        f"/save {file}",
+        "/nonsense",
+    ]
+    said = subprocess.run(
+        [sys.executable, "clients/chat.py", where],
+        cwd=ROOT, input="\n".join(lines), capture_output=True, text=True, timeout=120,
+    )  # fmt: skip
+    assert said.returncode == 0, said.stderr
+    assert said.stdout.count("Paris") == 2 and "there is no command /nonsense" in said.stdout
+    assert re.search(r"error: .*temperature", said.stdout)
+    assert "max_tokens=30\n" in said.stdout, "what /params leaves"
+    messages = json.loads(file.read_text(encoding="utf-8"))
+    assert [message["role"] for message in messages] == ["system", "user", "assistant"]
+    assert messages[1]["content"] == QUESTION and "Paris" in messages[2]["content"]
+
+
+def test_serve_detached_streams_a_completion_and_stop_leaves_no_process(tmp_path):
     """The real model, the second start of a machine that has served it before."""
     address = free_address()
     ports = options_of(address)
@@ -66,14 +96,8 @@ def test_serve_detached_streams_a_completion_and_stop_leaves_no_process():
     )
     many = run(sys.executable, "clients/grpc_async_many.py", url, "--count=6", "--max-tokens=8")
     assert many.returncode == 0 and "6 answers" in many.stdout
-    chat = subprocess.run(
-        [sys.executable, "clients/chat.py", url, "--temperature=0"],
-        cwd=ROOT,
-        input=f"{QUESTION}\n",
-        capture_output=True,
-        text=True,
-    )
-    assert "Paris" in chat.stdout
+    chat(url, tmp_path / "triton.json")
+    chat(f"--gateway={base}", tmp_path / "gateway.json")
     load = run(
         sys.executable, "-m", "locust", "-f", "clients/locustfile.py", "--headless",
         "-u", "3", "-r", "3", "-t", "6s", "--only-summary", f"--host={address.grpc}",
