@@ -1,10 +1,10 @@
 """Paged attention straight on the packed KV blocks, with online softmax (arXiv:1805.02867) over spans of
 128 keys.
 
-A task is one (sequence, tile of queries, range of keys) for one KV head, or for several of a single query:
-all query heads that share a KV head are rows of one matrix, so that keys and values are read once for the
-whole group. Long contexts of single queries are split over several tasks, whose parts are merged afterwards
-(Flash-Decoding, https://pytorch.org/blog/flash-decoding).
+A task is one (sequence, KV head, tile of queries, range of keys): all query heads that share the KV head
+are rows of one matrix, so that keys and values are read once for the whole group. Long contexts of single
+queries are split over several tasks, whose parts are merged afterwards (Flash-Decoding,
+https://pytorch.org/blog/flash-decoding).
 
 Pages lie anywhere in memory, so the processor cannot guess the next ones: a span's values are asked for
 while its keys are multiplied, and the next span's keys while its values are.
@@ -15,13 +15,14 @@ from __future__ import annotations
 import numpy as np
 
 from pagetide.kv_cache.layout import PAGE
-from pagetide.ops.cpu.attention_tasks import SPAN, rows_of_head
+from pagetide.ops.cpu.attention_tasks import SPAN
 from pagetide.ops.cpu.compiled import device_function, fast_exp, store
 from pagetide.ops.cpu.sync import take
-from pagetide.ops.cpu.tiles import TILE_ROWS, depth_of, tile
+from pagetide.ops.cpu.tiles import TILE_ROWS, depth_of, tile, tile_of_pages
 from pagetide.ops.cpu.vectors import clear, copy, prefetch, scale, soften
 
 _MINUS_INFINITY = np.float32(-3.0e38)
+_KEYS, _VALUES, _NEXT_KEYS = 0, 1, 2  # rows of Scratch.places
 
 
 @device_function
@@ -39,71 +40,52 @@ def attend(sync, phase, thread, scratch, q, layer, kv, block_table, work, window
         scratch.scores[thread],
         scratch.sums[thread],
     )
-    peaks, totals = scratch.peaks[thread], scratch.totals[thread]
+    peaks, totals, places = scratch.peaks[thread], scratch.totals[thread], scratch.places[thread]
     number = take(sync, phase, thread, work.tasks.shape[0])
     while number >= 0:
-        sequence, head, heads, first, num_queries = (
+        sequence, head, first, num_queries = (
             work.tasks[number, 0],
             work.tasks[number, 1],
             work.tasks[number, 2],
             work.tasks[number, 3],
-            work.tasks[number, 4],
         )
-        start, begin, part = work.tasks[number, 5], work.tasks[number, 6], work.tasks[number, 7]
-        rows = num_queries * group  # of each KV head
-        stride = rows_of_head(rows)
-        for h in range(heads):
-            for r in range(rows):
-                token, own = first + r // group, (head + h) * group + r % group
-                row = h * stride + r
-                copy(q, (token * q.shape[1] + own) * head_dim, head_dim, queries, row * head_dim)
-                peaks[row], totals[row] = _MINUS_INFINITY, 0
-        clear(sums, 0, heads * stride * head_dim)
+        start, begin, part = work.tasks[number, 4], work.tasks[number, 5], work.tasks[number, 6]
+        rows, last = num_queries * group, work.ends[number]
+        for row in range(rows):
+            token, own = first + row // group, head * group + row % group
+            copy(q, (token * q.shape[1] + own) * head_dim, head_dim, queries, row * head_dim)
+            peaks[row], totals[row] = _MINUS_INFINITY, 0
+        clear(sums, 0, (rows + TILE_ROWS - 1) // TILE_ROWS * TILE_ROWS * head_dim)
         if window > 0:
             begin = max(begin, max(0, start - window + 1) // PAGE * PAGE)
-        for key in range(begin, min(begin + SPAN, work.ends[number]), PAGE):
-            _ask_for_keys(layer, kv, head, heads, block_table, sequence, key, head_dim)
-        for at in range(begin, work.ends[number], SPAN):
-            end = min(at + SPAN, work.ends[number])
-            _score(heads, rows, stride, queries, layer, kv, head, block_table, sequence, at, end, scores)
-            _weigh(heads, rows, stride, group, scores, at, end, start, window, peaks, totals, weights, sums)
-            _add_values(
-                heads,
-                rows,
-                stride,
-                weights,
-                layer,
-                kv,
-                head,
-                block_table,
-                sequence,
-                at,
-                end,
-                work.ends[number],
-                sums,
+        _find_pages(layer, kv, 0, head, block_table, sequence, begin, last, head_dim, places, _KEYS)
+        for key in range(begin, min(begin + SPAN, last), PAGE):
+            prefetch(kv, places[_KEYS, (key - begin) // PAGE], PAGE * head_dim)
+        for at in range(begin, last, SPAN):
+            end = min(at + SPAN, last)
+            _find_pages(layer, kv, 0, head, block_table, sequence, at, last, head_dim, places, _KEYS)
+            _find_pages(layer, kv, 1, head, block_table, sequence, at, last, head_dim, places, _VALUES)
+            _find_pages(
+                layer, kv, 0, head, block_table, sequence, at + SPAN, last, head_dim, places, _NEXT_KEYS
             )
-        for h in range(heads):
-            for r in range(rows):
-                row, own = h * stride + r, (head + h) * group + r % group
-                if part >= 0:
-                    copy(
-                        sums, row * head_dim, head_dim, work.parts, (part * q.shape[1] + own) * (head_dim + 2)
-                    )
-                    work.parts[part, own, head_dim], work.parts[part, own, head_dim + 1] = (
-                        peaks[row],
-                        totals[row],
-                    )
-                else:
-                    inverse = np.float32(1) / totals[row]
-                    place = ((first + r // group) * q.shape[1] + own) * head_dim
-                    scale(sums, row * head_dim, inverse, head_dim, out, place)
+            _score(rows, queries, kv, places, end - at, scores)
+            _weigh(rows, group, scores, at, end, start, window, peaks, totals, weights, sums)
+            _add_values(rows, weights, kv, places, end - at, sums)
+        for row in range(rows):
+            if part >= 0:
+                copy(sums, row * head_dim, head_dim, work.parts, (part * group + row) * (head_dim + 2))
+                work.parts[part, row, head_dim], work.parts[part, row, head_dim + 1] = peaks[row], totals[row]
+            else:
+                inverse = np.float32(1) / totals[row]
+                place = ((first + row // group) * q.shape[1] + head * group + row % group) * head_dim
+                scale(sums, row * head_dim, inverse, head_dim, out, place)
         number = take(sync, phase, thread, work.tasks.shape[0])
 
 
 @device_function
-def merge(sync, phase, thread, scratch, work, num_kv_heads, head_dim, out):  # type: ignore[no-untyped-def]
+def merge(sync, phase, thread, scratch, work, head_dim, out):  # type: ignore[no-untyped-def]
     """Joins the parts of queries whose keys were split; out as in attend."""
-    group = work.parts.shape[1] // num_kv_heads
+    group = work.parts.shape[1]
     sums = scratch.sums[thread]
     number = take(sync, phase, thread, work.merges.shape[0])
     while number >= 0:
@@ -113,159 +95,185 @@ def merge(sync, phase, thread, scratch, work, num_kv_heads, head_dim, out):  # t
             work.merges[number, 2],
             work.merges[number, 3],
         )
-        for own in range(head * group, (head + 1) * group):
+        for g in range(group):
             peak = _MINUS_INFINITY
             for part in range(first, first + count):
-                peak = max(peak, work.parts[part, own, head_dim])
+                peak = max(peak, work.parts[part, g, head_dim])
             for i in range(head_dim):
                 sums[0, i] = 0
             total = np.float32(0)
             for part in range(first, first + count):
-                factor = fast_exp(work.parts[part, own, head_dim] - peak)
-                total += factor * work.parts[part, own, head_dim + 1]
+                factor = fast_exp(work.parts[part, g, head_dim] - peak)
+                total += factor * work.parts[part, g, head_dim + 1]
                 for i in range(head_dim):
-                    sums[0, i] += factor * work.parts[part, own, i]
+                    sums[0, i] += factor * work.parts[part, g, i]
             for i in range(head_dim):
-                store(out, token * out.shape[1] + own * head_dim + i, sums[0, i] / total)
+                store(out, token * out.shape[1] + (head * group + g) * head_dim + i, sums[0, i] / total)
         number = take(sync, phase, thread, work.merges.shape[0])
 
 
 @device_function
-def _score(heads, rows, stride, queries, layer, kv, head, block_table, sequence, begin, end, scores):  # type: ignore[no-untyped-def]
-    """scores[row, key - begin] of all keys in the pages from begin to end."""
+def _find_pages(layer, kv, which, head, block_table, sequence, begin, last, head_dim, places, row):  # type: ignore[no-untyped-def]
+    """places[row] = the elements of the whole pool at which the pages of a span's keys (which 0) or values
+    (1) begin; a page that the sequence does not have yet stands where the one before does.
+    """
+    for page in range(places.shape[1]):
+        key = begin + page * PAGE
+        if key < last:
+            block, offset = key, 0
+            if kv.shape[4] == PAGE * head_dim:
+                block = key // PAGE
+            else:
+                block, offset = key * head_dim // kv.shape[4], key * head_dim % kv.shape[4]
+            place = ((layer * kv.shape[1] + block_table[sequence, block]) * 2 + which) * kv.shape[3] + head
+            places[row, page] = place * kv.shape[4] + offset
+        else:
+            places[row, page] = places[row, page - 1] if page > 0 else places[_VALUES, 0]
+
+
+@device_function
+def _score(rows, queries, kv, places, num_keys, scores):  # type: ignore[no-untyped-def]
+    """scores[row, key] of a span's keys, and of what fills up its last two pages."""
     head_dim = queries.shape[1]
-    values = kv.shape[3] * kv.shape[4]
-    for key in range(begin, end, PAGE):
-        for h in range(heads):
-            at = _page_place(layer, kv, 0, head + h, block_table, sequence, key, head_dim)
-            prefetch(kv, at + values, PAGE * head_dim)
-            for r in range(0, rows, TILE_ROWS):
-                row = h * stride + r
-                _score_page(
-                    rows - r, queries, row * head_dim, head_dim, kv, at, scores, row * SPAN + key - begin
-                )
+    for page in range(0, (num_keys + PAGE - 1) // PAGE, 2):
+        at, apart = places[_KEYS, page], places[_KEYS, page + 1] - places[_KEYS, page]
+        prefetch(kv, places[_VALUES, page], PAGE * head_dim)
+        prefetch(kv, places[_VALUES, page + 1], PAGE * head_dim)
+        for row in range(0, rows, TILE_ROWS):
+            left, x_at, to = rows - row, row * head_dim, row * SPAN + page * PAGE
+            if left == 1:
+                tile(1, 2, False, False, queries, x_at, head_dim, kv, at, apart, head_dim, scores, to, SPAN)
+            elif left == 2:
+                tile(2, 2, False, False, queries, x_at, head_dim, kv, at, apart, head_dim, scores, to, SPAN)
+            elif TILE_ROWS == 3 or left == 3:
+                tile(3, 2, False, False, queries, x_at, head_dim, kv, at, apart, head_dim, scores, to, SPAN)
+            elif left == 4:
+                tile(4, 2, False, False, queries, x_at, head_dim, kv, at, apart, head_dim, scores, to, SPAN)
+            else:
+                tile(8, 2, False, False, queries, x_at, head_dim, kv, at, apart, head_dim, scores, to, SPAN)
 
 
 @device_function
-def _score_page(rows, queries, x_at, head_dim, kv, at, scores, out_at):  # type: ignore[no-untyped-def]
-    """A page's scores for so many queries, at most TILE_ROWS."""
-    if rows == 1:
-        tile(1, 1, False, False, queries, x_at, head_dim, kv, at, 0, head_dim, scores, out_at, SPAN)
-    elif rows == 2:
-        tile(2, 1, False, False, queries, x_at, head_dim, kv, at, 0, head_dim, scores, out_at, SPAN)
-    elif TILE_ROWS == 3 or rows == 3:
-        tile(3, 1, False, False, queries, x_at, head_dim, kv, at, 0, head_dim, scores, out_at, SPAN)
-    elif rows == 4:
-        tile(4, 1, False, False, queries, x_at, head_dim, kv, at, 0, head_dim, scores, out_at, SPAN)
-    else:
-        tile(8, 1, False, False, queries, x_at, head_dim, kv, at, 0, head_dim, scores, out_at, SPAN)
-
-
-@device_function
-def _weigh(heads, rows, stride, group, scores, begin, end, start, window, peaks, totals, weights, sums):  # type: ignore[no-untyped-def]
+def _weigh(rows, group, scores, begin, end, start, window, peaks, totals, weights, sums):  # type: ignore[no-untyped-def]
     """weights[row, key - begin] = exp(score - peak) of the keys that a row's query sees, and 0 for others.
 
     peaks, totals and sums follow.
     """
     head_dim = sums.shape[1]
     width = (end - begin + PAGE - 1) // PAGE * PAGE
-    for h in range(heads):
-        for r in range(rows):
-            row, position = h * stride + r, start + r // group
-            low = max(position - window + 1 - begin, 0) if window > 0 else 0
-            high = min(position + 1, end) - begin
-            before, at = peaks[row], row * SPAN
-            peak, total = soften(scores, at, low, high, width, before, weights, at)
-            decay = np.float32(1)
-            if peak > before:
-                decay = fast_exp(before - peak)
-                scale(sums, row * head_dim, decay, head_dim, sums, row * head_dim)
-            peaks[row], totals[row] = peak, total + totals[row] * decay
+    for row in range(rows):
+        position, at = start + row // group, row * SPAN
+        low = max(position - window + 1 - begin, 0) if window > 0 else 0
+        high = min(position + 1, end) - begin
+        before = peaks[row]
+        peak, total = soften(scores, at, low, high, width, before, weights, at)
+        decay = np.float32(1)
+        if peak > before:
+            decay = fast_exp(before - peak)
+            scale(sums, row * head_dim, decay, head_dim, sums, row * head_dim)
+        peaks[row], totals[row] = peak, total + totals[row] * decay
 
 
 @device_function
-def _add_values(heads, rows, stride, weights, layer, kv, head, block_table, sequence, begin, end, last, sums):  # type: ignore[no-untyped-def]
-    """sums[row] += weights[row, key - begin] * values of all keys from begin to end, before the last."""
+def _add_values(rows, weights, kv, places, num_keys, sums):  # type: ignore[no-untyped-def]
+    """sums[row] += weights[row, key] * values of all keys of a span."""
+    depth, whole = depth_of(kv), num_keys // PAGE
+    _add_pages(rows, weights, 0, kv, places, 0, whole, PAGE, sums)
+    if num_keys % PAGE:  # what lies behind the last value may be anything
+        size = (num_keys % PAGE + depth - 1) // depth * depth
+        _add_pages(rows, weights, whole * PAGE, kv, places, whole, 1, size, sums)
+
+
+@device_function
+def _add_pages(rows, weights, weights_at, kv, places, page, pages, size, sums):  # type: ignore[no-untyped-def]
+    """The same for so many pages, of each so many keys."""
     head_dim = sums.shape[1]
-    depth = depth_of(kv)
-    for key in range(begin, end, PAGE):
-        size = (min(PAGE, end - key) + depth - 1) // depth * depth
-        if key + SPAN < last:
-            _ask_for_keys(layer, kv, head, heads, block_table, sequence, key + SPAN, head_dim)
-        for h in range(heads):
-            place = _page_place(layer, kv, 1, head + h, block_table, sequence, key, head_dim)
-            for r in range(0, rows, TILE_ROWS):
-                row = h * stride + r
-                x_at, left = row * SPAN + key - begin, rows - r
-                panel, panels = 0, head_dim // PAGE
-                while panel < panels:
-                    at, out_at = place + panel * PAGE * PAGE, row * head_dim + panel * PAGE
-                    if panels - panel >= 4 and left <= 4 and TILE_ROWS > 3:
-                        _add_panels(left, weights, x_at, kv, at, size, sums, out_at, head_dim)
-                        panel += 4
-                    elif panels - panel >= 2:
-                        _add_two(left, weights, x_at, kv, at, size, sums, out_at, head_dim)
-                        panel += 2
-                    else:
-                        tile(
-                            TILE_ROWS,
-                            1,
-                            True,
-                            False,
-                            weights,
-                            x_at,
-                            SPAN,
-                            kv,
-                            at,
-                            PAGE * PAGE,
-                            size,
-                            sums,
-                            out_at,
-                            head_dim,
-                        )
-                        panel += 1
+    num_panels, apart = head_dim // PAGE, PAGE * PAGE
+    p, ahead = _VALUES * places.shape[1] + page, _NEXT_KEYS * places.shape[1] + page
+    for row in range(0, rows, TILE_ROWS):
+        x_at, left, panel = row * SPAN + weights_at, rows - row, 0
+        while panel < num_panels:
+            at, to = panel * apart, row * head_dim + panel * PAGE
+            if num_panels - panel >= 4 and left <= 4 and TILE_ROWS > 3:
+                _add_four(left, weights, x_at, kv, places, p, ahead, pages, at, size, sums, to)
+                panel += 4
+            elif num_panels - panel >= 2:
+                _add_two(left, row == 0, weights, x_at, kv, places, p, ahead, pages, at, size, sums, to)
+                panel += 2
+            else:
+                tile_of_pages(
+                    TILE_ROWS,
+                    1,
+                    True,
+                    weights,
+                    x_at,
+                    SPAN,
+                    kv,
+                    places,
+                    p,
+                    ahead,
+                    pages,
+                    at,
+                    apart,
+                    size,
+                    sums,
+                    to,
+                    head_dim,
+                )
+                panel += 1
 
 
 @device_function
-def _add_panels(rows, weights, x_at, kv, at, size, sums, out_at, head_dim):  # type: ignore[no-untyped-def]
-    """Four panels of a page's values, for so many queries, at most 4."""
-    panel = PAGE * PAGE
+def _add_four(rows, weights, x_at, kv, places, p, ahead, pages, at, size, sums, to):  # type: ignore[no-untyped-def]
+    """Four panels of values, for so many queries, at most 4."""
+    apart, d = PAGE * PAGE, sums.shape[1]
     if rows == 1:
-        tile(1, 4, True, False, weights, x_at, SPAN, kv, at, panel, size, sums, out_at, head_dim)
+        tile_of_pages(
+            1, 4, True, weights, x_at, SPAN, kv, places, p, ahead, pages, at, apart, size, sums, to, d
+        )
     elif rows == 2:
-        tile(2, 4, True, False, weights, x_at, SPAN, kv, at, panel, size, sums, out_at, head_dim)
+        tile_of_pages(
+            2, 4, True, weights, x_at, SPAN, kv, places, p, ahead, pages, at, apart, size, sums, to, d
+        )
     elif rows == 3:
-        tile(3, 4, True, False, weights, x_at, SPAN, kv, at, panel, size, sums, out_at, head_dim)
+        tile_of_pages(
+            3, 4, True, weights, x_at, SPAN, kv, places, p, ahead, pages, at, apart, size, sums, to, d
+        )
     else:
-        tile(4, 4, True, False, weights, x_at, SPAN, kv, at, panel, size, sums, out_at, head_dim)
+        tile_of_pages(
+            4, 4, True, weights, x_at, SPAN, kv, places, p, ahead, pages, at, apart, size, sums, to, d
+        )
 
 
 @device_function
-def _add_two(rows, weights, x_at, kv, at, size, sums, out_at, head_dim):  # type: ignore[no-untyped-def]
-    """Two panels of a page's values, for so many queries, at most TILE_ROWS."""
-    panel = PAGE * PAGE
-    if rows >= 3:
-        tile(TILE_ROWS, 2, True, False, weights, x_at, SPAN, kv, at, panel, size, sums, out_at, head_dim)
+def _add_two(rows, looks_ahead, weights, x_at, kv, places, p, ahead, pages, at, size, sums, to):  # type: ignore[no-untyped-def]
+    """Two panels of values, for so many queries, at most TILE_ROWS."""
+    apart, d = PAGE * PAGE, sums.shape[1]
+    if rows < 3:
+        tile_of_pages(
+            2, 2, True, weights, x_at, SPAN, kv, places, p, ahead, pages, at, apart, size, sums, to, d
+        )
+    elif looks_ahead:
+        tile_of_pages(
+            TILE_ROWS, 2, True, weights, x_at, SPAN, kv, places, p, ahead, pages, at, apart, size, sums, to, d
+        )
     else:
-        tile(2, 2, True, False, weights, x_at, SPAN, kv, at, panel, size, sums, out_at, head_dim)
-
-
-@device_function
-def _ask_for_keys(layer, kv, head, heads, block_table, sequence, key, head_dim):  # type: ignore[no-untyped-def]
-    """Brings the keys of the page with this one into the cache."""
-    for h in range(head, head + heads):
-        place = _page_place(layer, kv, 0, h, block_table, sequence, key, head_dim)
-        prefetch(kv, place, PAGE * head_dim)
-
-
-@device_function
-def _page_place(layer, kv, which, head, block_table, sequence, key, head_dim):  # type: ignore[no-untyped-def]
-    """The element of the whole pool at which a sequence's page with this key begins."""
-    block, offset = key, 0
-    if kv.shape[4] == PAGE * head_dim:
-        block = key // PAGE
-    else:
-        block, offset = key * head_dim // kv.shape[4], key * head_dim % kv.shape[4]
-    return (
-        ((layer * kv.shape[1] + block_table[sequence, block]) * 2 + which) * kv.shape[3] + head
-    ) * kv.shape[4] + offset
+        tile_of_pages(
+            TILE_ROWS,
+            2,
+            False,
+            weights,
+            x_at,
+            SPAN,
+            kv,
+            places,
+            p,
+            ahead,
+            pages,
+            at,
+            apart,
+            size,
+            sums,
+            to,
+            d,
+        )

@@ -133,7 +133,7 @@ def _run_thread(thread, sync, weights, acts, scratch, places, work, kv, eps, sca
         )
         finish(sync, phase + 3, thread)
         if len(work.merges):
-            merge(sync, phase + 4, thread, scratch, work, kv.shape[3], head_dim, acts.attended)
+            merge(sync, phase + 4, thread, scratch, work, head_dim, acts.attended)
             finish(sync, phase + 4, thread)
         at = layer * weights.out.shape[1]
         project(

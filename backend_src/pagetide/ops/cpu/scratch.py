@@ -6,6 +6,7 @@ from typing import NamedTuple
 
 import numpy as np
 
+from pagetide.kv_cache.layout import PAGE
 from pagetide.ops.cpu.attention_tasks import MAX_ROWS, SPAN
 from pagetide.ops.cpu.tiles import TILE_ROWS
 
@@ -22,6 +23,7 @@ class Scratch(NamedTuple):
     sums: np.ndarray  # float32 [threads, rows, D]
     peaks: np.ndarray  # float32 [threads, rows]
     totals: np.ndarray
+    places: np.ndarray  # int64 [threads, 3, pages of a span]: keys, values, the next span's keys
 
 
 def make_scratch(num_threads: int, head_dim: int, dtype: type[np.generic]) -> Scratch:
@@ -34,4 +36,5 @@ def make_scratch(num_threads: int, head_dim: int, dtype: type[np.generic]) -> Sc
         sums=np.zeros((*shape, head_dim), np.float32),
         peaks=np.zeros(shape, np.float32),
         totals=np.zeros(shape, np.float32),
+        places=np.zeros((num_threads, 3, SPAN // PAGE), np.int64),
     )

@@ -98,6 +98,56 @@ def tile(  # type: ignore[no-untyped-def]
     ), generate
 
 
+@intrinsic(prefer_literal=True)
+def tile_of_pages(  # type: ignore[no-untyped-def]
+    typing_context,
+    rows,
+    panels,
+    looks_ahead,
+    x,
+    x_at,
+    x_stride,
+    w,
+    places,
+    places_at,
+    ahead_at,
+    num_pages,
+    w_at,
+    w_stride,
+    k,
+    out,
+    out_at,
+    out_stride,
+):
+    """As tile, added to out, for panels that go on in num_pages places of w, k elements in each.
+
+    places int64: from its element places_at on, where pages begin; panels begin w_at elements behind. If it
+    looks ahead, the same panels of the pages from ahead_at on are on their way into the cache afterwards.
+    """
+    found = _literals(rows, panels, looks_ahead)
+    if found is None:
+        return None
+
+    def generate(context, builder, signature, args):  # type: ignore[no-untyped-def]
+        x_data, w_data, pages, out_data = (
+            _data(context, builder, signature.args[i], args[i]) for i in (3, 6, 7, 14)
+        )
+        _Tile(
+            builder,
+            [found[0], found[1], True, found[2]],
+            (x_data, args[4], args[5]),
+            (w_data, args[11], args[12]),
+            (out_data, args[15], args[16]),
+        ).emit_pages(
+            builder.gep(pages, [args[8]]), builder.gep(pages, [args[9]]), args[10], args[11], args[13]
+        )
+        return context.get_dummy_value()
+
+    index = types.int64
+    head = (rows, panels, looks_ahead, x, index, index, w, places)
+    return types.none(*head, *[index] * 6, out, index, index), generate
+
+
 @intrinsic
 def depth_of(typing_context, packed):  # type: ignore[no-untyped-def]
     """Elements along k that stand together in a lane of a packed array: 2 of bfloat16, 1 of float32.
@@ -114,8 +164,53 @@ def emit_prefetch(builder: ir.IRBuilder, pointer: ir.Value) -> None:
     kind = ir.FunctionType(ir.VoidType(), [address, _WORD, _WORD, _WORD])
     function = cgutils.get_or_insert_function(builder.module, kind, "llvm.prefetch.p0")
     builder.call(
-        function, [builder.bitcast(pointer, address), *(ir.Constant(_WORD, value) for value in (0, 1, 1))]
+        function, [builder.bitcast(pointer, address), *(ir.Constant(_WORD, value) for value in (0, 2, 1))]
     )
+
+
+class _Walk:
+    """Places one stride after the other (rows or panels) that move on together through the memory.
+
+    Their addresses are one register for every four, plus the stride times 0, 1, 2 or 3, which is what an
+    instruction can add: as the compiler sees the strides, it would multiply them anew in every step.
+    """
+
+    def __init__(self, builder: ir.IRBuilder, data: ir.Value, at: ir.Value, stride: ir.Value, count: int):
+        self._builder = builder
+        self._size = _int(2 if data.type.pointee == _HALF else 4)
+        self._data = builder.ptrtoint(data, _INDEX)
+        self._stride = _opaque(builder, builder.mul(stride, self._size))
+        self._three = _opaque(builder, builder.mul(self._stride, _int(3)))
+        self._heads = [cgutils.alloca_once(builder, _INDEX) for _ in range((count + 3) // 4)]
+        self.start(at)
+
+    def start(self, at: ir.Value) -> None:
+        """Goes to the element `at`."""
+        builder = self._builder
+        first = builder.add(self._data, builder.mul(at, self._size))
+        for i, head in enumerate(self._heads):
+            own = builder.add(first, builder.mul(self._stride, _int(4 * i)))
+            builder.store(_opaque(builder, own), head)
+
+    def place(self, number: int, kind: ir.Type, offset: int = 0) -> ir.Value:
+        """Where place `number` is now, and some bytes on, as a pointer to this type."""
+        builder = self._builder
+        address = builder.load(self._heads[number // 4])
+        ahead = number % 4
+        if ahead == 3:
+            address = builder.add(address, self._three)
+        elif ahead:
+            address = builder.add(address, builder.mul(self._stride, _int(ahead)))
+        return builder.inttoptr(builder.add(address, _int(offset)), kind.as_pointer())
+
+    def advance(self, num_bytes: int) -> None:
+        for head in self._heads:
+            self._builder.store(self._builder.add(self._builder.load(head), _int(num_bytes)), head)
+
+
+def _opaque(builder: ir.IRBuilder, value: ir.Value) -> ir.Value:
+    """The value in a register, without what the compiler knows about it."""
+    return builder.asm(ir.FunctionType(value.type, [value.type]), "", "=r,0", [value], False)
 
 
 class _Tile:
@@ -124,36 +219,72 @@ class _Tile:
     def __init__(self, builder: ir.IRBuilder, shape: list[int], x: Any, w: Any, out: Any):
         self._builder = builder
         self._rows, self._panels, self._keeps, self._looks_ahead = shape
-        self._x, self._x_starts = x[0], self._starts(x, self._rows)
-        self._w, self._w_starts = w[0], self._starts(w, self._panels)
-        self._next_panels = builder.mul(w[2], _int(self._panels))
-        self._out, self._out_starts = out[0], self._starts(out, self._rows)
+        self._x, self._w = _Walk(builder, *x, self._rows), _Walk(builder, *w, self._panels)
+        self._out, self._out_at, self._out_stride = out
         self._is_packed = w[0].type.pointee == _HALF  # in pairs along k
         self._is_dot = x[0].type.pointee == _HALF
         assert self._is_packed or not self._is_dot, "float32 weights need float32 rows"
-
-    def emit(self, k: ir.Value) -> None:
-        builder = self._builder
+        if self._looks_ahead:
+            next_panels = builder.add(w[1], builder.mul(w[2], _int(self._panels)))
+            self._ahead = _Walk(builder, w[0], next_panels, w[2], self._panels)
         sums_each = _CHAINS // (self._rows * self._panels)
-        unroll = 4 if sums_each >= 4 else 2 if sums_each >= 2 else 1
-        sums = [
-            [[self._start(r, p, u) for u in range(unroll)] for p in range(self._panels)]
+        self._unroll = 4 if sums_each >= 4 else 2 if sums_each >= 2 else 1
+        self._sums = [
+            [[self._start(r, p, u) for u in range(self._unroll)] for p in range(self._panels)]
             for r in range(self._rows)
         ]
+
+    def emit(self, k: ir.Value) -> None:
+        """Of k elements that stand one behind the other."""
+        self._go_along(k)
+        self._store()
+
+    def emit_pages(
+        self, places: ir.Value, ahead: ir.Value, num_pages: ir.Value, at: ir.Value, k: ir.Value
+    ) -> None:
+        """Of k elements of each page; places, ahead: pointers to their first elements and to those of what
+        is looked ahead for.
+        """
+        builder = self._builder
+        with cgutils.for_range(builder, num_pages, intp=_INDEX) as loop:
+            walks = [(self._w, places), *([(self._ahead, ahead)] if self._looks_ahead else [])]
+            for walk, pages in walks:
+                walk.start(builder.add(builder.load(builder.gep(pages, [loop.index])), at))
+            self._go_along(k)
+        self._store()
+
+    def _go_along(self, k: ir.Value) -> None:
+        builder, unroll = self._builder, self._unroll
         steps = builder.lshr(k, _int(1)) if self._is_packed else k
         whole = builder.and_(steps, _int(-unroll))
-        with cgutils.for_range_slice(builder, _int(0), whole, _int(unroll), _INDEX) as (step, _):
+        with cgutils.for_range_slice(builder, _int(0), whole, _int(unroll), _INDEX):
             for u in range(unroll):
-                self._multiply(builder.add(step, _int(u)), sums, u)
+                self._multiply(u, u)
+            self._advance(unroll)
         if unroll > 1:
-            with cgutils.for_range_slice(builder, whole, steps, _int(1), _INDEX) as (step, _):
-                self._multiply(step, sums, 0)
+            with cgutils.for_range_slice(builder, whole, steps, _int(1), _INDEX):
+                self._multiply(0, 0)
+                self._advance(1)
+
+    def _store(self) -> None:
+        builder = self._builder
         for r in range(self._rows):
             for p in range(self._panels):
-                total = builder.load(sums[r][p][0])
-                for other in sums[r][p][1:]:
+                total = builder.load(self._sums[r][p][0])
+                for other in self._sums[r][p][1:]:
                     total = builder.fadd(total, builder.load(other), flags=_FAST)
                 builder.store(total, self._out_place(r, p), align=4)
+
+    @property
+    def _x_bytes(self) -> int:
+        """Of one step along k: an element, or a pair of elements."""
+        return (2 if self._is_packed else 1) * (2 if self._is_dot else 4)
+
+    def _advance(self, steps: int) -> None:
+        self._x.advance(self._x_bytes * steps)
+        self._w.advance(4 * LANES * steps)
+        if self._looks_ahead:
+            self._ahead.advance(4 * LANES * steps)
 
     def _start(self, r: int, p: int, u: int) -> ir.Value:
         builder = self._builder
@@ -163,30 +294,26 @@ class _Tile:
             builder.load(self._out_place(r, p), align=4) if is_kept else ir.Constant(_FLOATS, [0.0] * LANES),
         )
 
-    def _multiply(self, step: ir.Value, sums: list[list[list[ir.Value]]], u: int) -> None:
-        """Adds the products of one step along k: an element, or a pair of elements."""
-        builder = self._builder
-        width = 2 if self._is_packed else 1
-        at = builder.mul(step, _int(LANES * width))
-        kind = _WORDS if self._is_packed else _FLOATS
-        places = [builder.add(start, at) for start in self._w_starts]
-        weights = [self._load(self._w, place, kind) for place in places]
+    def _multiply(self, u: int, step: int) -> None:
+        """Adds the products of the step with this number from where the walks are."""
+        builder, sums = self._builder, self._sums
+        offset = 4 * LANES * step
+        kind, align = (_WORDS, 2) if self._is_packed else (_FLOATS, 4)
+        weights = [builder.load(self._w.place(p, kind, offset), align=align) for p in range(self._panels)]
         if self._looks_ahead:
-            for place in places:
-                emit_prefetch(builder, builder.gep(self._w, [builder.add(place, self._next_panels)]))
+            for p in range(self._panels):
+                emit_prefetch(builder, self._ahead.place(p, ir.IntType(8), offset))
         if not self._is_dot:
             weights = [self._widened(weight) for weight in weights]
-        for r, start in enumerate(self._x_starts):
-            first = builder.add(start, builder.mul(step, _int(width)))
+        for r in range(self._rows):
+            first = self._x_bytes * step
             if self._is_dot:
-                pair = self._broadcast(self._load(self._x, first, _WORD))
+                pair = self._broadcast(builder.load(self._x.place(r, _WORD, first), align=2))
                 for p, weight in enumerate(weights):
                     self._dot(sums[r][p][u], pair, weight)
             else:
-                for i in range(width):
-                    element = self._broadcast(
-                        builder.load(builder.gep(self._x, [builder.add(first, _int(i))]))
-                    )
+                for i in range(2 if self._is_packed else 1):
+                    element = self._broadcast(builder.load(self._x.place(r, _FLOAT, first + 4 * i), align=4))
                     for p, weight in enumerate(weights):
                         product = builder.fmul(element, weight[i], flags=_FAST)
                         builder.store(
@@ -217,21 +344,11 @@ class _Tile:
         high = builder.and_(words, ir.Constant(_WORDS, [0xFFFF0000] * LANES))
         return [builder.bitcast(low, _FLOATS), builder.bitcast(high, _FLOATS)]
 
-    def _load(self, data: ir.Value, place: ir.Value, kind: ir.Type) -> ir.Value:
-        builder = self._builder
-        return builder.load(
-            builder.bitcast(builder.gep(data, [place]), kind.as_pointer()),
-            align=2 if data.type.pointee == _HALF else 4,
-        )
-
     def _out_place(self, r: int, p: int) -> ir.Value:
         builder = self._builder
-        place = builder.add(self._out_starts[r], _int(p * LANES))
+        row = builder.add(self._out_at, builder.mul(self._out_stride, _int(r)))
+        place = builder.add(row, _int(p * LANES))
         return builder.bitcast(builder.gep(self._out, [place]), _FLOATS.as_pointer())
-
-    def _starts(self, operand: Any, count: int) -> list[ir.Value]:
-        _, at, stride = operand
-        return [self._builder.add(at, self._builder.mul(stride, _int(i))) for i in range(count)]
 
     def _broadcast(self, element: ir.Value) -> ir.Value:
         builder = self._builder
