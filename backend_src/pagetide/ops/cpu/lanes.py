@@ -9,7 +9,7 @@ from llvmlite import ir
 from numba.core import cgutils
 
 from pagetide.ops.cpu.compiled import HAS_BF16_DOT
-from pagetide.ops.cpu.tiles import BFLOAT, LANES
+from pagetide.ops.cpu.tile_code import BFLOAT, LANES
 
 FLOAT, WORD, HALF, INDEX = ir.FloatType(), ir.IntType(32), ir.IntType(16), ir.IntType(64)
 FLOATS, WORDS = ir.VectorType(FLOAT, LANES), ir.VectorType(WORD, LANES)

@@ -32,7 +32,8 @@ from pagetide.ops.cpu.packing import GROUP, pack
 from pagetide.ops.cpu.rotary import write
 from pagetide.ops.cpu.scratch import make_scratch
 from pagetide.ops.cpu.sync import begin, finish, make_sync, num_concurrent_threads, phase_ticks
-from pagetide.ops.cpu.tiles import LANES, TILE_ROWS
+from pagetide.ops.cpu.tile_code import LANES
+from pagetide.ops.cpu.tiles import TILE_ROWS
 from pagetide.ops.layers import LayerShape, LayerWeights
 
 PHASES = ("norm", "qkv", "rotary, write", "attention", "merge", "out", "norm", "gate, up, SiLU", "down")

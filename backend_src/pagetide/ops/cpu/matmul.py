@@ -12,7 +12,8 @@ import numpy as np
 from pagetide.ops.cpu.compiled import device_function
 from pagetide.ops.cpu.packing import GROUP
 from pagetide.ops.cpu.sync import take
-from pagetide.ops.cpu.tiles import LANES, TILE_ROWS, multiply, multiply_add
+from pagetide.ops.cpu.tile_code import LANES
+from pagetide.ops.cpu.tiles import TILE_ROWS, multiply, multiply_add
 from pagetide.ops.cpu.vectors import gate
 
 _TASKS_PER_THREAD = 4

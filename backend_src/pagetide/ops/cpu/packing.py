@@ -7,7 +7,8 @@ import torch.nn.functional as F
 from numba import prange
 
 from pagetide.ops.cpu.compiled import as_numpy, device_function, kernel, load
-from pagetide.ops.cpu.tiles import LANES, depth_of
+from pagetide.ops.cpu.tile_code import LANES
+from pagetide.ops.cpu.tiles import depth_of
 
 GROUP = 2 * LANES  # outputs that are computed at a time
 

@@ -8,7 +8,8 @@ from pagetide.kv_cache.layout import PAGE
 from pagetide.ops.cpu.compiled import device_function, store
 from pagetide.ops.cpu.rotate import rotate
 from pagetide.ops.cpu.sync import take
-from pagetide.ops.cpu.tiles import LANES, depth_of
+from pagetide.ops.cpu.tile_code import LANES
+from pagetide.ops.cpu.tiles import depth_of
 from pagetide.ops.cpu.vectors import copy, scale_by, store_pair, sum_of_squares, weave
 
 _TOKENS = 4  # of a task

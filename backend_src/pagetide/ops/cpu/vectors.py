@@ -26,7 +26,7 @@ from pagetide.ops.cpu.lanes import (
     spread,
     store,
 )
-from pagetide.ops.cpu.tiles import LANES, emit_prefetch
+from pagetide.ops.cpu.tile_code import LANES, emit_prefetch
 
 _LOWEST = -3.0e38
 _LINE_BYTES = 64
