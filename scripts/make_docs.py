@@ -104,7 +104,10 @@ def lists() -> dict[str, str]:
         "outputs": outputs_table(),
         "settings": settings_table(),
         "package": files_table(package_files(), PACKAGE),
-        "clients": files_table(sorted((ROOT / "clients").glob("*.py")), ROOT / "clients"),
+        "clients": files_table(
+            sorted([*(ROOT / "clients").glob("*.py"), *(ROOT / "clients").glob("*/__init__.py")]),
+            ROOT / "clients",
+        ),
         "scripts": files_table(scripts(), ROOT / "scripts"),
         "tests": files_table(sorted((ROOT / "tests").glob("*/test_*.py")), ROOT / "tests"),
     }

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 import subprocess
 import sys
@@ -64,6 +65,25 @@ def chat(where: str, file: Path) -> None:
     assert messages[1]["content"] == QUESTION and "Paris" in messages[2]["content"]
 
 
+def run_examples(address: Address, base: str) -> None:
+    """The Python that READMEs show, with this server's addresses."""
+    paths = os.pathsep.join(str(ROOT / folder) for folder in ("clients", "backend_src"))
+    for page in ("README.md", "clients/README.md"):
+        blocks = re.findall(r"^```python\n(.*?)^```", (ROOT / page).read_text(), re.MULTILINE | re.DOTALL)
+        assert len(blocks) >= 2
+        for block in blocks:
+            code = block.replace("http://127.0.0.1:9000/v1", base).replace("127.0.0.1:8001", address.grpc)
+            done = subprocess.run(
+                [sys.executable, "-c", code],
+                cwd=ROOT,
+                env={**os.environ, "PYTHONPATH": paths},
+                capture_output=True,
+                text=True,
+                timeout=120,
+            )
+            assert done.returncode == 0 and done.stdout.strip(), f"{page}: {block}{done.stderr}"
+
+
 def test_serve_detached_streams_a_completion_and_stop_leaves_no_process(tmp_path):
     """The real model, the second start of a machine that has served it before."""
     address = free_address()
@@ -96,6 +116,7 @@ def test_serve_detached_streams_a_completion_and_stop_leaves_no_process(tmp_path
     )
     many = run(sys.executable, "clients/grpc_async_many.py", url, "--count=6", "--max-tokens=8")
     assert many.returncode == 0 and "6 answers" in many.stdout
+    run_examples(address, base)
     chat(url, tmp_path / "triton.json")
     chat(f"--gateway={base}", tmp_path / "gateway.json")
     load = run(
