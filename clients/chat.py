@@ -16,6 +16,7 @@ Answers are shown as markdown where the output is a terminal and rich is install
 from __future__ import annotations
 
 import argparse
+import http.client
 import importlib.util
 import json
 import sys
@@ -28,6 +29,9 @@ from typing import Any
 Messages = list[dict[str, str]]
 # Sends a conversation with these parameters; yields the pieces of the next message.
 Ask = Callable[[Messages, dict[str, Any]], Iterator[str]]
+
+
+NOT_PARAMETERS = ("messages", "model", "stream", "timeout", "self")
 
 
 class ChatError(Exception):
@@ -67,11 +71,20 @@ def ask_gateway(url: str, model: str) -> Ask:
                         for choice in event["choices"]:
                             yield choice["delta"].get("content") or ""
         except urllib.error.HTTPError as error:
-            raise ChatError(json.load(error)["error"]["message"]) from error
-        except OSError as error:
-            raise ChatError(f"{url} does not answer: {error}") from error
+            raise ChatError(_reason(error)) from error
+        except (OSError, http.client.HTTPException, ValueError) as error:
+            raise ChatError(f"{url} gave no whole answer: {error}") from error
 
     return ask
+
+
+def _reason(error: urllib.error.HTTPError) -> str:
+    """What an OpenAI server says, or whoever else has answered."""
+    body = error.read().decode(errors="replace")
+    try:
+        return json.loads(body)["error"]["message"]
+    except (ValueError, KeyError, TypeError):
+        return f"{error}: {body[:200]}"
 
 
 class Chat:
@@ -135,6 +148,8 @@ class Chat:
             name, equals, value = pair.partition("=")
             if not equals:
                 print(f"error: {pair} is not NAME=VALUE")
+            elif name in NOT_PARAMETERS:
+                print(f"error: {name} is no sampling parameter")
             elif not value:
                 self._params.pop(name, None)
             else:

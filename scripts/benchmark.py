@@ -69,18 +69,18 @@ def measure(
     return found, rows[-1]
 
 
-def served_shares(names: list[str], repeats: int) -> dict[str, dict[str, list[dict[str, float]]]]:
+def served_shares(names: list[str], model: str, repeats: int) -> dict[str, dict[str, list[dict[str, float]]]]:
     """By workload and way: tokens/s as a share of the engine alone, and time to first token in ms.
 
     Engine, server and gateway are all there and take turns, since a machine's speed changes over minutes;
     the idle ones take no time.
     """
     found: dict[str, dict[str, list[dict[str, float]]]] = {name: defaultdict(list) for name in names}
-    command = [sys.executable, __file__, "--run-one", "pagetide", "--on-demand"]
+    command = [sys.executable, __file__, "--run-one", "pagetide", "--on-demand", "--model", model]
     seeds = itertools.count(500_000)
     with (
         subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as engine,
-        started_server() as server,
+        started_server(model=model) as server,
         started_gateway(server) as gateway,
     ):
 
@@ -184,7 +184,10 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--run-one", help=argparse.SUPPRESS)
     parser.add_argument("--on-demand", action="store_true", help=argparse.SUPPRESS)
     parser.add_argument("--seed", type=int, default=0, help=argparse.SUPPRESS)
-    return parser.parse_args()
+    arguments = parser.parse_args()
+    if arguments.model and (arguments.features or arguments.host or arguments.streams or arguments.chunks):
+        parser.error("--features, --host, --streams and --chunks measure the embedded model")
+    return arguments
 
 
 def engines_of(arguments: argparse.Namespace) -> list[str]:
@@ -284,7 +287,7 @@ def main() -> int:
         print(report.arrivals(results, names))
     elif results:
         print(report.rates(results, processes, names, limits))
-    shares = served_shares(names, max(arguments.repeats, 3)) if arguments.server else {}
+    shares = served_shares(names, arguments.model, max(arguments.repeats, 3)) if arguments.server else {}
     if shares:
         print(report.shares(shares))
     summary = {

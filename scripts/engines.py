@@ -5,6 +5,7 @@ transformers, and those of scripts/peers.sh.
 from __future__ import annotations
 
 import asyncio
+import hashlib
 import itertools
 import json
 import os
@@ -288,19 +289,12 @@ def run_peer(
     jobs_of: Callable[[str], list[Job]], names: Iterable[str], model: str, peer: str
 ) -> Iterator[tuple[str, Figures]]:
     """Another engine, in the environment that scripts/peers.sh has made for it."""
-    from pagetide.models.source import find_model
-
-    command = [
-        str(PEERS / peer / "bin" / "python"),
-        str(ROOT / "scripts" / "peer_engines.py"),
-        peer,
-        str(PEERS),
-        "bfloat16",
-        str(find_model(model, Path(CACHE)).resolve()),
-    ]
-    environment = {**os.environ, **({"LD_PRELOAD": _preloads_of_vllm()} if peer == "vllm" else {})}
     with subprocess.Popen(
-        command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environment
+        peer_command(peer, model),
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+        env=peer_environment(peer),
     ) as process:
         assert process.stdin is not None and process.stdout is not None
         for name in ["single", *names]:
@@ -312,10 +306,27 @@ def run_peer(
         process.stdin.close()
 
 
-def _preloads_of_vllm() -> str:
-    """What its documentation asks for: its OpenMP runtime, and tcmalloc where the system has it."""
-    found = [PEERS / "vllm" / "lib" / "libiomp5.so", *Path("/usr/lib").glob("*/libtcmalloc_minimal.so.4")]
-    return ":".join(str(file) for file in found if file.exists())
+def peer_command(peer: str, model: str) -> list[str]:
+    """Starts scripts/peer_engines.py for this engine."""
+    from pagetide.models.source import find_model
+
+    folder = find_model(model, Path(CACHE)).resolve()
+    program = [str(PEERS / peer / "bin" / "python"), str(ROOT / "scripts" / "peer_engines.py")]
+    return [*program, peer, str(PEERS), "bfloat16", str(folder), name_for_peers(folder)]
+
+
+def name_for_peers(folder: Path) -> str:
+    """Under which scripts/peers.sh keeps what it has converted; another one when the model's files change."""
+    files = [(file.stat().st_size, file.stat().st_mtime_ns) for file in sorted(folder.glob("*.safetensors"))]
+    return f"{folder.name}-{hashlib.blake2b(f'{folder} {files}'.encode(), digest_size=4).hexdigest()}"
+
+
+def peer_environment(peer: str) -> dict[str, str]:
+    """What vLLM's documentation asks for: its OpenMP runtime, and tcmalloc where the system has it."""
+    if peer != "vllm":
+        return dict(os.environ)
+    files = [PEERS / "vllm" / "lib" / "libiomp5.so", *Path("/usr/lib").glob("*/libtcmalloc_minimal.so.4")]
+    return {**os.environ, "LD_PRELOAD": ":".join(str(file) for file in files if file.exists())}
 
 
 ENGINES: dict[str, Engine] = {

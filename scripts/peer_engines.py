@@ -1,15 +1,15 @@
 """Runs other engines on the benchmark's workloads, each in the environment that scripts/peers.sh has made
 for it.
 
-python peer_engines.py ENGINE PEERS_DIRECTORY DTYPE MODEL_DIRECTORY
+python peer_engines.py ENGINE PEERS_DIRECTORY DTYPE MODEL_DIRECTORY NAME
 
-Started by benchmark.py; imports nothing of Pagetide.
+Started by benchmark.py; imports nothing of Pagetide. NAME: under which peers.sh keeps the converted model.
 
 Reads one workload a line, as JSON: [{"prompt": [token ids], "num_tokens": n, "at": seconds after the
 beginning}, ...], greedy, exactly n tokens each.
 Prints a line for each: {"seconds": ..., "first": [seconds of each job's first token], "last": [...],
-"counts": [tokens of each job]}. Settings are those that each engine's own documentation asks for; at most
-32 sequences run at the same time.
+"counts": [tokens of each job], "tokens": [their ids, where the engine says them]}. Settings are those that
+each engine's own documentation asks for; at most 32 sequences run at the same time.
 """
 
 from __future__ import annotations
@@ -22,6 +22,7 @@ import sys
 import threading
 import time
 import urllib.request
+from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Protocol
@@ -35,14 +36,14 @@ class Stepped(Protocol):
 
     def add(self, number: int, prompt: list[int], num_tokens: int) -> None: ...
 
-    def step(self) -> Iterator[tuple[int, int]]:
-        """One step; yields (job, its number of tokens so far)."""
+    def step(self) -> Iterator[tuple[int, list[int]]]:
+        """One step; yields (job, its new tokens)."""
 
 
 class OpenVino:
     """ContinuousBatchingPipeline."""
 
-    def __init__(self, peers: Path, dtype: str, model: Path):
+    def __init__(self, peers: Path, dtype: str, model: Path, name: str):
         import openvino_genai
 
         self._library = openvino_genai
@@ -53,10 +54,9 @@ class OpenVino:
         precision = {"bfloat16": "bf16", "float32": "f32"}[dtype]
         properties = {"INFERENCE_PRECISION_HINT": precision, "KV_CACHE_PRECISION": precision}
         self._pipeline = openvino_genai.ContinuousBatchingPipeline(
-            str(peers / "openvino" / "models" / model.name), scheduler, "CPU", properties
+            str(peers / "openvino" / "models" / name), scheduler, "CPU", properties
         )
         self._handles: dict[int, Any] = {}
-        self._counts: dict[int, int] = {}
 
     def add(self, number: int, prompt: list[int], num_tokens: int) -> None:
         import numpy as np
@@ -69,15 +69,13 @@ class OpenVino:
         self._handles[number] = self._pipeline.add_request(
             number, openvino.Tensor(np.array([prompt], np.int64)), config
         )
-        self._counts[number] = 0
 
-    def step(self) -> Iterator[tuple[int, int]]:
+    def step(self) -> Iterator[tuple[int, list[int]]]:
         self._pipeline.step()
         for number, handle in list(self._handles.items()):
             while handle.can_read():
                 for output in handle.read().values():
-                    self._counts[number] += len(output.generated_ids)
-                yield number, self._counts[number]
+                    yield number, output.generated_ids
             if handle.get_status() != self._library.GenerationStatus.RUNNING:
                 del self._handles[number]
 
@@ -85,7 +83,7 @@ class OpenVino:
 class Vllm:
     """vLLM's engine in this process."""
 
-    def __init__(self, peers: Path, dtype: str, model: Path):
+    def __init__(self, peers: Path, dtype: str, model: Path, name: str):
         from vllm import LLM, SamplingParams
 
         self._params = SamplingParams
@@ -99,18 +97,22 @@ class Vllm:
             disable_log_stats=True,
         )
         self._engine = llm.llm_engine
+        self._counts: Counter[str] = Counter()
 
     def add(self, number: int, prompt: list[int], num_tokens: int) -> None:
         params = self._params(temperature=0, max_tokens=num_tokens, ignore_eos=True, detokenize=False)
         self._engine.add_request(str(number), {"prompt_token_ids": prompt}, params)
 
-    def step(self) -> Iterator[tuple[int, int]]:
+    def step(self) -> Iterator[tuple[int, list[int]]]:
         for output in self._engine.step():
-            yield int(output.request_id), len(output.outputs[0].token_ids)
+            so_far = output.outputs[0].token_ids
+            yield int(output.request_id), list(so_far[self._counts[output.request_id] :])
+            self._counts[output.request_id] = len(so_far)
 
 
 def run_stepped(engine: Stepped, jobs: list[dict[str, Any]], begin_number: int) -> dict[str, Any]:
-    first, last, counts = ([0.0] * len(jobs) for _ in range(3))
+    first, last = ([0.0] * len(jobs) for _ in range(2))
+    tokens: list[list[int]] = [[] for _ in jobs]
     waiting = sorted(range(len(jobs)), key=lambda i: jobs[i]["at"])
     left = len(jobs)
     begin = time.perf_counter()
@@ -122,12 +124,14 @@ def run_stepped(engine: Stepped, jobs: list[dict[str, Any]], begin_number: int) 
         if len(waiting) == left:  # nothing runs yet
             time.sleep(max(0.0, jobs[waiting[0]]["at"] - now))
             continue
-        for number, count in engine.step():
+        for number, new in engine.step():
             i, now = number - begin_number, time.perf_counter() - begin
             first[i] = first[i] or now
-            left -= count >= jobs[i]["num_tokens"] > counts[i]
-            last[i], counts[i] = now, count
-    return {"seconds": time.perf_counter() - begin, "first": first, "last": last, "counts": counts}
+            left -= len(tokens[i]) < jobs[i]["num_tokens"] <= len(tokens[i]) + len(new)
+            tokens[i] += new
+            last[i] = now
+    seconds, counts = time.perf_counter() - begin, [len(ids) for ids in tokens]
+    return {"seconds": seconds, "first": first, "last": last, "counts": counts, "tokens": tokens}
 
 
 class LlamaCpp:
@@ -135,7 +139,7 @@ class LlamaCpp:
     of a batch.
     """
 
-    def __init__(self, peers: Path, dtype: str, model: Path):
+    def __init__(self, peers: Path, dtype: str, model: Path, name: str):
         assert dtype == "bfloat16", "peers.sh makes a bfloat16 file"
         with socket.socket() as free:
             free.bind(("127.0.0.1", 0))
@@ -155,7 +159,7 @@ class LlamaCpp:
         command = [
             str(program),
             "--model",
-            str(peers / "llamacpp" / "models" / f"{model.name}.gguf"),
+            str(peers / "llamacpp" / "models" / f"{name}.gguf"),
             *map(str, options),
         ]
         self._server = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
@@ -221,7 +225,9 @@ def main() -> None:
     name, peers, dtype, model = sys.argv[1], Path(sys.argv[2]), sys.argv[3], Path(sys.argv[4])
     answers = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)  # what the engine prints is not an answer
-    engine: Any = {"openvino": OpenVino, "vllm": Vllm, "llamacpp": LlamaCpp}[name](peers, dtype, model)
+    engine: Any = {"openvino": OpenVino, "vllm": Vllm, "llamacpp": LlamaCpp}[name](
+        peers, dtype, model, sys.argv[5]
+    )
     number = 0
     for line in sys.stdin:
         jobs = json.loads(line)

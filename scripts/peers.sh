@@ -21,8 +21,15 @@ if [ "${1:-}" = --model ]; then
     model=${2:?"--model needs a directory"}
     shift 2
 fi
-model=$(PYTHONPATH=backend_src $PYTHON -c 'import sys; from pathlib import Path; from pagetide.models.source import find_model; print(find_model(sys.argv[1], Path(".cache")).resolve())' "$model")
-name_of_model=$(basename "$model")
+{ read -r model; read -r name_of_model; } < <(PYTHONPATH=backend_src:scripts $PYTHON - "$model" << 'PYTHON'
+import sys
+from pathlib import Path
+from engines import CACHE, name_for_peers
+from pagetide.models.source import find_model
+model = find_model(sys.argv[1], Path(CACHE)).resolve()
+print(model, name_for_peers(model), sep="\n")
+PYTHON
+)
 
 new_environment() { # torch first: asked for by another package, it may come as a build for CUDA
     rm -rf "${PEERS:?}/$1"

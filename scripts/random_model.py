@@ -1,11 +1,12 @@
 """Writes a model directory with random weights in the shape of Llama-3.2-1B and the embedded model's
-tokenizer: 1.2 billion parameters in bfloat16, 2.5 GB, to measure what a larger model costs.
+tokenizer, filled up: 1.2 billion parameters in bfloat16, 2.5 GB, to measure what a larger model costs.
 
 python scripts/random_model.py FOLDER
 """
 
 from __future__ import annotations
 
+import json
 import shutil
 import sys
 from pathlib import Path
@@ -38,6 +39,16 @@ def write(folder: Path) -> None:
     LlamaForCausalLM(config).save_pretrained(folder)
     for file in find_model("", ROOT / ".cache").glob("*token*"):
         shutil.copy(file, folder)
+    fill(folder / "tokenizer.json", config.vocab_size)
+
+
+def fill(file: Path, size: int) -> None:
+    """Adds tokens that no text has, so that all of the model's rows count."""
+    tokenizer = json.loads(file.read_text(encoding="utf-8"))
+    vocabulary = tokenizer["model"]["vocab"]
+    known = set(vocabulary.values()) | {token["id"] for token in tokenizer["added_tokens"]}
+    vocabulary |= {f"<filler {i}>": i for i in range(size) if i not in known}
+    file.write_text(json.dumps(tokenizer, ensure_ascii=False), encoding="utf-8")
 
 
 def main() -> int:

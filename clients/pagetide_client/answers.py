@@ -8,6 +8,9 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import tritonclient.grpc as grpc
+from tritonclient.grpc import service_pb2 as pb
+
+from pagetide_client.errors import error_of_text
 
 
 @dataclass(frozen=True)
@@ -57,8 +60,11 @@ class Completion:
         return sum(len(answer.token_ids) for answer in self.answers)
 
 
-def chunk_of(result: grpc.InferResult) -> Chunk:
-    """One response of the model."""
+def chunk_of(response: pb.ModelStreamInferResponse) -> Chunk:
+    """One response of the model. Raises the PagetideError that it may be."""
+    if response.error_message:
+        raise error_of_text(response.error_message)
+    result = grpc.InferResult(response.infer_response)
 
     def number(name: str) -> int:
         return int(result.as_numpy(name).item())
@@ -75,9 +81,9 @@ def chunk_of(result: grpc.InferResult) -> Chunk:
     )
 
 
-def is_last(result: grpc.InferResult) -> bool:
+def is_last(response: pb.ModelStreamInferResponse) -> bool:
     """Whether the request has no further responses."""
-    return bool(result.get_response().parameters["triton_final_response"].bool_param)
+    return response.infer_response.parameters["triton_final_response"].bool_param
 
 
 def joined(chunks: Iterable[Chunk]) -> Completion:

@@ -3,27 +3,31 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncGenerator, AsyncIterator
+from collections.abc import AsyncGenerator
 from contextlib import aclosing
 from typing import Any
 
-import tritonclient.grpc.aio as grpc
-from tritonclient.utils import InferenceServerException
+import grpc
+from tritonclient.grpc import service_pb2 as pb
+from tritonclient.grpc import service_pb2_grpc
 
 from pagetide_client.answers import Chunk, Completion, chunk_of, is_last, joined
-from pagetide_client.errors import RequestTimeoutError, ServerBusyError, ServerUnavailableError, error_of
+from pagetide_client.errors import ServerBusyError, ServerUnavailableError, ended_early, error_of_call
 from pagetide_client.requests import (
+    CHANNEL,
     Messages,
     Prompt,
     Retries,
-    chat_inputs,
-    completion_inputs,
-    outputs_for,
+    chat_request,
+    completion_request,
 )
 
 
 class AsyncClient:
-    """Connects to one Triton; its calls may run side by side. Arguments as Client's."""
+    """Connects to one Triton, within one event loop; its calls may run side by side. Arguments as Client's.
+
+    A stream that is left by break is cancelled soon; `async with contextlib.aclosing(...)` does so at once.
+    """
 
     def __init__(
         self,
@@ -35,38 +39,40 @@ class AsyncClient:
         self._model = model
         self._timeout = timeout
         self._retries = retries or Retries()
-        self._client = grpc.InferenceServerClient(url)
+        self._channel = grpc.aio.insecure_channel(url, CHANNEL)
+        self._stub = service_pb2_grpc.GRPCInferenceServiceStub(self._channel)
 
     async def generate(self, prompt: Prompt, timeout: float | None = None, **fields: Any) -> Completion:
         """Goes on with a prompt: its whole answers. Raises PagetideError."""
-        return await self._whole(completion_inputs(prompt, False, fields), fields, timeout)
+        return await self._whole(completion_request(self._model, prompt, False, fields), timeout)
 
     def stream(
         self, prompt: Prompt, timeout: float | None = None, **fields: Any
     ) -> AsyncGenerator[Chunk, None]:
         """Goes on with a prompt: chunks as they come. Raises PagetideError."""
-        return self._run(completion_inputs(prompt, True, fields), fields, timeout)
+        return self._run(completion_request(self._model, prompt, True, fields), timeout)
 
     async def chat(self, messages: Messages, timeout: float | None = None, **fields: Any) -> Completion:
         """Answers a conversation ({"role", "content"} each): the whole answers. Raises PagetideError."""
-        return await self._whole(chat_inputs(messages, False, fields), fields, timeout)
+        return await self._whole(chat_request(self._model, messages, False, fields), timeout)
 
     def stream_chat(
         self, messages: Messages, timeout: float | None = None, **fields: Any
     ) -> AsyncGenerator[Chunk, None]:
         """Answers a conversation: chunks as they come. Raises PagetideError."""
-        return self._run(chat_inputs(messages, True, fields), fields, timeout)
+        return self._run(chat_request(self._model, messages, True, fields), timeout)
 
     async def is_ready(self) -> bool:
         """Whether the model can be asked."""
         try:
-            return bool(await self._client.is_model_ready(self._model))
-        except InferenceServerException:
+            answer = await self._stub.ModelReady(pb.ModelReadyRequest(name=self._model), timeout=10)
+            return bool(answer.ready)
+        except grpc.RpcError:
             return False
 
     async def close(self) -> None:
-        """Ends the connection; streams that still run are lost."""
-        await self._client.close()
+        """Ends the connection and cancels what still runs."""
+        await self._channel.close()
 
     async def __aenter__(self) -> AsyncClient:
         return self
@@ -74,61 +80,47 @@ class AsyncClient:
     async def __aexit__(self, *exception: object) -> None:
         await self.close()
 
-    async def _whole(self, inputs: list[Any], fields: dict[str, Any], timeout: float | None) -> Completion:
-        async with aclosing(self._run(inputs, fields, timeout)) as chunks:
+    async def _whole(self, request: pb.ModelInferRequest, timeout: float | None) -> Completion:
+        async with aclosing(self._run(request, timeout)) as chunks:
             return joined([chunk async for chunk in chunks])
 
-    async def _run(
-        self, inputs: list[Any], fields: dict[str, Any], timeout: float | None
-    ) -> AsyncGenerator[Chunk, None]:
+    async def _run(self, request: pb.ModelInferRequest, timeout: float | None) -> AsyncGenerator[Chunk, None]:
+        now = asyncio.get_running_loop().time
         limit = self._timeout if timeout is None else timeout
-        deadline = None if limit is None else asyncio.get_running_loop().time() + limit
-        outputs, attempt = outputs_for(fields), 0
+        deadline = None if limit is None else now() + limit
+        attempt = 0
         while True:
             attempt += 1
             has_begun = False
+            left = None if deadline is None else max(0.0, deadline - now())
             try:
-                async with aclosing(self._attempt(inputs, outputs, deadline)) as chunks:
+                async with aclosing(self._attempt(request, left)) as chunks:
                     async for chunk in chunks:
                         has_begun = True
                         yield chunk
                 return
             except (ServerBusyError, ServerUnavailableError):
                 wait = self._retries.wait(attempt)
-                left = wait if deadline is None else deadline - asyncio.get_running_loop().time()
-                if has_begun or attempt > self._retries.count or left < wait:
+                comes_too_late = deadline is not None and now() + wait > deadline
+                if has_begun or attempt > self._retries.count or comes_too_late:
                     raise
                 await asyncio.sleep(wait)
 
     async def _attempt(
-        self, inputs: list[Any], outputs: list[Any], deadline: float | None
+        self, request: pb.ModelInferRequest, left: float | None
     ) -> AsyncGenerator[Chunk, None]:
         """Sends the request once, on a stream of its own; leaving cancels it."""
-
-        async def requests() -> AsyncIterator[dict[str, Any]]:
-            yield {
-                "model_name": self._model,
-                "inputs": inputs,
-                "outputs": outputs,
-                "enable_empty_final_response": False,
-            }
-
-        responses = self._client.stream_infer(requests())
         try:
-            while True:
-                left = None if deadline is None else max(0.0, deadline - asyncio.get_running_loop().time())
-                try:
-                    result, error = await asyncio.wait_for(anext(responses), left)
-                except asyncio.TimeoutError:
-                    raise RequestTimeoutError(
-                        "the answer was not whole in time and has been cancelled"
-                    ) from None
-                except InferenceServerException as failure:
-                    raise error_of(failure) from failure
-                if error is not None:
-                    raise error_of(error)
-                yield chunk_of(result)
-                if is_last(result):
+            call = self._stub.ModelStreamInfer(iter([request]), timeout=left)
+        except grpc.aio.UsageError as error:
+            raise ServerUnavailableError("this client has been closed") from error
+        try:
+            async for response in call:
+                yield chunk_of(response)
+                if is_last(response):
                     return
+            raise ended_early()
+        except grpc.RpcError as failure:
+            raise error_of_call(failure) from failure
         finally:
-            responses.cancel()
+            call.cancel()

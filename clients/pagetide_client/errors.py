@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import re
-from typing import Any
+
+import grpc
 
 
 class PagetideError(Exception):
@@ -19,7 +20,9 @@ class ServerBusyError(PagetideError):
 
 
 class ServerUnavailableError(PagetideError):
-    """Nobody answers at this address, or the server is starting: check the address, or come back later."""
+    """Nobody answers at this address, or the server is starting or ending: check the address, or come back
+    later.
+    """
 
 
 class EngineError(PagetideError):
@@ -30,20 +33,39 @@ class RequestTimeoutError(PagetideError):
     """The answer was not whole within the call's timeout; the request has been cancelled."""
 
 
-# Errors come as text, in Triton's words or the engine's.
+# In a stream errors come as text, in Triton's words or the engine's.
 _BY_TEXT: tuple[tuple[str, type[PagetideError]], ...] = (
     (r"Exceeds maximum queue size", ServerBusyError),
     (r"internal error|the engine failed at this request", EngineError),
-    (r"^the engine |Stub process|is not ready|failed to connect|Connection refused", ServerUnavailableError),
+    (r"^the engine |Stub process|is not ready", ServerUnavailableError),
 )
+_BY_CODE = {
+    grpc.StatusCode.UNAVAILABLE: ServerUnavailableError,
+    grpc.StatusCode.CANCELLED: ServerUnavailableError,  # by the server, or by close()
+    grpc.StatusCode.DEADLINE_EXCEEDED: RequestTimeoutError,
+    grpc.StatusCode.INVALID_ARGUMENT: InvalidRequestError,
+    grpc.StatusCode.NOT_FOUND: InvalidRequestError,
+    grpc.StatusCode.RESOURCE_EXHAUSTED: InvalidRequestError,  # larger than a message may be
+}
 
 
-def error_of(cause: Any) -> PagetideError:
-    """From tritonclient's InferenceServerException."""
-    message = re.sub(r"^in ensemble '[^']*', ", "", cause.message() or "the server gave no reason")
-    if "UNAVAILABLE" in (cause.status() or ""):
-        return ServerUnavailableError(message)
+def error_of_text(message: str) -> PagetideError:
+    """From what a response says instead of an answer."""
+    message = re.sub(r"^in ensemble '[^']*', ", "", message)
     for pattern, kind in _BY_TEXT:
         if re.search(pattern, message):
             return kind(message)
     return InvalidRequestError(message)
+
+
+def error_of_call(failure: grpc.RpcError) -> PagetideError:
+    """From a call that failed as a whole."""
+    kind = _BY_CODE.get(failure.code(), EngineError)
+    if kind is RequestTimeoutError:
+        return kind("the answer was not whole in time, and the request has been cancelled")
+    return kind(failure.details() or str(failure.code()))
+
+
+def ended_early() -> PagetideError:
+    """A stream without a last response."""
+    return ServerUnavailableError("the server ended the stream before the answer was whole")

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import json
 import random
+import struct
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-import tritonclient.grpc as grpc
+from tritonclient.grpc import service_pb2 as pb
 
 Messages = Sequence[dict[str, Any]]
 Prompt = str | Sequence[int]  # text, or token ids
@@ -23,6 +24,7 @@ OUTPUTS = (
     "num_input_tokens",
     "num_cached_tokens",
 )
+CHANNEL = (("grpc.max_send_message_length", -1), ("grpc.max_receive_message_length", -1))
 
 
 @dataclass(frozen=True)
@@ -40,35 +42,43 @@ class Retries:
         return self.first_wait * 2 ** (attempt - 1) * (1 + random.random())
 
 
-def completion_inputs(prompt: Prompt, stream: bool, fields: dict[str, Any]) -> list[grpc.InferInput]:
+def completion_request(
+    model: str, prompt: Prompt, stream: bool, fields: dict[str, Any]
+) -> pb.ModelInferRequest:
     """Of a prompt as it is."""
+    request = _request(model, stream, fields)
     if isinstance(prompt, str):
-        return [_text("text_input", prompt), *_common(stream, fields)]
-    ids = grpc.InferInput("input_ids", [1, len(prompt)], "INT32")
-    ids.set_data_from_numpy(np.array([prompt], np.int32))
-    return [ids, *_common(stream, fields)]
+        _add_text(request, "text_input", prompt)
+    else:
+        _add(request, "input_ids", "INT32", [1, len(prompt)], np.array(prompt, np.int32).tobytes())
+    return request
 
 
-def chat_inputs(messages: Messages, stream: bool, fields: dict[str, Any]) -> list[grpc.InferInput]:
+def chat_request(
+    model: str, messages: Messages, stream: bool, fields: dict[str, Any]
+) -> pb.ModelInferRequest:
     """Of a conversation, for the model's chat template."""
-    return [_text("messages", json.dumps(list(messages))), *_common(stream, fields)]
+    request = _request(model, stream, fields)
+    _add_text(request, "messages", json.dumps(list(messages)))
+    return request
 
 
-def outputs_for(fields: dict[str, Any]) -> list[grpc.InferRequestedOutput]:
-    """Only what chunks are made of."""
-    names = [*OUTPUTS, "logprobs"] if fields.get("logprobs") is not None else OUTPUTS
-    return [grpc.InferRequestedOutput(name) for name in names]
-
-
-def _common(stream: bool, fields: dict[str, Any]) -> list[grpc.InferInput]:
+def _request(model: str, stream: bool, fields: dict[str, Any]) -> pb.ModelInferRequest:
     given = {name: value for name, value in fields.items() if value is not None}
     counts = {"return_num_input_tokens": True, "return_num_cached_tokens": True}
-    streams = grpc.InferInput("stream", [1, 1], "BOOL")
-    streams.set_data_from_numpy(np.array([[stream]]))
-    return [streams, _text("sampling_parameters", json.dumps(given | counts))]
+    request = pb.ModelInferRequest(model_name=model)
+    for name in (*OUTPUTS, "logprobs") if "logprobs" in given else OUTPUTS:
+        request.outputs.add(name=name)
+    _add(request, "stream", "BOOL", [1, 1], bytes([stream]))
+    _add_text(request, "sampling_parameters", json.dumps(given | counts))
+    return request
 
 
-def _text(name: str, value: str) -> grpc.InferInput:
-    result = grpc.InferInput(name, [1, 1], "BYTES")
-    result.set_data_from_numpy(np.array([[value.encode()]], np.object_))
-    return result
+def _add_text(request: pb.ModelInferRequest, name: str, value: str) -> None:
+    data = value.encode()
+    _add(request, name, "BYTES", [1, 1], struct.pack("<I", len(data)) + data)
+
+
+def _add(request: pb.ModelInferRequest, name: str, kind: str, shape: list[int], data: bytes) -> None:
+    request.inputs.add(name=name, datatype=kind, shape=shape)
+    request.raw_input_contents.append(data)

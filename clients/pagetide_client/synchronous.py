@@ -2,22 +2,23 @@
 
 from __future__ import annotations
 
-import queue
 import time
-from collections.abc import Iterator
+from collections.abc import Generator
 from typing import Any
 
-import tritonclient.grpc as grpc
+import grpc
+from tritonclient.grpc import service_pb2 as pb
+from tritonclient.grpc import service_pb2_grpc
 
 from pagetide_client.answers import Chunk, Completion, chunk_of, is_last, joined
-from pagetide_client.errors import RequestTimeoutError, ServerBusyError, ServerUnavailableError, error_of
+from pagetide_client.errors import ServerBusyError, ServerUnavailableError, ended_early, error_of_call
 from pagetide_client.requests import (
+    CHANNEL,
     Messages,
     Prompt,
     Retries,
-    chat_inputs,
-    completion_inputs,
-    outputs_for,
+    chat_request,
+    completion_request,
 )
 
 
@@ -34,38 +35,42 @@ class Client:
         timeout: float | None = None,
         retries: Retries | None = None,
     ):
-        self._url = url
         self._model = model
         self._timeout = timeout
         self._retries = retries or Retries()
-        self._control = grpc.InferenceServerClient(url)  # keeps the channel that all requests share
+        self._channel = grpc.insecure_channel(url, CHANNEL)
+        self._stub = service_pb2_grpc.GRPCInferenceServiceStub(self._channel)
 
     def generate(self, prompt: Prompt, timeout: float | None = None, **fields: Any) -> Completion:
         """Goes on with a prompt: its whole answers. Raises PagetideError."""
-        return joined(self._run(completion_inputs(prompt, False, fields), fields, timeout))
+        return joined(self._run(completion_request(self._model, prompt, False, fields), timeout))
 
-    def stream(self, prompt: Prompt, timeout: float | None = None, **fields: Any) -> Iterator[Chunk]:
+    def stream(
+        self, prompt: Prompt, timeout: float | None = None, **fields: Any
+    ) -> Generator[Chunk, None, None]:
         """Goes on with a prompt: chunks as they come. Raises PagetideError."""
-        return self._run(completion_inputs(prompt, True, fields), fields, timeout)
+        return self._run(completion_request(self._model, prompt, True, fields), timeout)
 
     def chat(self, messages: Messages, timeout: float | None = None, **fields: Any) -> Completion:
         """Answers a conversation ({"role", "content"} each): the whole answers. Raises PagetideError."""
-        return joined(self._run(chat_inputs(messages, False, fields), fields, timeout))
+        return joined(self._run(chat_request(self._model, messages, False, fields), timeout))
 
-    def stream_chat(self, messages: Messages, timeout: float | None = None, **fields: Any) -> Iterator[Chunk]:
+    def stream_chat(
+        self, messages: Messages, timeout: float | None = None, **fields: Any
+    ) -> Generator[Chunk, None, None]:
         """Answers a conversation: chunks as they come. Raises PagetideError."""
-        return self._run(chat_inputs(messages, True, fields), fields, timeout)
+        return self._run(chat_request(self._model, messages, True, fields), timeout)
 
     def is_ready(self) -> bool:
         """Whether the model can be asked."""
         try:
-            return bool(self._control.is_model_ready(self._model))
-        except grpc.InferenceServerException:
+            return bool(self._stub.ModelReady(pb.ModelReadyRequest(name=self._model), timeout=10).ready)
+        except grpc.RpcError:
             return False
 
     def close(self) -> None:
-        """Ends the connection; streams that still run are lost."""
-        self._control.close()
+        """Ends the connection and cancels what still runs."""
+        self._channel.close()
 
     def __enter__(self) -> Client:
         return self
@@ -73,47 +78,39 @@ class Client:
     def __exit__(self, *exception: object) -> None:
         self.close()
 
-    def _run(self, inputs: list[Any], fields: dict[str, Any], timeout: float | None) -> Iterator[Chunk]:
+    def _run(self, request: pb.ModelInferRequest, timeout: float | None) -> Generator[Chunk, None, None]:
         limit = self._timeout if timeout is None else timeout
         deadline = None if limit is None else time.monotonic() + limit
-        outputs, attempt = outputs_for(fields), 0
+        attempt = 0
         while True:
             attempt += 1
             has_begun = False
             try:
-                for chunk in self._attempt(inputs, outputs, deadline):
+                for chunk in self._attempt(request, deadline):
                     has_begun = True
                     yield chunk
                 return
             except (ServerBusyError, ServerUnavailableError):
                 wait = self._retries.wait(attempt)
-                if has_begun or attempt > self._retries.count or _left(deadline, wait) < wait:
+                comes_too_late = deadline is not None and time.monotonic() + wait > deadline
+                if has_begun or attempt > self._retries.count or comes_too_late:
                     raise
                 time.sleep(wait)
 
-    def _attempt(self, inputs: list[Any], outputs: list[Any], deadline: float | None) -> Iterator[Chunk]:
+    def _attempt(self, request: pb.ModelInferRequest, deadline: float | None) -> Generator[Chunk, None, None]:
         """Sends the request once, on a stream of its own; leaving cancels it."""
-        responses: queue.Queue[Any] = queue.Queue()
-        stream = grpc.InferenceServerClient(self._url)
-        stream.start_stream(lambda result, error: responses.put(error or result))
+        left = None if deadline is None else max(0.0, deadline - time.monotonic())
         try:
-            stream.async_stream_infer(self._model, inputs, outputs=outputs)
-            while True:
-                try:
-                    response = responses.get(timeout=None if deadline is None else _left(deadline, 0))
-                except queue.Empty:
-                    raise RequestTimeoutError(
-                        "the answer was not whole in time and has been cancelled"
-                    ) from None
-                if isinstance(response, Exception):
-                    raise error_of(response)
+            call = self._stub.ModelStreamInfer(iter([request]), timeout=left)
+        except ValueError as error:  # gRPC's word for a closed channel
+            raise ServerUnavailableError("this client has been closed") from error
+        try:
+            for response in call:
                 yield chunk_of(response)
                 if is_last(response):
                     return
+            raise ended_early()
+        except grpc.RpcError as failure:
+            raise error_of_call(failure) from failure
         finally:
-            stream.stop_stream(cancel_requests=True)
-
-
-def _left(deadline: float | None, otherwise: float) -> float:
-    """Seconds until then, at least 0."""
-    return otherwise if deadline is None else max(0.0, deadline - time.monotonic())
+            call.cancel()

@@ -5,17 +5,15 @@ Always ends at a Hugging Face model directory.
 
 from __future__ import annotations
 
-import fcntl
 import hashlib
 import importlib.util
 import logging
 import os
-import shutil
 import tempfile
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from pathlib import Path
 
+from pagetide.folders import make_once
 from pagetide.models.config import UnsupportedModelError
 from pagetide.models.convert import convert
 
@@ -80,21 +78,13 @@ def _with_tokenizer_file(model: Path, cache: Path) -> Path:
 
 def _made_once(name: str, cache: Path, make: Callable[[Path], None]) -> Path:
     """The folder `name` of the cache, made if it is not there or not whole; elsewhere, with a warning, if
-    the cache cannot be written.
-
-    make: fills an empty folder. The folder gets its name only when it is whole, so that a crash leaves
-    nothing that looks like a model.
+    the cache cannot be written. make: fills an empty folder.
     """
     reasons = []
-    for place in (cache / "models", Path(tempfile.gettempdir()) / f"pagetide-{os.getuid()}" / "models"):
+    for place in _places(cache):
         target = place / name
-        if _is_whole(target):
-            return target
         try:
-            with _lock(target):
-                if not _is_whole(target):
-                    _make(target, make)
-            return target
+            return make_once(target, make, _is_whole)
         except OSError as error:
             log.warning("%s cannot be used for converted models: %s", place, error)
             reasons.append(f"{place}: {error}")
@@ -104,16 +94,13 @@ def _made_once(name: str, cache: Path, make: Callable[[Path], None]) -> Path:
     )
 
 
-def _make(target: Path, make: Callable[[Path], None]) -> None:
-    unfinished = target.with_name(target.name + ".unfinished")
-    shutil.rmtree(unfinished, ignore_errors=True)
-    try:
-        unfinished.mkdir()
-        make(unfinished)
-        shutil.rmtree(target, ignore_errors=True)
-        unfinished.rename(target)
-    finally:
-        shutil.rmtree(unfinished, ignore_errors=True)
+def is_converted(model: Path, cache: Path) -> bool:
+    """Whether the model's folder is one that was made here, so that more may be kept in it."""
+    return model.parent in _places(cache)
+
+
+def _places(cache: Path) -> tuple[Path, Path]:
+    return cache / "models", Path(tempfile.gettempdir()) / f"pagetide-{os.getuid()}" / "models"
 
 
 def _is_whole(folder: Path) -> bool:
@@ -122,15 +109,6 @@ def _is_whole(folder: Path) -> bool:
         and (folder / "tokenizer.json").exists()
         and any(folder.glob("*.safetensors"))
     )
-
-
-@contextmanager
-def _lock(target: Path) -> Iterator[None]:
-    """Keeps other processes from making the same folder: a server's models start side by side."""
-    target.parent.mkdir(parents=True, exist_ok=True)
-    with target.with_name(target.name + ".lock").open("w") as file:
-        fcntl.flock(file, fcntl.LOCK_EX)
-        yield
 
 
 def _from_hub(name: str) -> Path:

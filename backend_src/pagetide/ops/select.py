@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import torch
 
 from pagetide.config import Settings
@@ -9,10 +11,16 @@ from pagetide.ops.plain import REFERENCE
 from pagetide.ops.table import Ops
 
 
-def select_ops(device: torch.device, settings: Settings) -> Ops:
-    """The fastest set that this device has; the reference set if the settings say so."""
-    if device.type == "cpu" and settings.ops == "auto":
-        from pagetide.ops.cpu.table import make_cpu_ops  # imports Numba, which a GPU does not need
+def select_ops(
+    device: torch.device, settings: Settings, dtype: torch.dtype, folder: Path | None = None
+) -> Ops:
+    """The fastest set that this device has; the reference set if the settings say so.
 
-        return make_cpu_ops()
+    folder: where weights of this type may be kept as the device takes them.
+    """
+    if device.type == "cpu" and settings.ops == "auto":
+        from pagetide.ops.cpu.kept import keeper  # imports Numba, which a GPU does not need
+        from pagetide.ops.cpu.table import make_cpu_ops
+
+        return make_cpu_ops(keeper(folder, str(dtype).removeprefix("torch.")))
     return REFERENCE

@@ -34,7 +34,7 @@ def _has_openmp() -> bool:
 numba.config.THREADING_LAYER = "omp" if _has_openmp() else "workqueue"
 
 
-def _source_hash() -> str:
+def source_hash() -> str:
     """Of all kernels: Numba looks only at the file of the kernel that is called, not at what is compiled
     into it.
     """
@@ -44,7 +44,7 @@ def _source_hash() -> str:
 
 # Where that cannot be written, Numba goes on to its other places.
 numba.config.CACHE_DIR = numba.config.CACHE_DIR or str(
-    Path(__file__).parent / "__pycache__" / f"kernels-{_source_hash()}"
+    Path(__file__).parent / "__pycache__" / f"kernels-{source_hash()}"
 )
 
 
@@ -181,3 +181,9 @@ def fast_exp(x):  # type: ignore[no-untyped-def]
 def as_numpy(tensor: torch.Tensor) -> np.ndarray:
     """The tensor's memory as Numba takes it: bfloat16 as uint16."""
     return tensor.view(torch.uint16).numpy() if tensor.dtype is torch.bfloat16 else tensor.numpy()
+
+
+def as_tensor(array: np.ndarray) -> torch.Tensor:
+    """The tensor that as_numpy was given: uint16 as bfloat16."""
+    tensor = torch.from_numpy(array)
+    return tensor.view(torch.bfloat16) if array.dtype == np.uint16 else tensor

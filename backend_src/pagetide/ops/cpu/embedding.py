@@ -6,7 +6,8 @@ import numpy as np
 import torch
 from numba import prange
 
-from pagetide.ops.cpu.compiled import as_numpy, borrowed, device_function, kernel
+from pagetide.ops.cpu.compiled import as_numpy, as_tensor, borrowed, device_function, kernel
+from pagetide.ops.cpu.kept import Keeper, no_keeper
 from pagetide.ops.cpu.layers import activation_type
 from pagetide.ops.cpu.matmul import project
 from pagetide.ops.cpu.norm import normalize
@@ -36,10 +37,11 @@ def _logits_thread(thread, num_rows, eps, sync, residual, norm, normed, head, bi
 class CompiledEmbedding:
     """ops.layers.Embedding on a CPU."""
 
-    def __init__(self, weights: EmbeddingWeights):
+    def __init__(self, weights: EmbeddingWeights, keep: Keeper = no_keeper):
         self._vocab_size, self._hidden_size = weights.embedding.shape
         self._norm, self._eps = weights.norm.float().numpy(), np.float32(weights.eps)
-        self._head = pack(weights.embedding if weights.head is None else weights.head.values)
+        head = weights.embedding if weights.head is None else weights.head.values
+        self._head = as_tensor(keep("head", lambda: {"head": as_numpy(pack(head))})["head"])
         self._embedding = None if weights.head is None else weights.embedding
         self._num_threads = num_concurrent_threads()
         self._logits = torch.empty(0)

@@ -20,12 +20,14 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from numba import prange
 
 from pagetide.ops.batch import Batch
 from pagetide.ops.cpu.attention import attend, merge
 from pagetide.ops.cpu.attention_tasks import MAX_ROWS, plan_tasks
 from pagetide.ops.cpu.compiled import HAS_BF16_DOT, as_numpy, borrowed, device_function, kernel
+from pagetide.ops.cpu.kept import Keeper, no_keeper
 from pagetide.ops.cpu.matmul import project, project_gated
 from pagetide.ops.cpu.norm import normalize
 from pagetide.ops.cpu.packing import GROUP, pack
@@ -188,9 +190,9 @@ def _run_thread(thread, sync, weights, acts, scratch, places, work, kv, eps, sca
 class CompiledLayers:
     """ops.layers.Layers on a CPU."""
 
-    def __init__(self, shape: LayerShape, layers: Iterable[LayerWeights]):
+    def __init__(self, shape: LayerShape, layers: Iterable[LayerWeights], keep: Keeper = no_keeper):
         self._shape = shape
-        self._weights = stack(shape, layers)
+        self._weights = Weights(**keep("layers", lambda: stack(shape, layers)))
         self._cos_sin = shape.cos_sin.numpy()
         self._num_threads = num_concurrent_threads()
         self._activations: Activations | None = None
@@ -259,15 +261,15 @@ def activation_type(weight: np.ndarray) -> type[np.generic]:
     return np.uint16 if HAS_BF16_DOT and weight.dtype == np.uint16 else np.float32
 
 
-def stack(shape: LayerShape, layers: Iterable[LayerWeights]) -> Weights:
-    """Packs layer after layer into arrays that hold all of them."""
+def stack(shape: LayerShape, layers: Iterable[LayerWeights]) -> dict[str, np.ndarray]:
+    """Packs layer after layer into arrays that hold all of them: the entries of Weights."""
     arrays: dict[str, Any] = {}
     for index, layer in enumerate(layers):
         for name, tensor in _packed(layer):
             if index == 0:
                 arrays[name] = torch.empty((shape.num_layers, *tensor.shape), dtype=tensor.dtype)
             arrays[name][index] = tensor
-    return Weights(**{name: as_numpy(tensor) for name, tensor in arrays.items()})
+    return {name: as_numpy(tensor) for name, tensor in arrays.items()}
 
 
 def _packed(layer: LayerWeights) -> Iterator[tuple[str, torch.Tensor]]:
@@ -278,7 +280,7 @@ def _packed(layer: LayerWeights) -> Iterator[tuple[str, torch.Tensor]]:
     for name in ("qkv", "out", "down"):
         affine = getattr(layer, name)
         yield name, pack(affine.weight.values)
-        yield f"{name}_bias", _floats(affine.bias)
+        yield f"{name}_bias", _whole_groups(_floats(affine.bias))
     yield "gate_up", pack(_interleaved(layer.gate_up.weight.values))
     bias = layer.gate_up.bias
     yield "gate_up_bias", _floats(None if bias is None else _interleaved(bias))
@@ -286,6 +288,11 @@ def _packed(layer: LayerWeights) -> Iterator[tuple[str, torch.Tensor]]:
 
 def _floats(values: torch.Tensor | None) -> torch.Tensor:
     return torch.empty(0) if values is None else values.float()
+
+
+def _whole_groups(bias: torch.Tensor) -> torch.Tensor:
+    """Filled up with zeros as the outputs of the matrix are."""
+    return F.pad(bias, (0, -len(bias) % GROUP))
 
 
 def _interleaved(gate_up: torch.Tensor) -> torch.Tensor:

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from functools import partial
 
 from pagetide.ops.cpu.embedding import CompiledEmbedding
 from pagetide.ops.cpu.gather import gather
+from pagetide.ops.cpu.kept import Keeper, no_keeper
 from pagetide.ops.cpu.layers import CompiledLayers, can_run
 from pagetide.ops.cpu.logits import edit, mask, penalize
 from pagetide.ops.cpu.packing import GROUP
@@ -15,12 +17,12 @@ from pagetide.ops.plain import TORCH_LAYERS, TorchEmbedding
 from pagetide.ops.table import Ops
 
 
-def make_cpu_ops() -> Ops:
-    """Activations are float32 or bfloat16, weights and KV bfloat16 or float32."""
+def make_cpu_ops(keep: Keeper = no_keeper) -> Ops:
+    """Activations are float32 or bfloat16, weights and KV bfloat16 or float32. keep: of packed weights."""
     return Ops(
         gather=gather,
-        make_embedding=make_embedding,
-        make_layers=make_layers,
+        make_embedding=partial(make_embedding, keep),
+        make_layers=partial(make_layers, keep),
         argmax=argmax,
         sample=sample,
         penalize=penalize,
@@ -30,11 +32,13 @@ def make_cpu_ops() -> Ops:
     )
 
 
-def make_embedding(weights: EmbeddingWeights) -> Embedding:
+def make_embedding(keep: Keeper, weights: EmbeddingWeights) -> Embedding:
     """Compiled where the hidden size allows it, plain torch otherwise."""
-    return TorchEmbedding(weights) if weights.embedding.shape[1] % GROUP else CompiledEmbedding(weights)
+    return TorchEmbedding(weights) if weights.embedding.shape[1] % GROUP else CompiledEmbedding(weights, keep)
 
 
-def make_layers(shape: LayerShape, layers: Iterable[LayerWeights]) -> Layers:
+def make_layers(keep: Keeper, shape: LayerShape, layers: Iterable[LayerWeights]) -> Layers:
     """Compiled where the sizes allow it, plain torch otherwise."""
-    return CompiledLayers(shape, layers) if can_run(shape) else ComposedLayers(TORCH_LAYERS, shape, layers)
+    return (
+        CompiledLayers(shape, layers, keep) if can_run(shape) else ComposedLayers(TORCH_LAYERS, shape, layers)
+    )

@@ -1,0 +1,78 @@
+"""Packed weights, kept in the folder of a converted model and mapped into memory: packing costs a start
+seconds, and weights that are read from the checkpoint and packed are in memory twice.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+import shutil
+from collections.abc import Callable, Iterable, Mapping
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+
+from pagetide.folders import UNFINISHED, make_once
+from pagetide.ops.cpu.compiled import source_hash
+
+log = logging.getLogger("pagetide.kept")
+
+_WHOLE = "complete"  # the file that is written last
+
+Arrays = Mapping[str, np.ndarray]
+# Arrays by name, from where they are kept, or made if they are not.
+Keeper = Callable[[str, Callable[[], Arrays]], Arrays]
+
+
+def no_keeper(name: str, make: Callable[[], Arrays]) -> Arrays:
+    """Makes them each time."""
+    return make()
+
+
+def keeper(model: Path | None, dtype: str) -> Keeper:
+    """Keeps arrays in a model's folder; without one, they are made each time."""
+    if model is None:
+        return no_keeper
+    # Whatever decides what is packed: the model's files, and the code that reads and packs them.
+    files = [file.stat() for file in sorted(model.glob("*.safetensors"))]
+    facts = [dtype, *((file.st_size, file.st_mtime_ns) for file in files)]
+    code = sorted(Path(__file__).parents[2].glob("models/*.py"))
+    texts = [
+        file.read_bytes()
+        for file in (model / "config.json", model / "tokenizer.json", *code)
+        if file.exists()
+    ]
+    key = hashlib.blake2b(f"{source_hash()} {facts}".encode() + b"".join(texts), digest_size=6).hexdigest()
+    return partial(_kept, model, f"{dtype}-{key}")
+
+
+def _kept(model: Path, key: str, name: str, make: Callable[[], Arrays]) -> Arrays:
+    target = model / f"packed-{name}-{key}"
+    try:
+        folder = make_once(target, lambda folder: _write(folder, make()), _is_whole)
+        arrays = {file.stem: np.asarray(np.load(file, mmap_mode="c")) for file in folder.glob("*.npy")}
+        if _is_whole(folder):  # a start of other code may just have removed it
+            _remove_others(target, model.glob(f"packed-{name}-{key.partition('-')[0]}-*"))
+            return arrays
+    except OSError as error:
+        log.warning("packed weights are not kept: %s", error)
+    return make()
+
+
+def _write(folder: Path, arrays: Arrays) -> None:
+    for name, array in arrays.items():
+        np.save(folder / f"{name}.npy", array)  # begins at a whole cache line
+    (folder / _WHOLE).touch()
+
+
+def _is_whole(folder: Path) -> bool:
+    return (folder / _WHOLE).exists()
+
+
+def _remove_others(target: Path, folders: Iterable[Path]) -> None:
+    """Those of older files or code. What another process is making has no mark yet, and stays."""
+    for folder in folders:
+        if folder != target and _is_whole(folder) and folder.suffix != UNFINISHED:
+            (folder / _WHOLE).unlink(missing_ok=True)
+            shutil.rmtree(folder, ignore_errors=True)
