@@ -49,21 +49,23 @@ def keeper(model: Path | None, dtype: str) -> Keeper:
 
 def _kept(model: Path, key: str, name: str, make: Callable[[], Arrays]) -> Arrays:
     target = model / f"packed-{name}-{key}"
+    made: list[Arrays] = []
+
+    def write(folder: Path) -> None:
+        made.append(make())  # which may read a checkpoint, and does so once
+        for array_name, array in made[0].items():
+            np.save(folder / f"{array_name}.npy", array)  # begins at a whole cache line
+        (folder / _WHOLE).touch()
+
     try:
-        folder = make_once(target, lambda folder: _write(folder, make()), _is_whole)
+        folder = make_once(target, write, _is_whole)
         arrays = {file.stem: np.asarray(np.load(file, mmap_mode="c")) for file in folder.glob("*.npy")}
         if _is_whole(folder):  # a start of other code may just have removed it
             _remove_others(target, model.glob(f"packed-{name}-{key.partition('-')[0]}-*"))
             return arrays
     except OSError as error:
         log.warning("packed weights are not kept: %s", error)
-    return make()
-
-
-def _write(folder: Path, arrays: Arrays) -> None:
-    for name, array in arrays.items():
-        np.save(folder / f"{name}.npy", array)  # begins at a whole cache line
-    (folder / _WHOLE).touch()
+    return made[0] if made else make()
 
 
 def _is_whole(folder: Path) -> bool:
