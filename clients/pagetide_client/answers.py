@@ -72,7 +72,7 @@ def chunk_of(response: pb.ModelStreamInferResponse) -> Chunk:
     logprobs = result.as_numpy("logprobs")
     return Chunk(
         text=result.as_numpy("text_output").item().decode(),
-        token_ids=result.as_numpy("output_ids")[0, : number("sequence_length")].tolist(),
+        token_ids=result.as_numpy("output_ids").reshape(-1)[: number("sequence_length")].tolist(),
         index=number("sequence_index"),
         finish_reason=result.as_numpy("finish_reason").item().decode(),
         num_prompt_tokens=number("num_input_tokens"),

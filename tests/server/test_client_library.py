@@ -91,25 +91,39 @@ def test_errors_name_the_field_and_disturb_nobody(real):
         assert text == client.generate(PROMPT, max_tokens=100, temperature=0).text
 
 
+def is_running(server: TritonServer) -> bool:
+    return metric(server, "pagetide_requests_running") == 1
+
+
 def test_leaving_a_stream_frees_its_request(parrot):
     with Client(parrot.address.grpc) as client:
         for chunk in client.stream([1], max_tokens=20_000):
             assert chunk.text
-            break
+            if is_running(parrot):
+                break
+        else:
+            raise AssertionError("it ran to its end")
         wait_until_idle(parrot)
         with closing(client.stream([1], max_tokens=20_000)) as chunks:
             next(chunks)
-            assert metric(parrot, "pagetide_requests_running") == 1
+            wait_for(lambda: is_running(parrot), what="a running request")
         wait_until_idle(parrot)
+        lost = client.stream([1], max_tokens=20_000)
+        next(lost)
+        wait_for(lambda: is_running(parrot), what="a running request")
+    wait_until_idle(parrot)
+    with pytest.raises(ServerUnavailableError):
+        list(lost)
+    with pytest.raises(ServerUnavailableError):
+        client.generate([1], max_tokens=1)
 
     async def leave() -> None:
-        async with (
-            AsyncClient(parrot.address.grpc) as client,
-            aclosing(client.stream([1], max_tokens=20_000)) as chunks,
-        ):
-            async for _ in chunks:
-                break
-        await asyncio.to_thread(wait_until_idle, parrot)
+        async with AsyncClient(parrot.address.grpc) as client:
+            async with aclosing(client.stream([1], max_tokens=20_000)) as chunks:
+                async for _ in chunks:
+                    if await asyncio.to_thread(is_running, parrot):
+                        break
+            await asyncio.to_thread(wait_until_idle, parrot)
 
     asyncio.run(leave())
 
@@ -132,6 +146,8 @@ def test_a_timeout_cancels(parrot):
 def test_many_threads_share_a_client(parrot):
     texts: dict[int, str] = {}
     with Client(parrot.address.grpc) as client:
+        client.generate([1], max_tokens=1)
+        num_threads = threading.active_count()
 
         def ask(i: int) -> None:
             texts[i] = client.generate([1], max_tokens=10 + i).text
@@ -141,6 +157,7 @@ def test_many_threads_share_a_client(parrot):
             thread.start()
         for thread in threads:
             thread.join()
+        wait_for(lambda: threading.active_count() <= num_threads, what="threads that end with requests")
     assert all(texts[i].startswith(texts[0]) for i in range(16)) and len(set(texts.values())) == 16
 
 
