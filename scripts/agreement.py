@@ -1,9 +1,9 @@
-"""How far greedy answers in bfloat16 agree with those of transformers in bfloat16: Pagetide beside other
-engines of scripts/peers.sh, 32 prompts of English text, 32 tokens each.
+"""How far greedy answers in bfloat16 agree with those of transformers in bfloat16 and in float32: Pagetide
+beside other engines of scripts/peers.sh, 32 prompts of English text, 32 tokens each.
 
 python scripts/agreement.py [openvino] [vllm]
 
-equal: tokens before the first that differs (median, mean); whole: answers of which all 32 are equal.
+equal: tokens before the first that differs (mean); whole: answers of which all 32 are equal.
 """
 
 from __future__ import annotations
@@ -35,11 +35,11 @@ SUBJECTS = [
 PHRASES = ["changes every day because", "is known for its", "was described as", "can be explained by"]
 
 
-def transformers_tokens(model: Path, prompts: list[list[int]]) -> list[list[int]]:
+def transformers_tokens(model: Path, dtype: str, prompts: list[list[int]]) -> list[list[int]]:
     import torch  # after pagetide: one OpenMP runtime
     from transformers import AutoModelForCausalLM
 
-    loaded = AutoModelForCausalLM.from_pretrained(str(model), dtype=torch.bfloat16).eval()
+    loaded = AutoModelForCausalLM.from_pretrained(str(model), dtype=getattr(torch, dtype)).eval()
     found = []
     for prompt in prompts:
         ids = torch.tensor([prompt])
@@ -83,14 +83,18 @@ def main() -> int:
     model = find_model("", Path(CACHE))
     tokenizer = LLM(cache_dir=CACHE).get_tokenizer()
     prompts = [tokenizer(f"{subject} {phrase}").input_ids for subject in SUBJECTS for phrase in PHRASES]
-    reference = transformers_tokens(model, prompts)
+    references = {dtype: transformers_tokens(model, dtype, prompts) for dtype in ("bfloat16", "float32")}
     found = {"pagetide": pagetide_tokens("bfloat16", prompts)}
     found |= {peer: peer_tokens(peer, prompts) for peer in sys.argv[1:]}
-    print("| bfloat16, against transformers | equal, median | mean | whole |\n| --- | --- | --- | --- |")
+    found["transformers"] = references["bfloat16"]
+    print("| in bfloat16 | equal to transformers in bfloat16 | whole | in float32 | whole |")
+    print("|" + " --- |" * 5)
     for engine, answers in found.items():
-        equal = [num_equal(a, b) for a, b in zip(answers, reference, strict=True)]
-        whole = sum(count == NUM_TOKENS for count in equal)
-        print(f"| {engine} | {statistics.median(equal):.0f} | {statistics.mean(equal):.1f} | {whole} of 32 |")
+        cells = [engine]
+        for reference in references.values():
+            equal = [num_equal(a, b) for a, b in zip(answers, reference, strict=True)]
+            cells += [f"{statistics.mean(equal):.1f}", str(sum(count == NUM_TOKENS for count in equal))]
+        print(f"| {' | '.join(cells)} |")
     return 0
 
 

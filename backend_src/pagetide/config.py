@@ -121,6 +121,14 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
         "~/.cache/pagetide"
     )
 
+    keep_packed_weights: Annotated[
+        bool,
+        Meta(
+            description="on a CPU, weights are kept under cache_dir as kernels take them, which takes their "
+            "size on disk: of converted models, and of those above 500 MB"
+        ),
+    ] = True
+
     @property
     def cache_path(self) -> Path:
         """The folder of converted models, `~` expanded; in the folder for temporary files where a user has no

@@ -27,7 +27,7 @@ def prompt_logits(folder, ids: list[int], ops: str, is_compiled: bool) -> torch.
     """Logits at every position of one prompt that runs as one chunk."""
     family, config = read_model(folder)
     cpu, size, count = torch.device("cpu"), 16, len(ids)
-    chosen = select_ops(cpu, Settings(ops=ops), torch.float32)
+    chosen = select_ops(cpu, Settings(ops=ops), torch.float32, folder)
     decoder = Decoder(
         config,
         family,

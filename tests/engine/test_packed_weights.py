@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 from models import FAMILIES, greedy, write_model
 from pagetide.llm import LLM
+from pagetide.models import source
 from pagetide.models.weights import Checkpoint
 from pagetide.ops.cpu import kept
 from pagetide.types import SamplingParams
@@ -70,11 +71,22 @@ def test_where_nothing_can_be_kept_the_model_runs(tmp_path, monkeypatch, caplog)
     assert not [path for path in folder.glob("packed-*") if path.is_dir()]
 
 
-def test_other_folders_are_left_alone(tmp_path):
+def test_other_folders_are_left_alone(tmp_path, monkeypatch):
     folder = tmp_path / "elsewhere"
     model = write_model(folder, FAMILIES["llama2"])
     before = sorted(folder.iterdir())
-    llm = LLM(str(folder), cache_dir=str(tmp_path / "cache"), dtype="float32", num_blocks=32)
-    params = SamplingParams(temperature=0, max_tokens=8)
-    assert llm.generate([PROMPT], params)[0].outputs[0].token_ids == greedy(model, PROMPT, 8)
-    assert sorted(folder.iterdir()) == before
+    cache = tmp_path / "cache"
+
+    def start(**settings: bool) -> None:
+        llm = LLM(str(folder), cache_dir=str(cache), dtype="float32", num_blocks=32, **settings)
+        params = SamplingParams(temperature=0, max_tokens=8)
+        assert llm.generate([PROMPT], params)[0].outputs[0].token_ids == greedy(model, PROMPT, 8)
+        assert sorted(folder.iterdir()) == before
+
+    start()
+    assert not (cache / "packed").exists(), "it is small"
+    monkeypatch.setattr(source, "_LARGE", 1000)
+    start(keep_packed_weights=False)
+    assert not (cache / "packed").exists()
+    start()
+    assert len(list(cache.glob("packed/elsewhere-*/packed-*/complete"))) == 2

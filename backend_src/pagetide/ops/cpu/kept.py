@@ -1,5 +1,5 @@
-"""Packed weights, kept in the folder of a converted model and mapped into memory: packing costs a start
-seconds, and weights that are read from the checkpoint and packed are in memory twice.
+"""Packed weights, kept on disk and mapped into memory: packing costs a start seconds, and weights that are
+read from the checkpoint and packed are in memory twice.
 """
 
 from __future__ import annotations
@@ -30,9 +30,9 @@ def no_keeper(name: str, make: Callable[[], Arrays]) -> Arrays:
     return make()
 
 
-def keeper(model: Path | None, dtype: str) -> Keeper:
-    """Keeps arrays in a model's folder; without one, they are made each time."""
-    if model is None:
+def keeper(model: Path, place: Path | None, dtype: str) -> Keeper:
+    """Keeps a model's arrays in this place; without one, they are made each time."""
+    if place is None:
         return no_keeper
     # Whatever decides what is packed: the model's files, and the code that reads and packs them.
     files = [file.stat() for file in sorted(model.glob("*.safetensors"))]
@@ -44,11 +44,11 @@ def keeper(model: Path | None, dtype: str) -> Keeper:
         if file.exists()
     ]
     key = hashlib.blake2b(f"{source_hash()} {facts}".encode() + b"".join(texts), digest_size=6).hexdigest()
-    return partial(_kept, model, f"{dtype}-{key}")
+    return partial(_kept, place, f"{dtype}-{key}")
 
 
-def _kept(model: Path, key: str, name: str, make: Callable[[], Arrays]) -> Arrays:
-    target = model / f"packed-{name}-{key}"
+def _kept(place: Path, key: str, name: str, make: Callable[[], Arrays]) -> Arrays:
+    target = place / f"packed-{name}-{key}"
     made: list[Arrays] = []
 
     def write(folder: Path) -> None:
@@ -61,7 +61,7 @@ def _kept(model: Path, key: str, name: str, make: Callable[[], Arrays]) -> Array
         folder = make_once(target, write, _is_whole)
         arrays = {file.stem: np.asarray(np.load(file, mmap_mode="c")) for file in folder.glob("*.npy")}
         if _is_whole(folder):  # a start of other code may just have removed it
-            _remove_others(target, model.glob(f"packed-{name}-{key.partition('-')[0]}-*"))
+            _remove_others(target, place.glob(f"packed-{name}-{key.partition('-')[0]}-*"))
             return arrays
     except OSError as error:
         log.warning("packed weights are not kept: %s", error)
