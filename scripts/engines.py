@@ -322,11 +322,17 @@ def name_for_peers(folder: Path) -> str:
 
 
 def peer_environment(peer: str) -> dict[str, str]:
-    """What vLLM's documentation asks for: its OpenMP runtime, and tcmalloc where the system has it."""
+    """What vLLM's documentation asks for: its OpenMP runtime, and tcmalloc where the system has it; and all
+    cores, of which it would keep one for its scheduler.
+    """
     if peer != "vllm":
         return dict(os.environ)
     files = [PEERS / "vllm" / "lib" / "libiomp5.so", *Path("/usr/lib").glob("*/libtcmalloc_minimal.so.4")]
-    return {**os.environ, "LD_PRELOAD": ":".join(str(file) for file in files if file.exists())}
+    return {
+        **os.environ,
+        "LD_PRELOAD": ":".join(str(file) for file in files if file.exists()),
+        "VLLM_CPU_OMP_THREADS_BIND": ",".join(str(core) for core in sorted(os.sched_getaffinity(0))),
+    }
 
 
 ENGINES: dict[str, Engine] = {
