@@ -44,23 +44,27 @@ class AsyncClient:
 
     async def generate(self, prompt: Prompt, timeout: float | None = None, **fields: Any) -> Completion:
         """Goes on with a prompt: its whole answers. Raises PagetideError."""
-        return await self._whole(completion_request(self._model, prompt, False, fields), timeout)
+        limit = self._timeout if timeout is None else timeout
+        return await self._whole(completion_request(self._model, prompt, False, fields, limit), limit)
 
     def stream(
         self, prompt: Prompt, timeout: float | None = None, **fields: Any
     ) -> AsyncGenerator[Chunk, None]:
         """Goes on with a prompt: chunks as they come. Raises PagetideError."""
-        return self._run(completion_request(self._model, prompt, True, fields), timeout)
+        limit = self._timeout if timeout is None else timeout
+        return self._run(completion_request(self._model, prompt, True, fields, limit), limit)
 
     async def chat(self, messages: Messages, timeout: float | None = None, **fields: Any) -> Completion:
         """Answers a conversation ({"role", "content"} each): the whole answers. Raises PagetideError."""
-        return await self._whole(chat_request(self._model, messages, False, fields), timeout)
+        limit = self._timeout if timeout is None else timeout
+        return await self._whole(chat_request(self._model, messages, False, fields, limit), limit)
 
     def stream_chat(
         self, messages: Messages, timeout: float | None = None, **fields: Any
     ) -> AsyncGenerator[Chunk, None]:
         """Answers a conversation: chunks as they come. Raises PagetideError."""
-        return self._run(chat_request(self._model, messages, True, fields), timeout)
+        limit = self._timeout if timeout is None else timeout
+        return self._run(chat_request(self._model, messages, True, fields, limit), limit)
 
     async def is_ready(self) -> bool:
         """Whether the model can be asked."""
@@ -80,13 +84,12 @@ class AsyncClient:
     async def __aexit__(self, *exception: object) -> None:
         await self.close()
 
-    async def _whole(self, request: pb.ModelInferRequest, timeout: float | None) -> Completion:
-        async with aclosing(self._run(request, timeout)) as chunks:
+    async def _whole(self, request: pb.ModelInferRequest, limit: float | None) -> Completion:
+        async with aclosing(self._run(request, limit)) as chunks:
             return joined([chunk async for chunk in chunks])
 
-    async def _run(self, request: pb.ModelInferRequest, timeout: float | None) -> AsyncGenerator[Chunk, None]:
+    async def _run(self, request: pb.ModelInferRequest, limit: float | None) -> AsyncGenerator[Chunk, None]:
         now = asyncio.get_running_loop().time
-        limit = self._timeout if timeout is None else timeout
         deadline = None if limit is None else now() + limit
         attempt = 0
         while True:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import random
 import struct
 from collections.abc import Sequence
@@ -24,6 +25,7 @@ OUTPUTS = (
     "num_input_tokens",
     "num_cached_tokens",
 )
+_LONGEST_S = 2_000_000.0  # that timeout_ms can say
 CHANNEL = (("grpc.max_send_message_length", -1), ("grpc.max_receive_message_length", -1))
 
 
@@ -43,10 +45,10 @@ class Retries:
 
 
 def completion_request(
-    model: str, prompt: Prompt, stream: bool, fields: dict[str, Any]
+    model: str, prompt: Prompt, stream: bool, fields: dict[str, Any], limit: float | None
 ) -> pb.ModelInferRequest:
-    """Of a prompt as it is."""
-    request = _request(model, stream, fields)
+    """Of a prompt as it is. limit: seconds after which nobody waits for the answer."""
+    request = _request(model, stream, fields, limit)
     if isinstance(prompt, str):
         _add_text(request, "text_input", prompt)
     else:
@@ -55,16 +57,19 @@ def completion_request(
 
 
 def chat_request(
-    model: str, messages: Messages, stream: bool, fields: dict[str, Any]
+    model: str, messages: Messages, stream: bool, fields: dict[str, Any], limit: float | None
 ) -> pb.ModelInferRequest:
     """Of a conversation, for the model's chat template."""
-    request = _request(model, stream, fields)
+    request = _request(model, stream, fields, limit)
     _add_text(request, "messages", json.dumps(list(messages)))
     return request
 
 
-def _request(model: str, stream: bool, fields: dict[str, Any]) -> pb.ModelInferRequest:
+def _request(model: str, stream: bool, fields: dict[str, Any], limit: float | None) -> pb.ModelInferRequest:
     given = {name: value for name, value in fields.items() if value is not None}
+    if limit is not None and limit < _LONGEST_S:
+        # A request that says nothing until its end is not told by Triton that its client has gone.
+        given.setdefault("timeout_ms", max(1, math.ceil(1000 * limit)))
     counts = {"return_num_input_tokens": True, "return_num_cached_tokens": True}
     request = pb.ModelInferRequest(model_name=model)
     for name in (*OUTPUTS, "logprobs") if "logprobs" in given else OUTPUTS:

@@ -43,23 +43,27 @@ class Client:
 
     def generate(self, prompt: Prompt, timeout: float | None = None, **fields: Any) -> Completion:
         """Goes on with a prompt: its whole answers. Raises PagetideError."""
-        return joined(self._run(completion_request(self._model, prompt, False, fields), timeout))
+        limit = self._timeout if timeout is None else timeout
+        return joined(self._run(completion_request(self._model, prompt, False, fields, limit), limit))
 
     def stream(
         self, prompt: Prompt, timeout: float | None = None, **fields: Any
     ) -> Generator[Chunk, None, None]:
         """Goes on with a prompt: chunks as they come. Raises PagetideError."""
-        return self._run(completion_request(self._model, prompt, True, fields), timeout)
+        limit = self._timeout if timeout is None else timeout
+        return self._run(completion_request(self._model, prompt, True, fields, limit), limit)
 
     def chat(self, messages: Messages, timeout: float | None = None, **fields: Any) -> Completion:
         """Answers a conversation ({"role", "content"} each): the whole answers. Raises PagetideError."""
-        return joined(self._run(chat_request(self._model, messages, False, fields), timeout))
+        limit = self._timeout if timeout is None else timeout
+        return joined(self._run(chat_request(self._model, messages, False, fields, limit), limit))
 
     def stream_chat(
         self, messages: Messages, timeout: float | None = None, **fields: Any
     ) -> Generator[Chunk, None, None]:
         """Answers a conversation: chunks as they come. Raises PagetideError."""
-        return self._run(chat_request(self._model, messages, True, fields), timeout)
+        limit = self._timeout if timeout is None else timeout
+        return self._run(chat_request(self._model, messages, True, fields, limit), limit)
 
     def is_ready(self) -> bool:
         """Whether the model can be asked."""
@@ -78,8 +82,7 @@ class Client:
     def __exit__(self, *exception: object) -> None:
         self.close()
 
-    def _run(self, request: pb.ModelInferRequest, timeout: float | None) -> Generator[Chunk, None, None]:
-        limit = self._timeout if timeout is None else timeout
+    def _run(self, request: pb.ModelInferRequest, limit: float | None) -> Generator[Chunk, None, None]:
         deadline = None if limit is None else time.monotonic() + limit
         attempt = 0
         while True:

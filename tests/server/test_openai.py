@@ -19,7 +19,10 @@ from client import generate, metric, start, wait_for
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from pagetide.contract.fields import FIELDS as CONTRACT
+from pagetide.gateway import models
 from pagetide.gateway.bodies import ChatBody, CompletionBody
+from pagetide.gateway.errors import ApiError
+from pagetide.gateway.triton import Triton
 from parrot import write_parrot
 from triton_server import ROOT, TritonServer, free_address
 
@@ -395,3 +398,27 @@ def test_litellm_chats(gateway, monkeypatch):
     assert "Paris" in answer.choices[0].message.content
     chunks = litellm.completion("openai/ensemble", messages=FRANCE, stream=True, **options)
     assert "Paris" in "".join(chunk.choices[0].delta.content or "" for chunk in chunks)
+
+
+def test_no_request_waits_for_the_list_of_models(real, monkeypatch):
+    """A model that was there lately is taken to be there; the list is asked for beside the request."""
+    monkeypatch.setattr(models, "_KEPT_S", -1.0)
+
+    async def ask() -> None:
+        triton, gone = Triton([real.address.grpc]), Triton([free_address().grpc])
+        known = models.Models(triton)
+        with pytest.raises(ApiError, match="no_such"):
+            await known.find("no_such")
+        for _ in range(3):
+            assert await known.find("ensemble") == "ensemble" == await known.find(None)
+            await known._asking
+        known._triton = gone
+        assert await known.find("ensemble") == "ensemble"
+        await known._asking
+        assert await known.find("ensemble") == "ensemble", "the last list that is known"
+        with pytest.raises(ApiError, match="cannot be asked"):
+            await known.find("no_such")
+        await triton.close()
+        await gone.close()
+
+    asyncio.run(ask())

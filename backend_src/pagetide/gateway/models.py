@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import asyncio
+import logging
 import time
 from dataclasses import dataclass
 from typing import Any
@@ -9,6 +11,8 @@ from typing import Any
 from pagetide.gateway.calls import Thinking
 from pagetide.gateway.errors import ApiError
 from pagetide.gateway.triton import Triton
+
+log = logging.getLogger("pagetide.gateway")
 
 _KEPT_S = 10.0
 _CALL = {
@@ -43,15 +47,24 @@ class Models:
         self._names: list[str] = []
         self._habits: dict[str, Habits] = {}
         self._known_until = 0.0
+        self._asking: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+        self._asking.set_result(None)
 
     async def names(self) -> list[str]:
-        if time.monotonic() > self._known_until:
-            self._names = await self._triton.models()
-            self._known_until = time.monotonic() + _KEPT_S
+        if self._is_old:
+            await self._ask_for_names()
         return self._names
 
     async def find(self, name: str | None) -> str:
-        """The Triton model of this name; without a name, the only one. Raises ApiError."""
+        """The Triton model of this name; without a name, the only one. Raises ApiError.
+
+        A model that was there lately is taken to be there: no request waits for the list but one for a model
+        that it does not have.
+        """
+        if name in self._names or (name is None and len(self._names) == 1):
+            if self._is_old and self._asking.done():
+                self._asking = asyncio.ensure_future(self._ask_again())
+            return name or self._names[0]
         names = await self.names()
         if not names:
             raise ApiError(503, "Triton serves no model yet")
@@ -61,6 +74,20 @@ class Models:
             return names[0]
         message = f"there is no model {name!r}; there are {', '.join(names)}"
         raise ApiError(404, message, "model", "model_not_found")
+
+    @property
+    def _is_old(self) -> bool:
+        return time.monotonic() > self._known_until
+
+    async def _ask_for_names(self) -> None:
+        self._names = await self._triton.models()
+        self._known_until = time.monotonic() + _KEPT_S
+
+    async def _ask_again(self) -> None:
+        try:
+            await self._ask_for_names()
+        except ApiError as error:  # the request itself will say so too
+            log.warning("the list of models is the last one known: %s", error)
 
     async def habits(self, name: str) -> Habits:
         if name not in self._habits:
