@@ -71,6 +71,16 @@ def test_where_nothing_can_be_kept_the_model_runs(tmp_path, monkeypatch, caplog)
     assert not [path for path in folder.glob("packed-*") if path.is_dir()]
 
 
+def test_torn_files_do_not_keep_the_model_from_running(tmp_path, caplog):
+    folder = tmp_path / "models" / "small"
+    model = write_model(folder, FAMILIES["llama2"])
+    tokens(tmp_path)
+    for file in folder.glob("packed-*/*.npy"):
+        file.write_bytes(file.read_bytes()[:50])
+    assert tokens(tmp_path) == greedy(model, PROMPT, 8)
+    assert "packed weights are not kept" in caplog.text
+
+
 def test_other_folders_are_left_alone(tmp_path, monkeypatch):
     folder = tmp_path / "elsewhere"
     model = write_model(folder, FAMILIES["llama2"])

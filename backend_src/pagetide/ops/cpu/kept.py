@@ -63,7 +63,7 @@ def _kept(place: Path, key: str, name: str, make: Callable[[], Arrays]) -> Array
         if _is_whole(folder):  # a start of other code may just have removed it
             _remove_others(target, place.glob(f"packed-{name}-{key.partition('-')[0]}-*"))
             return arrays
-    except OSError as error:
+    except (OSError, ValueError, EOFError) as error:  # no room, or files that a power cut has left torn
         log.warning("packed weights are not kept: %s", error)
     return made[0] if made else make()
 
