@@ -103,11 +103,10 @@ class AsyncClient:
                         yield chunk
                 return
             except (ServerBusyError, ServerUnavailableError):
-                wait = self._retries.wait(attempt)
-                comes_too_late = deadline is not None and now() + wait > deadline
-                if has_begun or attempt > self._retries.count or comes_too_late:
+                pause = self._retries.pause(attempt, None if deadline is None else deadline - now())
+                if has_begun or pause is None:
                     raise
-                await asyncio.sleep(wait)
+                await asyncio.sleep(pause)
 
     async def _attempt(
         self, request: pb.ModelInferRequest, left: float | None

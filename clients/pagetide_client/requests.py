@@ -39,9 +39,12 @@ class Retries:
     count: int = 2
     first_wait: float = 0.5  # seconds
 
-    def wait(self, attempt: int) -> float:
-        """Before attempt number `attempt` (from 1) is repeated."""
-        return self.first_wait * 2 ** (attempt - 1) * (1 + random.random())
+    def pause(self, attempt: int, left: float | None) -> float | None:
+        """Seconds before attempt number `attempt` (from 1) is repeated; None: it is not, since that was often
+        enough, or would be after the `left` seconds that remain (None: no limit).
+        """
+        wait = self.first_wait * 2 ** (attempt - 1) * (1 + random.random())
+        return None if attempt > self.count or (left is not None and wait > left) else wait
 
 
 def completion_request(

@@ -94,11 +94,11 @@ class Client:
                     yield chunk
                 return
             except (ServerBusyError, ServerUnavailableError):
-                wait = self._retries.wait(attempt)
-                comes_too_late = deadline is not None and time.monotonic() + wait > deadline
-                if has_begun or attempt > self._retries.count or comes_too_late:
+                left = None if deadline is None else deadline - time.monotonic()
+                pause = self._retries.pause(attempt, left)
+                if has_begun or pause is None:
                     raise
-                time.sleep(wait)
+                time.sleep(pause)
 
     def _attempt(self, request: pb.ModelInferRequest, deadline: float | None) -> Generator[Chunk, None, None]:
         """Sends the request once, on a stream of its own; leaving cancels it."""
