@@ -3,6 +3,7 @@ limits, all in one run.
 
    single  1 x (128 tokens in, 128 out)      mixed   64 x (16..512 in, 16..256 out), seeded
    batch  64 x (128, 128)                    prefix  64 x (512 shared + 32 own, 64)
+   long    1 x (8,000, 128)                  poisson:RATE  mixed, so many requests a second at random
 Greedy, exact lengths, all submitted at once, at most 32 running. Figures are output tokens a second,
 engines in turn in one run.
 

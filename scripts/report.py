@@ -89,9 +89,11 @@ def _comparisons(
 
 
 def _reached(name: str, runs: list[Figures], limits: dict[str, float]) -> list[str]:
-    """A workload's shares of what memory and products allow; nothing if it waits for requests to come."""
+    """A workload's shares of what memory and products allow; nothing if it waits for requests to come, or if
+    its prompts are not computed as often as they are sent.
+    """
     jobs = workload(name)
-    if any(job.at for job in jobs):
+    if name == "prefix" or any(job.at for job in jobs):
         return []
     num_new, num_prompt = sum(job.num_tokens for job in jobs), sum(len(job.prompt) for job in jobs)
     peak = 1e9 * limits["bfloat16_gflop_s"]

@@ -22,7 +22,7 @@ from pagetide.ops.batch import Batch
 from pagetide.ops.cpu.attention_tasks import MAX_ROWS, plan_tasks
 from pagetide.ops.cpu.embedding import CompiledEmbedding
 from pagetide.ops.cpu.gather import gather
-from pagetide.ops.cpu.layers import PHASES, CompiledLayers
+from pagetide.ops.cpu.layers import PHASES, CompiledLayers, stack
 from pagetide.ops.cpu.logits import edit, mask, penalize
 from pagetide.ops.cpu.packing import pack, read_rows
 from pagetide.ops.cpu.sampling import _noise, argmax, sample, score
@@ -218,6 +218,15 @@ def test_long_contexts_are_split_and_merged(window):
         run_steps(compiled, shape, lengths, torch.nan, torch.float32), expected, strict=True
     ):
         torch.testing.assert_close(own, right, atol=1e-3, rtol=1e-3)
+
+
+def test_there_is_a_bias_for_every_output_that_is_computed():
+    """Whole groups are: with 5 heads of 16, 16 more than the model has."""
+    shape = LayerShape(2, 64, 48, HeadShape(3, 1, 16), 16, 1e-5, rotary_like(64, 16))
+    arrays = stack(shape, random_layers(shape, torch.float32, 0, False, True))
+    inputs = {"qkv": 64, "out": 48, "gate_up": 64, "down": 48}
+    for name, size in inputs.items():
+        assert arrays[f"{name}_bias"].shape == (2, arrays[name].shape[1] // size)
 
 
 def test_layers_say_what_each_phase_took():
