@@ -34,6 +34,10 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
             )
         ),
     ] = ""
+    load_format: Annotated[
+        Literal["auto", "dummy"],
+        Meta(description="dummy: random weights of the model's shapes, as in vLLM (to measure with)"),
+    ] = "auto"
     dtype: Annotated[
         Literal["auto", "bfloat16", "float16", "float32"],
         Meta(description="type of weights and KV cache; auto: bfloat16"),
@@ -50,8 +54,13 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
             ),
         ),
     ] = 0
-    max_num_seqs: Annotated[int, Meta(ge=1, le=4096, description="sequences that run at the same time")] = 32
-    max_num_batched_tokens: Annotated[int, Meta(ge=1, description="token budget of one engine step")] = 512
+    max_num_seqs: Annotated[
+        int,
+        Meta(ge=0, le=4096, description="sequences that run at the same time; 0: 32 on a CPU, 256 on a GPU"),
+    ] = 0
+    max_num_batched_tokens: Annotated[
+        int, Meta(ge=0, description="token budget of one engine step; 0: 512 on a CPU, 8192 on a GPU")
+    ] = 0
     max_queued_requests: Annotated[
         int, Meta(ge=1, description="requests that wait or run before new ones are refused")
     ] = 4096
@@ -83,9 +92,16 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
         ),
     ] = "paged"
     ops: Annotated[
-        Literal["auto", "reference"],
-        Meta(description="reference: plain torch operations instead of the device's kernels"),
+        Literal["auto", "reference", "triton"],
+        Meta(
+            description="reference: plain torch operations instead of the device's kernels; triton: the "
+            "GPU's kernels, which a CPU runs in the Triton language's interpreter (for tests)"
+        ),
     ] = "auto"
+    cuda_graphs: Annotated[
+        bool,
+        Meta(description="on a GPU, decode steps are recorded at start, and replayed by one launch each"),
+    ] = True
     num_threads: Annotated[int, Meta(ge=0, description="CPU threads of the engine; 0: one for each core")] = 0
     check_integrity: Annotated[
         bool, Meta(description="check the block accounting after every step (for tests)")
@@ -128,6 +144,17 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
             "size on disk: of converted models, and of those above 500 MB"
         ),
     ] = True
+
+    def sized_for(self, device: str) -> Settings:
+        """These settings with the batch sizes that suit the kind of device, `cpu` or `cuda`, where none are
+        chosen.
+        """
+        seqs, tokens = (256, 8192) if device == "cuda" else (32, 512)
+        return msgspec.structs.replace(
+            self,
+            max_num_seqs=self.max_num_seqs or seqs,
+            max_num_batched_tokens=self.max_num_batched_tokens or tokens,
+        )
 
     @property
     def cache_path(self) -> Path:

@@ -49,6 +49,7 @@ def prompt_logits(folder, ids: list[int], ops: str, is_compiled: bool) -> torch.
         logit_index=positions,
         counts=np.array([count], np.int32),
         starts=np.array([0], np.int32),
+        block_size=size,
     )
     with torch.inference_mode():
         return decoder.forward(batch, store.pool)

@@ -12,6 +12,7 @@ import numpy as np
 import ops
 import pytest
 import torch
+from cases import random_layers, random_rows, rotary_like, run_steps
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from llvmlite import binding as llvm
@@ -27,7 +28,7 @@ from pagetide.ops.cpu.logits import edit, mask, penalize
 from pagetide.ops.cpu.packing import pack, read_rows
 from pagetide.ops.cpu.sampling import _noise, argmax, sample, score
 from pagetide.ops.cpu.sync import finish, make_sync, num_concurrent_threads, take
-from pagetide.ops.layers import Affine, ComposedLayers, EmbeddingWeights, Layers, LayerShape, LayerWeights
+from pagetide.ops.layers import ComposedLayers, EmbeddingWeights, LayerShape
 from pagetide.ops.plain import TORCH_LAYERS, TorchEmbedding
 from pagetide.ops.weights import DenseWeight
 from pagetide.runner.plan import Admission, LogitEdit, RowEdits, RowParams, bits_of
@@ -109,72 +110,6 @@ def test_embedding(tokens, vocabulary, hidden, dtype, is_tied, seed):
         torch.testing.assert_close(logits, expected.logits(residual[:rows]), atol=tolerance, rtol=1e-3)
 
 
-def random_layers(
-    shape: LayerShape, dtype: torch.dtype, window: int, has_norms: bool, has_bias: bool
-) -> list[LayerWeights]:
-    heads = shape.heads
-    attended, qkv = (
-        heads.num_heads * heads.head_dim,
-        (heads.num_heads + 2 * heads.num_kv_heads) * heads.head_dim,
-    )
-
-    def affine(outputs: int, inputs: int) -> Affine:
-        values = (torch.randn(outputs, inputs) * inputs**-0.5).to(dtype)
-        return Affine(DenseWeight(values), torch.randn(outputs).to(dtype) if has_bias else None)
-
-    def norm(size: int) -> torch.Tensor:
-        return torch.rand(size) + 0.5
-
-    return [
-        LayerWeights(
-            attention_norm=norm(shape.hidden_size),
-            qkv=affine(qkv, shape.hidden_size),
-            q_norm=norm(heads.head_dim) if has_norms else None,
-            k_norm=norm(heads.head_dim) if has_norms else None,
-            window=window if index % 2 else 0,
-            out=affine(shape.hidden_size, attended),
-            mlp_norm=norm(shape.hidden_size),
-            gate_up=affine(2 * shape.intermediate_size, shape.hidden_size),
-            down=affine(shape.hidden_size, shape.intermediate_size),
-        )
-        for index in range(shape.num_layers)
-    ]
-
-
-def run_steps(
-    layers: Layers, shape: LayerShape, lengths: list[list[int]], fill: float, dtype: torch.dtype
-) -> list[torch.Tensor]:
-    """Residuals after each step; lengths[k][i]: tokens of sequence i in step k.
-
-    The cache begins with nothing but `fill`.
-    """
-    block_size = shape.block_size
-    totals = np.sum(lengths, axis=0)
-    blocks = -(-int(totals.max()) // block_size)
-    order = torch.randperm(blocks * len(totals), generator=torch.Generator().manual_seed(1)).to(torch.int32)
-    table = order.view(len(totals), blocks)
-    pool = torch.full((shape.num_layers, blocks * len(totals), *layers.block_shape), fill, dtype=dtype)
-    starts, results = np.zeros(len(totals), np.int32), []
-    noise = torch.Generator().manual_seed(2)
-    for step in lengths:
-        present = [i for i, count in enumerate(step) if count]
-        counts = np.array([step[i] for i in present], np.int32)
-        positions = torch.cat([torch.arange(starts[i], starts[i] + step[i]) for i in present])
-        owner = torch.repeat_interleave(torch.tensor(present), torch.from_numpy(counts).long())
-        slots = table[owner, positions // block_size].long() * block_size + positions % block_size
-        residual = torch.randn(len(positions), shape.hidden_size, generator=noise)
-        ends = torch.from_numpy(starts[present] + counts)
-        places = table[present].contiguous()
-        layers(
-            residual,
-            Batch(positions, positions, slots, places, ends, positions, counts, starts[present]),
-            pool,
-        )
-        results.append(residual)
-        starts += np.array(step, np.int32)
-    return results
-
-
 @settings(max_examples=60, deadline=None)
 @given(
     st.lists(
@@ -249,13 +184,6 @@ def test_the_ops_of_a_step_add_up_to_it():
         assert sum(row.seconds for row in parts) == pytest.approx(whole.seconds)
 
 
-def rotary_like(length: int, head_dim: int) -> torch.Tensor:
-    angles = torch.outer(
-        torch.arange(length).float(), 1.0 / 1000 ** (torch.arange(0, head_dim, 2) / head_dim)
-    )
-    return torch.cat([angles.cos(), angles.sin()], dim=-1)
-
-
 def single(position: int) -> Batch:
     nothing = torch.empty(0)
     return Batch(
@@ -267,6 +195,7 @@ def single(position: int) -> Batch:
         nothing,
         np.ones(1, np.int32),
         np.array([position], np.int32),
+        16,
     )
 
 
@@ -281,7 +210,7 @@ def test_tasks_cover_every_query_and_key_once(sequences, shape, num_threads):
     starts, counts = (np.array(values, np.int32) for values in zip(*sequences, strict=True))
     nothing = torch.empty(0)
     work = plan_tasks(
-        Batch(nothing, nothing, nothing, nothing, nothing, nothing, counts, starts), heads, num_threads
+        Batch(nothing, nothing, nothing, nothing, nothing, nothing, counts, starts, 16), heads, num_threads
     )
     covered, firsts = {}, np.cumsum(counts) - counts
     for (sequence, head, first, queries, position, begin, part), end in zip(
@@ -377,19 +306,6 @@ def test_sampling(rows, vocabulary, temperature, top_k, top_p, min_p, seed):
     )
     assert sample(logits, *arguments).tolist() == reference.sample(logits, *arguments).tolist()
     assert argmax(logits).tolist() == logits.argmax(-1).tolist()
-
-
-def random_rows(rng: np.random.Generator, num_rows: int, vocabulary: int) -> tuple[torch.Tensor, ...]:
-    """history of more rows than are looked at, the rows, their lengths, and how much of that is prompt;
-    what lies behind is poison.
-    """
-    history = torch.from_numpy(rng.integers(0, vocabulary, (num_rows + 3, 40)))
-    rows = torch.from_numpy(rng.permutation(num_rows + 3)[:num_rows].copy())
-    positions = torch.from_numpy(rng.integers(1, 40, num_rows))
-    num_prompt = torch.from_numpy(rng.integers(1, positions.numpy() + 1))
-    for row, position in zip(rows.tolist(), positions.tolist(), strict=True):
-        history[row, position:] = vocabulary - 1
-    return history, rows, positions, num_prompt
 
 
 @relaxed

@@ -1,7 +1,6 @@
-"""The engine on a CUDA GPU, with the operations it has there so far (plain torch): against transformers,
-and against itself on the CPU.
+"""What only a GPU shows of the engine: its memory, its graphs, its types, whole answers of every family.
 
-Needs a GPU; elsewhere all of it is skipped.
+Elsewhere all of it is skipped. tests/engine/test_gpu_ops.py and test_gpu_engine.py run on both.
 """
 
 from __future__ import annotations
@@ -15,7 +14,6 @@ from models import FAMILIES, greedy, write_model
 from pagetide.kv_cache.layout import KVLayout
 from pagetide.kv_cache.store import CupyStore, make_store
 from pagetide.llm import LLM
-from pagetide.ops import reference
 from pagetide.types import SamplingParams
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no GPU here")
@@ -24,6 +22,7 @@ SIZES: dict[str, Any] = {
     "num_blocks": 60,
     "max_model_len": 160,
     "max_num_batched_tokens": 48,
+    "max_num_seqs": 8,  # few sizes to record
     "check_integrity": True,
 }
 
@@ -45,42 +44,6 @@ def test_greedy_tokens_equal_transformers_in_any_company(name, tmp_path):
     for prompt, result in zip(prompts(), results, strict=True):
         assert result.outputs[0].token_ids == greedy(model, prompt, 24)
     engine.close()
-
-
-RULES = {
-    "samples": SamplingParams(seed=5, n=3, max_tokens=24),
-    "samples of a part": SamplingParams(
-        seed=6, temperature=0.7, top_k=20, top_p=0.8, min_p=0.02, max_tokens=24
-    ),
-    "penalties": SamplingParams(
-        temperature=0, repetition_penalty=1.3, presence_penalty=0.4, frequency_penalty=0.3, max_tokens=24
-    ),
-    "biases": SamplingParams(
-        temperature=0, logit_bias={7: 5.0, 9: -100.0}, allowed_token_ids=tuple(range(6, 60)), max_tokens=24
-    ),
-    "log-probabilities": SamplingParams(temperature=0, logprobs=3, prompt_logprobs=2, max_tokens=12),
-    "beams": SamplingParams(temperature=0, beam_width=3, n=3, max_tokens=12, ignore_eos=True),
-}
-
-
-def test_rules_give_the_tokens_that_they_give_on_a_cpu(tmp_path):
-    """All of them in one batch."""
-    write_model(tmp_path, FAMILIES["qwen3"])
-    answers = []
-    for device in ("cuda", "cpu"):
-        engine = LLM(
-            str(tmp_path), device=device, ops="reference", cache_dir=str(tmp_path / "cache"), **SIZES
-        )
-        answers.append(engine.generate([prompts()[3]] * len(RULES), list(RULES.values())))
-        engine.close()
-    for name, ours, theirs in zip(RULES, *answers, strict=True):
-        assert [output.token_ids for output in ours.outputs] == [
-            output.token_ids for output in theirs.outputs
-        ], name
-        for one, other in zip(ours.outputs, theirs.outputs, strict=True):
-            assert [score.logprob for score in one.logprobs] == pytest.approx(
-                [score.logprob for score in other.logprobs], abs=1e-3
-            ), name
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
@@ -122,22 +85,32 @@ def test_the_pool_is_cupys_memory_and_copies_keep_all_layers():
     assert torch.equal(store.pool, before)
 
 
-def test_sampling_draws_the_same_tokens_as_on_a_cpu():
-    generator = torch.Generator().manual_seed(3)
-    rows, vocabulary = 256, 1999
-    logits = torch.randn(rows, vocabulary, generator=generator) * 3
-    temperature = (
-        torch.rand(rows, generator=generator).mul(1.5).where(torch.rand(rows, generator=generator) > 0.2, 0.0)
-    )
-    rules = [
-        temperature,
-        torch.randint(0, 50, (rows,), generator=generator),
-        torch.rand(rows, generator=generator).clamp(min=0.1),
-        torch.rand(rows, generator=generator) * 0.1,
-        torch.randint(-(2**62), 2**62, (rows,), generator=generator),
-        torch.randint(0, 5000, (rows,), generator=generator),
+def test_no_step_waits_for_the_device_but_for_its_tokens(tmp_path):
+    write_model(tmp_path, FAMILIES["qwen3"])
+    engine = LLM(str(tmp_path), device="cuda", cache_dir=str(tmp_path / "cache"), **SIZES)
+    params = [
+        SamplingParams(temperature=0, max_tokens=12, ignore_eos=True),
+        SamplingParams(temperature=0.8, top_k=5, top_p=0.9, max_tokens=9, presence_penalty=0.3),
     ]
-    on_cpu = reference.sample(logits.clone(), *rules)
-    on_gpu = reference.sample(logits.cuda(), *(rule.cuda() for rule in rules))
-    # A sum in another order may put a token at top_p's border on its other side.
-    assert (on_cpu == on_gpu.cpu()).sum() >= rows - 2
+    asked = [params[i % 2] for i in range(len(prompts()))]
+    expected = engine.generate(prompts(), asked)  # compiles, and records what is recorded late
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        found = engine.generate(prompts(), asked)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    assert [r.outputs[0].token_ids for r in found[::2]] == [r.outputs[0].token_ids for r in expected[::2]]
+    engine.close()
+
+
+def test_recorded_steps_say_what_single_launches_say(tmp_path):
+    write_model(tmp_path, FAMILIES["smollm2"])
+    answers = []
+    for cuda_graphs in (True, False):
+        engine = LLM(
+            str(tmp_path), device="cuda", cache_dir=str(tmp_path / "cache"), cuda_graphs=cuda_graphs, **SIZES
+        )
+        results = engine.generate(prompts(), SamplingParams(seed=3, top_p=0.9, max_tokens=24))
+        answers.append([result.outputs[0].token_ids for result in results])
+        engine.close()
+    assert answers[0] == answers[1]

@@ -22,7 +22,7 @@ from pagetide.models.config import DecoderConfig
 from pagetide.models.decoder import Decoder, layer_shape
 from pagetide.models.families import read_model
 from pagetide.models.source import find_model, packed_folder
-from pagetide.models.weights import Checkpoint
+from pagetide.models.weights import Checkpoint, RandomTensors
 from pagetide.ops.select import select_ops
 from pagetide.ops.table import Ops
 from pagetide.runner.device import Device, select_device
@@ -47,14 +47,20 @@ def assemble(settings: Settings) -> Engine:
         # Rows beyond the tokenizer's are padding: whatever they say has no text.
         config = replace(config, vocab_size=min(config.vocab_size, len(vocabulary.full)))
     device = select_device(settings)
+    settings = settings.sized_for(device.torch_device.type)
     dtype = _dtype(settings, device)
 
     # Nothing may compute on this thread: a second OpenMP pool would make the first one sleep between its
     # kernels.
     def load(max_len: int) -> tuple[Ops, Decoder]:
-        folder = packed_folder(model, settings.cache_path) if settings.keep_packed_weights else None
+        keeps = settings.keep_packed_weights and settings.load_format != "dummy"
+        folder = packed_folder(model, settings.cache_path) if keeps else None
         ops = select_ops(device.torch_device, settings, dtype, model, folder)
-        checkpoint = Checkpoint(model, dtype, device.torch_device)
+        checkpoint = (
+            RandomTensors(family, config, dtype, device.torch_device)
+            if settings.load_format == "dummy"
+            else Checkpoint(model, dtype, device.torch_device)
+        )
         shape = layer_shape(config, settings.block_size, max_len, device.torch_device)
         return ops, Decoder(config, family, checkpoint, ops, shape, device.activation_dtype or dtype)
 
@@ -68,6 +74,8 @@ def assemble(settings: Settings) -> Engine:
     )
     runner = device.run(Runner, device, decoder, store, ops, rows, settings.block_size)
     runner.warm_up(min(settings.max_num_batched_tokens, max_len - 1))
+    if device.records:
+        device.run(runner.record_decode, settings.max_num_seqs)
     limits = ModelLimits(vocabulary, config.vocab_size, config.end_ids, max_len, settings.max_output_tokens)
     guides = GrammarCompiler(vocabulary, config.vocab_size, config.end_ids)
     scheduler = Scheduler(

@@ -48,8 +48,12 @@ class CupyStore(TorchStore):
 
         shape = layout.pool_shape(num_blocks)
         with cupy.cuda.Device(device.index or 0):
-            # CuPy has no bfloat16: bytes are handed over, and torch gives them their type.
-            self._owner = cupy.zeros(math.prod(shape) * layout.dtype.itemsize, dtype=cupy.uint8)
+            # Beside CuPy's memory pool, which would keep the memory for itself afterwards. CuPy has no
+            # bfloat16: bytes are handed over, and torch gives them their type.
+            size = math.prod(shape) * layout.dtype.itemsize
+            memory = cupy.cuda.MemoryPointer(cupy.cuda.Memory(size), 0)
+            self._owner = cupy.ndarray(size, dtype=cupy.uint8, memptr=memory)
+            self._owner.fill(0)
         self.pool = torch.from_dlpack(self._owner).view(layout.dtype).view(shape)
 
 

@@ -10,7 +10,7 @@ from pagetide.kv_cache.layout import KVLayout
 from pagetide.models.config import DecoderConfig
 from pagetide.models.families import Family
 from pagetide.models.rotary import rotary_table
-from pagetide.models.weights import Checkpoint
+from pagetide.models.weights import Tensors
 from pagetide.ops.attention import HeadShape
 from pagetide.ops.batch import Batch
 from pagetide.ops.layers import Affine, EmbeddingWeights, LayerShape, LayerWeights
@@ -27,7 +27,7 @@ class Decoder:
         self,
         config: DecoderConfig,
         family: Family,
-        checkpoint: Checkpoint,
+        checkpoint: Tensors,
         ops: Ops,
         shape: LayerShape,
         activations: torch.dtype,

@@ -1,13 +1,17 @@
-"""Reads a checkpoint's tensors by name, from safetensors files, sharded or not."""
+"""A decoder's tensors by the names of its checkpoint: read from safetensors files, or made up to measure
+with.
+"""
 
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Protocol
 
 import torch
 from safetensors import safe_open
 
-from pagetide.models.config import UnsupportedModelError, read_json
+from pagetide.models.config import DecoderConfig, UnsupportedModelError, read_json
+from pagetide.models.families import Family
 from pagetide.ops.weights import DenseWeight, Weight
 
 
@@ -34,6 +38,21 @@ def _files(model: Path) -> list[Path]:
     return files
 
 
+class Tensors(Protocol):
+    """What a decoder asks for while it is made; names as in a Hugging Face checkpoint."""
+
+    def __contains__(self, name: str) -> bool: ...
+
+    def read(self, name: str) -> torch.Tensor:
+        """One tensor, on the device and in the type of the engine. Raises UnsupportedModelError."""
+
+    def read_weight(self, names: tuple[str, ...]) -> Weight:
+        """The matrices of these modules as one, with the outputs of all."""
+
+    def read_bias(self, names: tuple[str, ...]) -> torch.Tensor | None:
+        """Their biases as one; None if there are none."""
+
+
 class Checkpoint:
     """The tensors of a Hugging Face model directory, read from disk when they are asked for.
 
@@ -53,17 +72,54 @@ class Checkpoint:
         return name in self._file_of
 
     def read(self, name: str) -> torch.Tensor:
-        """One tensor, on the device and in the type of the engine. Raises UnsupportedModelError."""
         if name not in self:
             raise UnsupportedModelError(f"the checkpoint has no tensor called {name}")
         return self._file_of[name].get_tensor(name).to(self._device, self._dtype)
 
     def read_weight(self, names: tuple[str, ...]) -> Weight:
-        """The matrices of these modules as one, with the outputs of all."""
         return DenseWeight.stacked([DenseWeight(self.read(f"{name}.weight")) for name in names])
 
     def read_bias(self, names: tuple[str, ...]) -> torch.Tensor | None:
-        """Their biases as one; None if the checkpoint has none of them."""
         if f"{names[0]}.bias" not in self:
             return None
         return torch.cat([self.read(f"{name}.bias") for name in names])
+
+
+class RandomTensors:
+    """Random matrices of a model's shapes, norms of one and no biases: as fast as the real ones."""
+
+    def __init__(self, family: Family, config: DecoderConfig, dtype: torch.dtype, device: torch.device):
+        self._dtype, self._device = dtype, device
+        hidden, head_dim = config.hidden_size, config.head_dim
+        attended, kept = config.num_heads * head_dim, config.num_kv_heads * head_dim
+        layer = {
+            **dict(zip(family.qkv, [(attended, hidden), (kept, hidden), (kept, hidden)], strict=True)),
+            family.out: (hidden, attended),
+            **dict.fromkeys(family.gate_up, (config.intermediate_size, hidden)),
+            family.down: (hidden, config.intermediate_size),
+            **dict.fromkeys((family.attention_norm, family.mlp_norm), (hidden,)),
+            **dict.fromkeys((family.q_norm, family.k_norm), (head_dim,)),
+        }
+        self._shapes: dict[str, tuple[int, ...]] = {
+            f"{family.layer.format(index)}{name}": shape
+            for index in range(config.num_layers)
+            for name, shape in layer.items()
+        }
+        self._shapes |= {family.embedding: (config.vocab_size, hidden), family.final_norm: (hidden,)}
+        if not config.tie_embeddings:
+            self._shapes[family.head] = (config.vocab_size, hidden)
+
+    def __contains__(self, name: str) -> bool:
+        return name.removesuffix(".weight") in self._shapes
+
+    def read(self, name: str) -> torch.Tensor:
+        tensor = torch.empty(
+            self._shapes[name.removesuffix(".weight")], dtype=self._dtype, device=self._device
+        )
+        return tensor.fill_(1) if tensor.dim() == 1 else tensor.normal_(0, 0.02)
+
+    def read_weight(self, names: tuple[str, ...]) -> Weight:
+        return DenseWeight.stacked([DenseWeight(self.read(name)) for name in names])
+
+    def read_bias(self, names: tuple[str, ...]) -> torch.Tensor | None:
+        return None

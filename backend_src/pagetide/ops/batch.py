@@ -27,6 +27,7 @@ class Batch:
     logit_index: torch.Tensor  # int32 [s]
     counts: np.ndarray  # int32 [n]
     starts: np.ndarray  # int32 [n]
+    block_size: int
 
 
 @dataclass(frozen=True)

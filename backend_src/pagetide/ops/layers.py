@@ -81,7 +81,7 @@ class Matmul(Protocol):
 class LayerOps:
     """What ComposedLayers is made of; shapes are those of ops/reference.py."""
 
-    add_rms_norm: Callable[[Tensor, Tensor, Tensor, float], Tensor]
+    add_rms_norm: Callable[[Tensor | None, Tensor, Tensor, float], Tensor]
     silu_mul: Callable[[Tensor], Tensor]
     make_matmul: Callable[[Affine], Matmul]
     make_attention: Callable[[HeadShape], AttentionBackend]
@@ -106,14 +106,15 @@ class ComposedLayers:
     def __call__(self, residual: Tensor, batch: Batch, pool: Tensor) -> None:
         add_rms_norm, attention = self._ops.add_rms_norm, self._attention
         plan = attention.plan(batch)
-        update = torch.zeros_like(residual)
+        update = None
         for layer, kv in zip(self._layers, pool, strict=True):
             x = add_rms_norm(update, residual, layer.attention_norm, self._eps)
             q = attention.write(layer.qkv(x, batch), kv, layer.attention, batch)
             update = layer.out(attention.attend(q, kv, layer.attention, batch, plan), batch)
             x = add_rms_norm(update, residual, layer.mlp_norm, self._eps)
             update = layer.mlp(x, batch)
-        residual += update
+        if update is not None:
+            residual += update
 
 
 class _Layer:

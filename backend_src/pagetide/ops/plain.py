@@ -48,6 +48,7 @@ class TorchEmbedding:
 TORCH_LAYERS = LayerOps(reference.add_rms_norm, reference.silu_mul, torch_matmul, TorchAttention)
 
 REFERENCE = Ops(
+    can_record=False,
     gather=reference.gather,
     make_embedding=TorchEmbedding,
     make_layers=partial(ComposedLayers, TORCH_LAYERS),
@@ -56,5 +57,6 @@ REFERENCE = Ops(
     penalize=reference.penalize,
     edit=reference.edit,
     mask=reference.mask,
+    set_blocks=reference.set_blocks,
     score=reference.score,
 )

@@ -39,6 +39,11 @@ def gather(
     return history[owners, positions], positions, slots, block_table[rows], lengths[rows]
 
 
+def set_blocks(block_table: torch.Tensor, rows: torch.Tensor, index: torch.Tensor, ids: torch.Tensor) -> None:
+    """block_table[rows, index] = ids, in place; all int32 [d]. Negative rows count from the end."""
+    block_table[rows, index] = ids
+
+
 def rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
     """Root mean square norm over the last dimension, computed in float32 (arXiv:1910.07467).
 
@@ -48,9 +53,15 @@ def rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
     return (wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + eps)).to(x.dtype) * weight
 
 
-def add_rms_norm(x: torch.Tensor, residual: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
-    """Adds x to the residual, in place, and returns the norm of the sum. x, residual [t, size]."""
-    residual += x
+def add_rms_norm(
+    x: torch.Tensor | None, residual: torch.Tensor, weight: torch.Tensor, eps: float
+) -> torch.Tensor:
+    """Adds x, if there is one, to the residual, in place, and returns the norm of the sum.
+
+    x, residual [t, size].
+    """
+    if x is not None:
+        residual += x
     return rms_norm(residual, weight, eps)
 
 

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 import torch
 
-from pagetide.config import Settings
+from pagetide.config import Settings, SettingsError
 from pagetide.ops.plain import REFERENCE
 from pagetide.ops.table import Ops
 
@@ -14,10 +15,18 @@ from pagetide.ops.table import Ops
 def select_ops(
     device: torch.device, settings: Settings, dtype: torch.dtype, model: Path, folder: Path | None = None
 ) -> Ops:
-    """The fastest set that this device has; the reference set if the settings say so.
+    """The fastest set that this device has; the reference set if the settings say so. Raises SettingsError.
 
     folder: where the model's weights of this type may be kept as the device takes them.
     """
+    if settings.ops == "triton" and device.type == "cpu" and not os.environ.get("TRITON_INTERPRET"):
+        raise SettingsError("ops is triton, which a CPU can only interpret: set TRITON_INTERPRET=1 for that")
+    if settings.ops == "triton" or (device.type == "cuda" and settings.ops == "auto"):
+        from pagetide.ops.gpu.table import (
+            make_gpu_ops,  # imports the Triton language, which a CPU does not need
+        )
+
+        return make_gpu_ops()
     if device.type == "cpu" and settings.ops == "auto":
         from pagetide.ops.cpu.kept import keeper  # imports Numba, which a GPU does not need
         from pagetide.ops.cpu.table import make_cpu_ops

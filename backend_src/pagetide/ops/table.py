@@ -19,6 +19,9 @@ Tensor = torch.Tensor
 class Ops:
     """Signatures and shapes are those of ops/reference.py and ops/layers.py."""
 
+    can_record: (
+        bool  # a step's launches depend on the sizes of its batch only: the rest is read on the device
+    )
     gather: Callable[..., tuple[Tensor, Tensor, Tensor, Tensor, Tensor]]
     make_embedding: Callable[[EmbeddingWeights], Embedding]
     make_layers: Callable[[LayerShape, Iterable[LayerWeights]], Layers]
@@ -27,4 +30,5 @@ class Ops:
     penalize: Callable[..., None]
     edit: Callable[..., None]
     mask: Callable[[Tensor, Tensor, Tensor, Tensor], None]
+    set_blocks: Callable[[Tensor, Tensor, Tensor, Tensor], None]
     score: Callable[[Tensor, Tensor, int], list[Tensor]]

@@ -32,4 +32,5 @@ def make_batch(plan: StepPlan, tensors: PlanTensors, rows: Rows, block_size: int
         logit_index=tensors.logit_index,
         counts=plan.counts,
         starts=plan.starts,
+        block_size=block_size,
     )

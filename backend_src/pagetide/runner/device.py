@@ -22,6 +22,7 @@ class Device(Protocol):
     torch_device: torch.device
     activation_dtype: torch.dtype | None  # None: that of the weights
     overlaps: bool  # computes beside the host, not in its place
+    records: bool  # record() saves launches
 
     def run(self, function: Callable[..., Result], *args: Any) -> Result:
         """Runs the function where the kernels run, and waits for what it returns."""
@@ -34,6 +35,14 @@ class Device(Protocol):
     ) -> Callable[[], list[np.ndarray]]:
         """Like queue; the result waits for the function's tensors, on the host, and raises what anything
         queued has raised.
+        """
+
+    def upload(self, array: np.ndarray, target: torch.Tensor) -> None:
+        """Queues the copy of an array into a tensor of its type and shape; the array may be forgotten."""
+
+    def record(self, function: Callable[[], Result]) -> tuple[Callable[[], None], Result]:
+        """Records what the function queues. Returns what queues all of it again, with what lies in the same
+        tensors then, and the function's result, which each replay fills anew until another recording's does.
         """
 
     def kv_cache_bytes(self, settings: Settings) -> int:
@@ -49,6 +58,7 @@ class CpuDevice:
     torch_device = torch.device("cpu")
     activation_dtype: torch.dtype | None = torch.float32
     overlaps = False
+    records = False
 
     def __init__(self, num_threads: int):
         self._worker = ThreadPoolExecutor(1, "pagetide-device")
@@ -76,6 +86,12 @@ class CpuDevice:
 
         return wait
 
+    def upload(self, array: np.ndarray, target: torch.Tensor) -> None:
+        target.copy_(torch.from_numpy(array))
+
+    def record(self, function: Callable[[], Result]) -> tuple[Callable[[], None], Result]:
+        raise NotImplementedError("a CPU launches nothing")
+
     def kv_cache_bytes(self, settings: Settings) -> int:
         return int(settings.kv_cache_gb * 2**30)
 
@@ -89,8 +105,10 @@ class CudaDevice:
     activation_dtype: torch.dtype | None = None
     overlaps = True
 
-    def __init__(self) -> None:
+    def __init__(self, records: bool) -> None:
+        self.records = records
         self.torch_device = torch.device("cuda", torch.cuda.current_device())
+        self._graphs = torch.cuda.graph_pool_handle()
 
     def run(self, function: Callable[..., Result], *args: Any) -> Result:
         return function(*args)
@@ -114,6 +132,20 @@ class CudaDevice:
 
         return wait
 
+    def upload(self, array: np.ndarray, target: torch.Tensor) -> None:
+        # torch keeps pinned memory from being used again before what copies it has run.
+        staged = torch.empty(array.shape, dtype=target.dtype, pin_memory=True)
+        staged.numpy()[:] = array
+        target.copy_(staged, non_blocking=True)
+
+    def record(self, function: Callable[[], Result]) -> tuple[Callable[[], None], Result]:
+        function()  # compiles what it needs, which is not allowed while a graph is captured
+        torch.cuda.synchronize(self.torch_device)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph, pool=self._graphs):
+            result = function()
+        return graph.replay, result
+
     def kv_cache_bytes(self, settings: Settings) -> int:
         free, _ = torch.cuda.mem_get_info(self.torch_device)
         return int(free * settings.gpu_memory_fraction)
@@ -127,4 +159,8 @@ def select_device(settings: Settings) -> Device:
     has_gpu = torch.cuda.is_available()
     if settings.device == "cuda" and not has_gpu:
         raise SettingsError("device is cuda, but torch sees no CUDA GPU here; use auto or cpu")
-    return CudaDevice() if has_gpu and settings.device != "cpu" else CpuDevice(settings.num_threads)
+    return (
+        CudaDevice(settings.cuda_graphs)
+        if has_gpu and settings.device != "cpu"
+        else CpuDevice(settings.num_threads)
+    )

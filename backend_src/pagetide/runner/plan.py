@@ -165,6 +165,12 @@ class StepPlan:
         return int(self.counts.sum())
 
     @property
+    def only_samples(self) -> bool:
+        """True if the step brings nothing but tokens, from the logits as they are."""
+        asked = len(self.score_index) + len(self.beam_index) + len(self.return_index)
+        return not self.adjusts_logits and not asked
+
+    @property
     def adjusts_logits(self) -> bool:
         """True if some sampled row's logits are changed before sampling."""
         return self.has_penalties or self.has_edits or self.has_masks

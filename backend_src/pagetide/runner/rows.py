@@ -10,7 +10,6 @@ import torch
 
 from pagetide.ops.batch import LogitEdits
 from pagetide.runner.plan import NO_EDITS, Admission, StepPlan, bits_of
-from pagetide.runner.plan_tensors import PlanTensors
 
 _FLOATS = ("temperature", "top_p", "min_p", "repetition_penalty", "presence_penalty", "frequency_penalty")
 _INTEGERS = ("top_k", "seed", "num_prompt")
@@ -20,37 +19,41 @@ class Rows:
     """history int64 [max_rows, max_len]: all tokens of each row, sampled ones too, so that the next step
     finds its input on the device.
 
+    Behind the last row stands one more, which no sequence has: -1 is its index, for what a batch is padded
+    with.
+
     lengths int32 [max_rows]: how many of them are in the cache, or on the way there. block_table int32
-    [max_rows, max_blocks]; params: tensors [max_rows] by RowParams' names; masks int32 [max_rows,
-    vocabulary / 32]: bit i of word w says whether token 32 * w + i may be sampled, where is_masked
-    [max_rows] is true; edits: of all rows.
+    [max_rows, max_blocks]; masks int32 [max_rows, vocabulary / 32]: bit i of word w says whether token
+    32 * w + i may be sampled, where is_masked [max_rows] is true; edits: of all rows.
     """
 
     def __init__(self, max_rows: int, max_len: int, block_size: int, vocab_size: int, device: torch.device):
         self._device = device
         self._vocab_size = vocab_size
         max_blocks = -(-max_len // block_size)
+        max_rows += 1
         self.history = torch.zeros((max_rows, max_len + 1), dtype=torch.int64, device=device)
         self.lengths = torch.zeros(max_rows, dtype=torch.int32, device=device)
         self.block_table = torch.zeros((max_rows, max_blocks), dtype=torch.int32, device=device)
-        self._floats = torch.zeros((max_rows, len(_FLOATS)), dtype=torch.float32, device=device)
-        self._integers = torch.zeros((max_rows, len(_INTEGERS)), dtype=torch.int64, device=device)
-        columns = zip(_FLOATS + _INTEGERS, (*self._floats.T, *self._integers.T), strict=True)
-        self.params = dict(columns)
+        self._floats = torch.zeros((len(_FLOATS), max_rows), dtype=torch.float32, device=device)
+        self._integers = torch.zeros((len(_INTEGERS), max_rows), dtype=torch.int64, device=device)
         self.masks = torch.zeros((max_rows, -(-vocab_size // 32)), dtype=torch.int32, device=device)
         self.is_masked = torch.zeros(max_rows, dtype=torch.bool, device=device)
         self._edits_of = [NO_EDITS] * max_rows
         self.edits = self._gather_edits()
 
-    def apply(self, plan: StepPlan, tensors: PlanTensors) -> None:
-        """Admits the plan's sequences and changes block tables."""
+    def admit(self, plan: StepPlan) -> None:
+        """Gives the plan's new sequences their rows."""
         for admission in plan.admissions:
             self.history[admission.row, : len(admission.token_ids)] = self.to_device(admission.token_ids)
         if plan.admissions:
             self._write_numbers(plan.admissions)
             self._write_edits(plan.admissions)
-        if len(plan.block_rows):
-            self.block_table[tensors.block_rows, tensors.block_index] = tensors.block_ids
+
+    def params_of(self, rows: torch.Tensor) -> dict[str, torch.Tensor]:
+        """The parameters of some rows, by their names: [len(rows)] each."""
+        values = (*self._floats[:, rows], *self._integers[:, rows])
+        return dict(zip(_FLOATS + _INTEGERS, values, strict=True))
 
     def set_masks(self, rows: torch.Tensor, masks: np.ndarray) -> None:
         """Says which tokens these rows may sample: int32 [len(rows), vocabulary / 32]."""
@@ -61,13 +64,14 @@ class Rows:
         rows = self.to_device(np.array([a.row for a in admissions]))
         self.lengths[rows] = self.to_device(np.array([a.num_computed for a in admissions], np.int32))
         for state, names in ((self._floats, _FLOATS), (self._integers, _INTEGERS)):
-            values = [[getattr(a.params, name) for name in names] for a in admissions]
-            state[rows] = torch.tensor(values, dtype=state.dtype, device=self._device)
+            values = [[getattr(a.params, name) for a in admissions] for name in names]
+            of_type = np.float32 if state is self._floats else np.int64
+            state[:, rows] = self.to_device(np.array(values, of_type))
         self.is_masked[rows] = False
         for admission in admissions:
             if admission.params.allowed:
                 self.set_masks(
-                    torch.tensor([admission.row], device=self._device),
+                    self.to_device(np.array([admission.row])),
                     bits_of(admission.params.allowed, self._vocab_size)[None],
                 )
 
@@ -101,4 +105,4 @@ class Rows:
         host = torch.from_numpy(np.ascontiguousarray(array))
         # Even a copy to where it is already would hand the interpreter to the host's thread, which keeps it
         # for a while.
-        return host if self._device.type == "cpu" else host.to(self._device, non_blocking=True)
+        return host if self._device.type == "cpu" else host.pin_memory().to(self._device, non_blocking=True)

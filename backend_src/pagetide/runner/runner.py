@@ -11,9 +11,11 @@ import torch
 
 from pagetide.kv_cache.store import KVStore
 from pagetide.models.decoder import Decoder
+from pagetide.ops.batch import Batch
 from pagetide.ops.table import Ops
 from pagetide.runner.batch import make_batch
 from pagetide.runner.device import Device
+from pagetide.runner.graphs import DecodeGraphs
 from pagetide.runner.plan import Admission, RowParams, StepPlan, StepTokens
 from pagetide.runner.plan_tensors import PlanTensors, upload
 from pagetide.runner.rows import Rows
@@ -35,6 +37,8 @@ class Runner:
         self._sampler = Sampler(self._rows, ops)
         self._tensors: PlanTensors | None = None
         self._logits: torch.Tensor | None = None
+        self._ids: torch.Tensor | None = None
+        self._graphs: DecodeGraphs | None = None
         self._results: dict[int, Callable[[], list[np.ndarray]]] = {}
 
     def forward(self, plan: StepPlan) -> None:
@@ -47,19 +51,53 @@ class Runner:
         return read_results(plan, self._results.pop(plan.step)())
 
     @torch.inference_mode()
+    def record_decode(self, max_size: int) -> None:
+        """Steps of up to max_size single tokens are recorded now, and replayed from here on."""
+        if self._ops.can_record:
+            self._graphs = DecodeGraphs(
+                self.device,
+                self._ops,
+                self._rows,
+                self._block_size,
+                self._decode,
+                self._sampler.draw,
+                max_size,
+            )
+
+    def _decode(self, batch: Batch) -> torch.Tensor:
+        return self.decoder.forward(batch, self._store.pool)
+
+    @torch.inference_mode()
     def _forward(self, plan: StepPlan) -> None:
-        self._tensors = tensors = upload(plan, self.device.torch_device)
-        self._rows.apply(plan, tensors)
+        self._rows.admit(plan)
+        graphs = self._graphs if self._graphs is not None and self._graphs.fits(plan) else None
+        if graphs is None or len(plan.copies) or not plan.only_samples:
+            self._tensors = upload(plan, self.device.torch_device)
         if len(plan.copies):
-            self._store.copy_blocks(tensors.copies[:, 0], tensors.copies[:, 1])
-        batch = make_batch(plan, tensors, self._rows, self._block_size, self._ops)
-        self._logits = self.decoder.forward(batch, self._store.pool)
+            assert self._tensors is not None
+            self._store.copy_blocks(self._tensors.copies[:, 0], self._tensors.copies[:, 1])
+        if graphs is None:
+            assert self._tensors is not None
+            self._logits = self._forward_batch(plan, self._tensors)
+        elif plan.only_samples:
+            self._ids = graphs.run(plan, samples=True)
+        else:
+            self._logits = graphs.run(plan, samples=False)
+
+    def _forward_batch(self, plan: StepPlan, tensors: PlanTensors) -> torch.Tensor:
+        if len(plan.block_rows):
+            self._ops.set_blocks(
+                self._rows.block_table, tensors.block_rows, tensors.block_index, tensors.block_ids
+            )
+        return self._decode(make_batch(plan, tensors, self._rows, self._block_size, self._ops))
 
     @torch.inference_mode()
     def _sample(self, plan: StepPlan, masks: np.ndarray | None) -> list[torch.Tensor]:
-        assert self._logits is not None and self._tensors is not None
-        logits, tensors = self._logits, self._tensors
-        self._logits = self._tensors = None
+        ids, logits, tensors = self._ids, self._logits, self._tensors
+        self._ids = self._logits = self._tensors = None
+        if ids is not None:
+            return [ids]
+        assert logits is not None and tensors is not None
         return self._sampler(plan, tensors, logits, masks)
 
     def warm_up(self, num_tokens: int) -> None:
@@ -75,6 +113,7 @@ class Runner:
 
     def close(self) -> None:
         self.device.close()
+        self._graphs = None
 
 
 def warm_up_plan(count: int, start: int, temperature: float, block_size: int) -> StepPlan:

@@ -40,10 +40,8 @@ class Sampler:
         if masks is not None:
             state.set_masks(tensors.guided_rows, masks)
         self._adjust(plan, sampled, own, places)
-        ids = self._ops.argmax(sampled) if plan.is_greedy else self._sample(sampled, own, places)
-        # A row without a token has ended, but its next step may be on its way: that reads token 0.
+        ids = self.draw(sampled, own, places, plan.is_greedy)
         known = ids.clamp(min=0)
-        state.history[own, places] = known
         results = [ids]
         if raw is not None:
             chosen = tensors.score_index
@@ -52,6 +50,17 @@ class Sampler:
             chosen = tensors.beam_index
             results += self._candidates(plan, sampled[chosen], known[chosen], raw_of_beams)
         return results if returned is None else [*results, returned]
+
+    def draw(
+        self, logits: torch.Tensor, rows: torch.Tensor, positions: torch.Tensor, is_greedy: bool = False
+    ) -> torch.Tensor:
+        """Tokens int64 [s] from logits [s, vocabulary], as the rows' parameters say, also written into the
+        rows' history.
+        """
+        ids = self._ops.argmax(logits) if is_greedy else self._sample(logits, rows, positions)
+        # A row without a token has ended, but its next step may be on its way: that reads token 0.
+        self._rows.history[rows, positions] = ids.clamp(min=0)
+        return ids
 
     def _candidates(
         self, plan: StepPlan, logits: torch.Tensor, ids: torch.Tensor, raw: torch.Tensor | None
@@ -74,19 +83,18 @@ class Sampler:
         state = self._rows
         if plan.has_penalties:
             names = ("num_prompt", "repetition_penalty", "presence_penalty", "frequency_penalty")
-            self._ops.penalize(
-                logits, state.history, rows, positions, *(state.params[name][rows] for name in names)
-            )
+            params = state.params_of(rows)
+            self._ops.penalize(logits, state.history, rows, positions, *(params[name] for name in names))
         if plan.has_edits:
-            self._ops.edit(
-                logits, state.history, rows, positions, state.params["num_prompt"][rows], state.edits
-            )
+            num_prompt = state.params_of(rows)["num_prompt"]
+            self._ops.edit(logits, state.history, rows, positions, num_prompt, state.edits)
         if plan.has_masks:
             self._ops.mask(logits, state.masks, state.is_masked, rows)
 
     def _sample(self, logits: torch.Tensor, rows: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
         names = ("temperature", "top_k", "top_p", "min_p", "seed")
-        return self._ops.sample(logits, *(self._rows.params[name][rows] for name in names), positions)
+        params = self._rows.params_of(rows)
+        return self._ops.sample(logits, *(params[name] for name in names), positions)
 
 
 def _take(logits: torch.Tensor, index: torch.Tensor, will_change: bool) -> torch.Tensor | None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from functools import partial
 
+from pagetide.ops import reference
 from pagetide.ops.cpu.embedding import CompiledEmbedding
 from pagetide.ops.cpu.gather import gather
 from pagetide.ops.cpu.kept import Keeper, no_keeper
@@ -20,6 +21,7 @@ from pagetide.ops.table import Ops
 def make_cpu_ops(keep: Keeper = no_keeper) -> Ops:
     """Activations are float32 or bfloat16, weights and KV bfloat16 or float32. keep: of packed weights."""
     return Ops(
+        can_record=False,
         gather=gather,
         make_embedding=partial(make_embedding, keep),
         make_layers=partial(make_layers, keep),
@@ -28,6 +30,7 @@ def make_cpu_ops(keep: Keeper = no_keeper) -> Ops:
         penalize=penalize,
         edit=edit,
         mask=mask,
+        set_blocks=reference.set_blocks,
         score=score,
     )
 

@@ -1,0 +1,182 @@
+"""Attention of prompt chunks over the paged cache (FlashAttention-2, arXiv:2307.08691): a program takes some
+tokens of one chunk, with all query heads of one KV head as the rows of its matrix products.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+
+from pagetide.ops.attention import HeadShape
+
+_LOG2_E = 1.4426950408889634
+# Rows and keys of a matrix product; found by scripts/gpu_check.sh --only tune.
+ROWS, TILE, NUM_WARPS, NUM_STAGES = 128, 64, 8, 3
+
+
+@triton.jit
+def _attend_tiles(
+    queries,
+    result,
+    highest,
+    total,
+    kv,
+    table,
+    kv_head,
+    position,
+    scale,
+    start,
+    end,
+    length,
+    MASKED: tl.constexpr,
+    WINDOW: tl.constexpr,
+    KV_HEADS: tl.constexpr,
+    HEAD_DIM: tl.constexpr,
+    BLOCK_SIZE: tl.constexpr,
+    TILE: tl.constexpr,
+    DIM_BLOCK: tl.constexpr,
+):
+    dim = tl.arange(0, DIM_BLOCK)
+    for tile in range(start, end, TILE):
+        at = tile + tl.arange(0, TILE)
+        if MASKED:
+            block = tl.load(table + at // BLOCK_SIZE, mask=at < length, other=0).to(tl.int64)
+        else:
+            block = tl.load(table + at // BLOCK_SIZE).to(tl.int64)
+        place = ((block * 2 * KV_HEADS + kv_head) * BLOCK_SIZE + at % BLOCK_SIZE) * HEAD_DIM
+        key_places = kv + place[None, :] + dim[:, None]
+        value_places = kv + KV_HEADS * BLOCK_SIZE * HEAD_DIM + place[:, None] + dim[None, :]
+        if MASKED:
+            is_key = at < length
+            keys = tl.load(key_places, mask=is_key[None, :] & (dim[:, None] < HEAD_DIM), other=0.0)
+            values = tl.load(value_places, mask=is_key[:, None] & (dim[None, :] < HEAD_DIM), other=0.0)
+        elif DIM_BLOCK == HEAD_DIM:
+            keys = tl.load(key_places)
+            values = tl.load(value_places)
+        else:
+            keys = tl.load(key_places, mask=dim[:, None] < HEAD_DIM, other=0.0)
+            values = tl.load(value_places, mask=dim[None, :] < HEAD_DIM, other=0.0)
+        scores = tl.dot(queries, keys.to(queries.dtype), input_precision="ieee") * scale
+        if MASKED:
+            visible = at[None, :] <= position[:, None]
+            if WINDOW > 0:
+                visible &= at[None, :] > position[:, None] - WINDOW
+            # Finite, since a tile may hold no key at all that some query sees.
+            scores = tl.where(visible, scores, -1.0e30)
+        higher = tl.maximum(highest, tl.max(scores, 1))
+        correction = tl.exp2(highest - higher)
+        weights = tl.exp2(scores - higher[:, None])
+        if MASKED and WINDOW > 0:
+            weights = tl.where(scores > -1.0e30, weights, 0.0)
+        total = total * correction + tl.sum(weights, 1)
+        result = result * correction[:, None]
+        result = tl.dot(weights.to(queries.dtype), values.to(queries.dtype), result, input_precision="ieee")
+        highest = higher
+    return result, highest, total
+
+
+@triton.jit
+def _prefill(
+    q,
+    kv,
+    block_table,
+    tiles,
+    out,
+    scale,
+    q_stride,
+    table_stride,
+    WINDOW: tl.constexpr,
+    KV_HEADS: tl.constexpr,
+    GROUP: tl.constexpr,
+    HEAD_DIM: tl.constexpr,
+    BLOCK_SIZE: tl.constexpr,
+    ROWS: tl.constexpr,
+    TILE: tl.constexpr,
+    DIM_BLOCK: tl.constexpr,
+):
+    task, kv_head = tl.program_id(1), tl.program_id(0)
+    sequence = tl.load(tiles + task * 4).to(tl.int64)
+    first = tl.load(tiles + task * 4 + 1)
+    count = tl.load(tiles + task * 4 + 2)
+    start = tl.load(tiles + task * 4 + 3)
+    row = tl.arange(0, ROWS)
+    dim = tl.arange(0, DIM_BLOCK)
+    of = row // GROUP  # which of the tile's tokens
+    token = (first + of).to(tl.int64)
+    head = kv_head * GROUP + row % GROUP
+    inside = (of[:, None] < count) & (dim[None, :] < HEAD_DIM)
+    queries = tl.load(
+        q + token[:, None] * q_stride + head[:, None] * HEAD_DIM + dim[None, :], mask=inside, other=0.0
+    )
+    position = start + of
+    length = start + count  # keys that the last of the tokens sees
+    begin = 0
+    if WINDOW > 0:
+        begin = tl.maximum(start - WINDOW + 1, 0) // TILE * TILE
+    # Every token sees all keys of the tiles before `whole`.
+    whole = begin
+    if WINDOW == 0:
+        whole = (start + 1) // TILE * TILE
+    table = block_table + sequence * table_stride
+    highest = tl.full([ROWS], -1.0e30, tl.float32)
+    total = tl.zeros([ROWS], tl.float32)
+    result = tl.zeros([ROWS, DIM_BLOCK], tl.float32)
+    if WINDOW == 0:
+        result, highest, total = _attend_tiles(
+            queries, result, highest, total, kv, table, kv_head, position, scale, begin, whole, length,
+            False, WINDOW, KV_HEADS, HEAD_DIM, BLOCK_SIZE, TILE, DIM_BLOCK,
+        )  # fmt: skip
+    result, highest, total = _attend_tiles(
+        queries, result, highest, total, kv, table, kv_head, position, scale, whole, length, length,
+        True, WINDOW, KV_HEADS, HEAD_DIM, BLOCK_SIZE, TILE, DIM_BLOCK,
+    )  # fmt: skip
+    result = result / tl.where(total > 0, total, 1.0)[:, None]
+    target = out + token[:, None] * KV_HEADS * GROUP * HEAD_DIM + head[:, None] * HEAD_DIM + dim[None, :]
+    tl.store(target, result.to(out.dtype.element_ty), mask=inside)
+
+
+def tokens_of_tile(shape: HeadShape) -> int:
+    """How many tokens of a chunk one program takes."""
+    return max(1, _rows(shape) // shape.group)
+
+
+def _rows(shape: HeadShape) -> int:
+    return max(ROWS, triton.next_power_of_2(shape.group))
+
+
+def attend_chunks(
+    shape: HeadShape,
+    q: torch.Tensor,
+    kv: torch.Tensor,
+    block_table: torch.Tensor,
+    window: int,
+    tiles: torch.Tensor,
+    out: torch.Tensor,
+) -> None:
+    """Writes the rows of the tiles' tokens in out [t, H * head_dim]; q [t, H, head_dim], rows apart by
+    q.stride(0).
+
+    tiles int32 [n, 4]: of each tile of tokens_of_tile tokens its sequence, its first token in the step, how
+    many tokens it has, and the first one's position.
+    """
+    _prefill[(shape.num_kv_heads, len(tiles))](
+        q,
+        kv,
+        block_table,
+        tiles,
+        out,
+        shape.head_dim**-0.5 * _LOG2_E,
+        q.stride(0),
+        block_table.stride(0),
+        window,
+        shape.num_kv_heads,
+        shape.group,
+        shape.head_dim,
+        kv.shape[3],
+        _rows(shape),
+        TILE,
+        triton.next_power_of_2(shape.head_dim),
+        num_warps=NUM_WARPS if shape.head_dim > 64 else NUM_WARPS // 2,
+        num_stages=NUM_STAGES,
+    )

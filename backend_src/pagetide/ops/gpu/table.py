@@ -1,0 +1,34 @@
+"""The operations of a GPU: kernels in the Triton language, matrix products by cuBLAS."""
+
+from __future__ import annotations
+
+from functools import partial
+
+from pagetide.ops import reference
+from pagetide.ops.gpu.activation import silu_mul
+from pagetide.ops.gpu.attention import PagedAttention
+from pagetide.ops.gpu.embedding import GpuEmbedding
+from pagetide.ops.gpu.gather import gather, set_blocks
+from pagetide.ops.gpu.logits import Penalties, edit, mask
+from pagetide.ops.gpu.norm import add_rms_norm
+from pagetide.ops.gpu.sampling import argmax, sample
+from pagetide.ops.layers import ComposedLayers, LayerOps
+from pagetide.ops.plain import torch_matmul
+from pagetide.ops.table import Ops
+
+
+def make_gpu_ops() -> Ops:
+    """Weights, activations and KV all have one type: bfloat16, float16 or float32."""
+    return Ops(
+        can_record=True,
+        gather=gather,
+        make_embedding=GpuEmbedding,
+        make_layers=partial(ComposedLayers, LayerOps(add_rms_norm, silu_mul, torch_matmul, PagedAttention)),
+        argmax=argmax,
+        sample=sample,
+        penalize=Penalties(),
+        edit=edit,
+        mask=mask,
+        set_blocks=set_blocks,
+        score=reference.score,
+    )

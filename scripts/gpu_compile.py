@@ -1,0 +1,206 @@
+"""Compiles every kernel in the Triton language as the engine launches it, for GPUs that need not be there:
+registers, shared memory and spills of each.
+
+python scripts/gpu_compile.py [--write]        --write: into scripts/gpu_kernels.md
+"""
+
+from __future__ import annotations
+
+import re
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NamedTuple
+from unittest.mock import patch
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "backend_src"))
+
+import numpy as np
+import torch
+import triton
+from pagetide.ops.attention import HeadShape, LayerAttention
+from pagetide.ops.batch import Batch, LogitEdits
+from pagetide.ops.gpu import activation, decode, gather, logits, norm, prefill, rotary, sampling
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+from triton.runtime.jit import JITFunction
+
+REPORT = Path(__file__).with_name("gpu_kernels.md")
+TARGETS = (80, 90, 100)
+HEAD = """# The GPU's kernels, compiled
+
+Registers of a thread, KiB of shared memory and spilled bytes of a thread, in bfloat16 with the Triton
+language {version}. Written by `python scripts/gpu_compile.py --write`.
+
+"""
+_TYPES = {
+    torch.bfloat16: "*bf16", torch.float16: "*fp16", torch.float32: "*fp32", torch.int64: "*i64",
+    torch.int32: "*i32", torch.bool: "*i1",
+}  # fmt: skip
+SHAPES = {"8B": HeadShape(32, 8, 128), "1B": HeadShape(32, 8, 64), "0.6B": HeadShape(16, 8, 128)}
+
+
+class Usage(NamedTuple):
+    """What one kernel takes on one kind of GPU: registers of a thread, bytes of shared memory, and spilled
+    bytes of a thread.
+    """
+
+    kernel: str
+    target: int
+    registers: int
+    shared: int
+    spilled: int
+
+
+class Compiler:
+    """Stands in the place of launches."""
+
+    def __init__(self, targets: tuple[int, ...]):
+        self._targets = targets
+        self.label = ""
+        self.found: list[Usage] = []
+
+    def launch(self, kernel: JITFunction, *args: Any, grid: Any, warmup: bool, **options: Any) -> None:
+        values = dict(zip(kernel.arg_names, args, strict=False)) | {
+            name: value for name, value in options.items() if name in kernel.arg_names
+        }
+        signature, constants, attributes = {}, {}, {}
+        for at, (name, value) in enumerate(values.items()):
+            parameter = kernel.params[at]
+            is_one = isinstance(value, int) and value == 1 and not parameter.do_not_specialize
+            kind = _type_of(value, parameter.is_constexpr or is_one)
+            signature[name] = kind
+            if kind == "constexpr":
+                constants[(at,)] = value
+            elif kind.startswith("*") or (
+                isinstance(value, int) and value % 16 == 0 and not parameter.do_not_specialize
+            ):
+                attributes[(at,)] = [["tt.divisibility", 16]]
+        source = ASTSource(kernel, signature, constants, attributes)
+        compile_options = {name: options[name] for name in ("num_warps", "num_stages") if name in options}
+        for target in self._targets:
+            compiled = triton.compile(source, target=GPUTarget("cuda", target, 32), options=compile_options)
+            registers, spilled = _resources(compiled.asm["cubin"])
+            name = f"{kernel.__name__} {self.label}".strip()
+            self.found.append(Usage(name, target, registers, compiled.metadata.shared, spilled))
+
+
+def _type_of(value: Any, is_constexpr: bool) -> str:
+    if is_constexpr or value is None:
+        return "constexpr"
+    if isinstance(value, torch.Tensor):
+        return _TYPES[value.dtype]
+    return "fp32" if isinstance(value, float) else "i32"
+
+
+def _resources(cubin: bytes) -> tuple[int, int]:
+    """(registers, spilled bytes) of a thread."""
+    tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(cubin)
+        file.flush()
+        said = subprocess.run(
+            [tool, "-res-usage", file.name], capture_output=True, text=True, check=True
+        ).stdout
+    registers, stack = re.search(r"REG:(\d+) STACK:(\d+)", said).groups()
+    local = re.search(r"LOCAL:(\d+)", said)
+    return int(registers), int(stack) + int(local.group(1) if local else 0)
+
+
+def cases(dtype: torch.dtype) -> dict[str, Callable[[], object]]:
+    """A launch of every kernel, with the sizes of known models."""
+    found: dict[str, Callable[[], object]] = {}
+
+    def empty(*shape: int, kind: torch.dtype = dtype) -> torch.Tensor:
+        return torch.empty(shape, dtype=kind)
+
+    def ints(*shape: int) -> torch.Tensor:
+        return torch.zeros(shape, dtype=torch.int32)
+
+    longs = torch.zeros(8, dtype=torch.int64)
+    floats = torch.zeros(8)
+    for size in (1024, 4096):
+        found[f"norm {size}"] = lambda size=size: norm.add_rms_norm(
+            empty(8, size), empty(8, size), empty(size), 1e-5
+        )
+    found["silu"] = lambda: activation.silu_mul(empty(8, 2 * 14_336))
+    for name, shape in SHAPES.items():
+        heads = shape.num_heads + 2 * shape.num_kv_heads
+        kv, table = empty(64, 2, shape.num_kv_heads, 16, shape.head_dim), ints(8, 64)
+        queries, out = (
+            empty(8, heads, shape.head_dim)[:, : shape.num_heads],
+            empty(8, shape.num_heads * shape.head_dim),
+        )
+        layer = LayerAttention(empty(64, shape.head_dim, kind=torch.float32), 0, out[0], out[0], 1e-5)
+        batch = Batch(longs, longs, longs, table, ints(8), ints(8), np.ones(8), np.ones(8), 16)
+        found[f"{name} rotary"] = lambda s=shape, kv=kv, layer=layer, batch=batch, heads=heads: (
+            rotary.rotate_and_write(s, empty(8, heads * s.head_dim), kv, layer, batch)
+        )
+        for window in (0, 4096):
+            of = f"{name}{' window' if window else ''}"
+            found[of] = lambda s=shape, kv=kv, q=queries, t=table, w=window, out=out: (
+                decode.attend_singles(
+                    s, q, kv, t, ints(8), w, decode.plan_singles(s, ints(8), ints(8), 64, 16), out
+                ),
+                prefill.attend_chunks(s, q, kv, t, w, ints(8, 4), out),
+            )
+    wide = empty(8, 151_936, kind=torch.float32)
+    found["gather"] = lambda: gather.gather(
+        empty(257, 8193, kind=torch.int64), ints(257, 512), ints(257), ints(8), ints(8), 8, 16
+    )
+    found["blocks"] = lambda: gather.set_blocks(ints(257, 512), ints(8), ints(8), ints(8))
+    found["argmax"] = lambda: sampling.argmax(wide)
+    found["sample"] = lambda: sampling.sample(wide, floats, longs, floats, floats, longs, ints(8))
+    found["penalize"] = lambda: logits.Penalties()(
+        wide, empty(257, 8193, kind=torch.int64), ints(8), ints(8), longs, floats, floats, floats
+    )
+    edits = LogitEdits(ints(258), ints(8), floats, ints(8), ints(9), ints(8))
+    found["edit"] = lambda: logits.edit(
+        wide, empty(257, 8193, kind=torch.int64), ints(8), ints(8), longs, edits
+    )
+    found["mask"] = lambda: logits.mask(wide, ints(257, 4748), torch.zeros(257, dtype=torch.bool), ints(8))
+    return found
+
+
+def compile_all(dtype: torch.dtype = torch.bfloat16, targets: tuple[int, ...] = TARGETS) -> list[Usage]:
+    compiler = Compiler(targets)
+    with patch.object(
+        JITFunction, "run", lambda kernel, *args, **options: compiler.launch(kernel, *args, **options)
+    ):
+        for label, launch in cases(dtype).items():
+            compiler.label = label
+            launch()
+    return compiler.found
+
+
+def table(found: list[Usage]) -> str:
+    """One row for each kernel: registers, shared KiB and spilled bytes on each kind of GPU."""
+    targets = list(dict.fromkeys(usage.target for usage in found))
+    by_kernel: dict[str, dict[int, Usage]] = {}
+    for usage in found:
+        by_kernel.setdefault(usage.kernel, {})[usage.target] = usage
+    lines = [
+        "| kernel | " + " | ".join(f"sm_{target}" for target in targets) + " |",
+        "|" + " --- |" * (len(targets) + 1),
+    ]
+    for kernel, usages in by_kernel.items():
+        cells = [
+            f"{u.registers}, {u.shared / 1024:.0f}, {u.spilled}"
+            for u in (usages[target] for target in targets)
+        ]
+        lines.append(f"| {kernel} | " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
+def main() -> int:
+    text = HEAD.format(version=triton.__version__) + table(compile_all()) + "\n"
+    print(text)
+    if "--write" in sys.argv[1:]:
+        REPORT.write_text(text, encoding="utf-8")
+    return 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

@@ -1,0 +1,103 @@
+"""Random decoder layers, whole steps through them, and random rows for the sampler: what the kernels of every
+device are tried with.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+from pagetide.ops.batch import Batch
+from pagetide.ops.layers import Affine, Layers, LayerShape, LayerWeights
+from pagetide.ops.weights import DenseWeight
+
+
+def random_layers(
+    shape: LayerShape, dtype: torch.dtype, window: int, has_norms: bool, has_bias: bool
+) -> list[LayerWeights]:
+    heads = shape.heads
+    attended, qkv = (
+        heads.num_heads * heads.head_dim,
+        (heads.num_heads + 2 * heads.num_kv_heads) * heads.head_dim,
+    )
+
+    def affine(outputs: int, inputs: int) -> Affine:
+        values = (torch.randn(outputs, inputs) * inputs**-0.5).to(dtype)
+        return Affine(DenseWeight(values), torch.randn(outputs).to(dtype) if has_bias else None)
+
+    def norm(size: int) -> torch.Tensor:
+        return torch.rand(size) + 0.5
+
+    return [
+        LayerWeights(
+            attention_norm=norm(shape.hidden_size),
+            qkv=affine(qkv, shape.hidden_size),
+            q_norm=norm(heads.head_dim) if has_norms else None,
+            k_norm=norm(heads.head_dim) if has_norms else None,
+            window=window if index % 2 else 0,
+            out=affine(shape.hidden_size, attended),
+            mlp_norm=norm(shape.hidden_size),
+            gate_up=affine(2 * shape.intermediate_size, shape.hidden_size),
+            down=affine(shape.hidden_size, shape.intermediate_size),
+        )
+        for index in range(shape.num_layers)
+    ]
+
+
+def run_steps(
+    layers: Layers,
+    shape: LayerShape,
+    lengths: list[list[int]],
+    fill: float,
+    dtype: torch.dtype,
+    activations: torch.dtype = torch.float32,
+) -> list[torch.Tensor]:
+    """Residuals after each step; lengths[k][i]: tokens of sequence i in step k.
+
+    The cache begins with nothing but `fill`.
+    """
+    block_size, device = shape.block_size, shape.cos_sin.device
+    totals = np.sum(lengths, axis=0)
+    blocks = -(-int(totals.max()) // block_size)
+    order = torch.randperm(blocks * len(totals), generator=torch.Generator().manual_seed(1)).to(torch.int32)
+    table = order.view(len(totals), blocks)
+    pool = torch.full(
+        (shape.num_layers, blocks * len(totals), *layers.block_shape), fill, dtype=dtype, device=device
+    )
+    starts, results = np.zeros(len(totals), np.int32), []
+    noise = torch.Generator().manual_seed(2)
+    for step in lengths:
+        present = [i for i, count in enumerate(step) if count]
+        counts = np.array([step[i] for i in present], np.int32)
+        positions = torch.cat([torch.arange(starts[i], starts[i] + step[i]) for i in present])
+        owner = torch.repeat_interleave(torch.tensor(present), torch.from_numpy(counts).long())
+        slots = table[owner, positions // block_size].long() * block_size + positions % block_size
+        residual = torch.randn(len(positions), shape.hidden_size, generator=noise).to(device, activations)
+        ends = torch.from_numpy(starts[present] + counts)
+        tensors = [
+            tensor.to(device)
+            for tensor in (positions, positions, slots, table[present].contiguous(), ends, positions)
+        ]
+        layers(residual, Batch(*tensors, counts, starts[present], block_size), pool)
+        results.append(residual.cpu())
+        starts += np.array(step, np.int32)
+    return results
+
+
+def rotary_like(length: int, head_dim: int) -> torch.Tensor:
+    angles = torch.outer(
+        torch.arange(length).float(), 1.0 / 1000 ** (torch.arange(0, head_dim, 2) / head_dim)
+    )
+    return torch.cat([angles.cos(), angles.sin()], dim=-1)
+
+
+def random_rows(rng: np.random.Generator, num_rows: int, vocabulary: int) -> tuple[torch.Tensor, ...]:
+    """history of more rows than are looked at, the rows, their lengths, and how much of that is prompt;
+    what lies behind is poison.
+    """
+    history = torch.from_numpy(rng.integers(0, vocabulary, (num_rows + 3, 40)))
+    rows = torch.from_numpy(rng.permutation(num_rows + 3)[:num_rows].copy())
+    positions = torch.from_numpy(rng.integers(1, 40, num_rows))
+    num_prompt = torch.from_numpy(rng.integers(1, positions.numpy() + 1))
+    for row, position in zip(rows.tolist(), positions.tolist(), strict=True):
+        history[row, position:] = vocabulary - 1
+    return history, rows, positions, num_prompt

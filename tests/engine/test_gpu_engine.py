@@ -1,0 +1,137 @@
+"""The whole engine on the GPU's kernels: without a GPU in the Triton language's interpreter, with a device
+that records steps by keeping what they would launch.
+"""
+
+from __future__ import annotations
+
+import random
+from itertools import pairwise
+from typing import Any
+
+import pytest
+from interpreted import DEVICE
+from models import FAMILIES, greedy, write_model
+from pagetide.llm import LLM
+from pagetide.runner import graphs as graphs_module
+from pagetide.runner.device import CpuDevice
+from pagetide.runner.graphs import graph_sizes
+from pagetide.types import SamplingParams
+from transformers import PretrainedConfig
+
+SIZES: dict[str, Any] = {
+    "ops": "triton",
+    "dtype": "float32",
+    "num_blocks": 40,
+    "max_model_len": 120,
+    "max_num_batched_tokens": 40,
+    "max_num_seqs": 6,
+    "check_integrity": True,
+}
+
+
+class RecordingCpu(CpuDevice):
+    """Replays by calling again what was recorded; results lie in the same memory each time, as a graph's."""
+
+    records = True
+    recorded = 0
+    replayed = 0
+
+    def record(self, function):
+        function()
+        result = function()
+        RecordingCpu.recorded += 1
+
+        def replay():
+            RecordingCpu.replayed += 1
+            result.copy_(function())
+
+        return replay, result
+
+
+def small(name: str) -> PretrainedConfig:
+    """The family with fewer layers and heads: the interpreter takes milliseconds for each program."""
+    fields = {key: value for key, value in FAMILIES[name].to_dict().items() if key != "layer_types"}
+    sizes = {"num_hidden_layers": 2, "hidden_size": 32, "num_attention_heads": 2, "num_key_value_heads": 1}
+    return type(FAMILIES[name])(**{**fields, **sizes})
+
+
+@pytest.fixture
+def recorder(monkeypatch):
+    """The device that a machine without a GPU has, recording; sizes are few."""
+    if DEVICE.type == "cpu":
+        monkeypatch.setattr("pagetide.runner.device.CpuDevice", RecordingCpu)
+    monkeypatch.setattr(graphs_module, "graph_sizes", lambda largest: [1, 4, largest])
+    RecordingCpu.recorded = RecordingCpu.replayed = 0
+    return RecordingCpu
+
+
+def prompts() -> list[list[int]]:
+    chooser = random.Random(1)
+    found = [chooser.choices(range(6, 199), k=k) for k in (1, 3, 17, 50, 33)]
+    return [*found, [*found[3][:40], 7, 8]]
+
+
+@pytest.mark.parametrize("name", ["qwen3", "mistral-window"])
+def test_greedy_tokens_equal_transformers(name, recorder, tmp_path):
+    model = write_model(tmp_path, small(name))
+    engine = LLM(str(tmp_path), device=DEVICE.type, cache_dir=str(tmp_path / "cache"), **SIZES)
+    results = engine.generate(prompts(), SamplingParams(temperature=0, max_tokens=9))
+    for prompt, result in zip(prompts(), results, strict=True):
+        assert result.outputs[0].token_ids == greedy(model, prompt, 9)
+    if DEVICE.type == "cpu":
+        assert recorder.recorded == 3 and recorder.replayed > 3
+    engine.close()
+
+
+RULES = {
+    "greedy": SamplingParams(temperature=0, max_tokens=9),
+    "samples": SamplingParams(seed=5, n=2, max_tokens=9),
+    "samples of a part": SamplingParams(
+        seed=6, temperature=0.7, top_k=20, top_p=0.8, min_p=0.02, max_tokens=9
+    ),
+    "penalties": SamplingParams(
+        temperature=0, repetition_penalty=1.3, presence_penalty=0.4, frequency_penalty=0.3, max_tokens=9
+    ),
+    "biases": SamplingParams(
+        temperature=0, logit_bias={7: 5.0, 9: -100.0}, allowed_token_ids=tuple(range(6, 60)), max_tokens=9
+    ),
+    "log-probabilities": SamplingParams(temperature=0, logprobs=3, prompt_logprobs=2, max_tokens=7),
+    "beams": SamplingParams(temperature=0, beam_width=2, n=2, max_tokens=7, ignore_eos=True),
+}
+
+
+@pytest.mark.parametrize("alone", [True, False])
+def test_rules_give_the_tokens_that_the_reference_gives(alone, recorder, tmp_path):
+    """Each of them by itself, where recorded steps serve it, and all in one batch."""
+    write_model(tmp_path, small("qwen3"))
+    answers = []
+    for settings in (SIZES, {**SIZES, "ops": "reference", "device": "cpu"}):
+        engine = LLM(str(tmp_path), cache_dir=str(tmp_path / "cache"), **settings)
+        prompt = prompts()[2]
+        if alone:
+            answers.append([engine.generate([prompt], rule)[0] for rule in RULES.values()])
+        else:
+            answers.append(engine.generate([prompt] * len(RULES), list(RULES.values())))
+        engine.close()
+    for name, ours, theirs in zip(RULES, *answers, strict=True):
+        for one, other in zip(ours.outputs, theirs.outputs, strict=True):
+            assert one.token_ids == other.token_ids, name
+            assert [score.logprob for score in one.logprobs] == pytest.approx(
+                [score.logprob for score in other.logprobs], abs=1e-3
+            ), name
+
+
+def test_sizes_of_recorded_batches_leave_little_padding():
+    for largest in (1, 5, 32, 256, 300, 1024):
+        sizes = graph_sizes(largest)
+        assert sizes == sorted(set(sizes)) and sizes[-1] == largest
+        assert all(after - before <= max(8, before / 8) for before, after in pairwise(sizes))
+
+
+def test_the_interpreter_is_asked_for_by_name(tmp_path, monkeypatch):
+    from pagetide.config import SettingsError
+
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    write_model(tmp_path, small("qwen3"))
+    with pytest.raises(SettingsError, match="TRITON_INTERPRET=1"):
+        LLM(str(tmp_path), device="cpu", cache_dir=str(tmp_path / "cache"), **SIZES)
