@@ -148,7 +148,7 @@ def started_server(max_running: int = MAX_RUNNING, model: str = "") -> Iterator[
 def started_gateway(server: TritonServer) -> Iterator[int]:
     """An OpenAI gateway for the server; yields its port."""
     port = free_address().http_port
-    start_gateway(server.folder, "127.0.0.1", port, server.address.grpc, ends_with_parent=True)
+    start_gateway(server.folder, server.address, port, ends_with_parent=True)
     try:
         yield port
     finally:

@@ -7,22 +7,26 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import psutil
 from processes import ServerError, answers, end_with_parent, process_of
+
+if TYPE_CHECKING:  # which imports this module
+    from triton_server import Address
 
 _START_TIMEOUT_S = 60.0
 _EXIT_TIMEOUT_S = 15
 _PACKAGE = Path(__file__).resolve().parents[1] / "backend_src"
 
 
-def start_gateway(folder: Path, host: str, port: int, triton: str, ends_with_parent: bool) -> None:
-    """Returns when the gateway answers. triton: its gRPC address. Raises ServerError."""
+def start_gateway(folder: Path, triton: Address, port: int, ends_with_parent: bool) -> None:
+    """Returns when the gateway answers, which listens where Triton does. Raises ServerError."""
     log_file = folder / "gateway.log"
-    command = [sys.executable, "-m", "pagetide.gateway", "--host", host, "--port", str(port)]
+    command = [sys.executable, "-m", "pagetide.gateway", "--host", triton.host, "--port", str(port)]
     with log_file.open("wb") as log:
         gateway = subprocess.Popen(
-            [*command, "--triton", triton],
+            [*command, "--triton", triton.grpc, "--metrics", triton.metrics],
             cwd=_PACKAGE,
             stdout=log,
             stderr=subprocess.STDOUT,
@@ -33,8 +37,7 @@ def start_gateway(folder: Path, host: str, port: int, triton: str, ends_with_par
     started = psutil.Process(gateway.pid).create_time()
     _facts(folder).write_text(json.dumps({"pid": gateway.pid, "started": started}))
     deadline = time.monotonic() + _START_TIMEOUT_S
-    reachable = "127.0.0.1" if host in ("0.0.0.0", "::") else host
-    while not answers(f"http://{reachable}:{port}/metrics"):
+    while not answers(f"http://{triton.reachable_host}:{port}/metrics"):
         if gateway.poll() is not None:
             raise ServerError(f"the gateway has ended; its log: {log_file}")
         if time.monotonic() > deadline:

@@ -1,11 +1,13 @@
 """Compiles every kernel in the Triton language as the engine launches it, for GPUs that need not be there:
 registers, shared memory and spills of each.
 
-python scripts/gpu_compile.py [--write]        --write: into scripts/gpu_kernels.md
+python scripts/gpu_compile.py [--write] [--targets 80 90 100] [--json FILE]
 """
 
 from __future__ import annotations
 
+import argparse
+import json
 import re
 import subprocess
 import sys
@@ -44,7 +46,7 @@ SHAPES = {"8B": HeadShape(32, 8, 128), "1B": HeadShape(32, 8, 64), "0.6B": HeadS
 
 class Usage(NamedTuple):
     """What one kernel takes on one kind of GPU: registers of a thread, bytes of shared memory, and spilled
-    bytes of a thread.
+    bytes of a thread; whether it uses Hopper's matrix units.
     """
 
     kernel: str
@@ -52,6 +54,7 @@ class Usage(NamedTuple):
     registers: int
     shared: int
     spilled: int
+    uses_wgmma: bool
 
 
 class Compiler:
@@ -84,7 +87,8 @@ class Compiler:
             compiled = triton.compile(source, target=GPUTarget("cuda", target, 32), options=compile_options)
             registers, spilled = _resources(compiled.asm["cubin"])
             name = f"{kernel.__name__} {self.label}".strip()
-            self.found.append(Usage(name, target, registers, compiled.metadata.shared, spilled))
+            uses_wgmma = "wgmma.mma_async" in compiled.asm["ptx"]
+            self.found.append(Usage(name, target, registers, compiled.metadata.shared, spilled, uses_wgmma))
 
 
 def _type_of(value: Any, is_constexpr: bool) -> str:
@@ -195,10 +199,20 @@ def table(found: list[Usage]) -> str:
 
 
 def main() -> int:
-    text = HEAD.format(version=triton.__version__) + table(compile_all()) + "\n"
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--write", action="store_true", help="the report, into scripts/gpu_kernels.md")
+    parser.add_argument("--targets", nargs="+", type=int, default=TARGETS, help="compute capabilities")
+    parser.add_argument("--json", metavar="FILE", help="all figures")
+    options = parser.parse_args()
+    found = compile_all(targets=tuple(options.targets))
+    text = HEAD.format(version=triton.__version__) + table(found) + "\n"
     print(text)
-    if "--write" in sys.argv[1:]:
+    if options.write:
         REPORT.write_text(text, encoding="utf-8")
+    if options.json:
+        Path(options.json).write_text(json.dumps([usage._asdict() for usage in found]), encoding="utf-8")
     return 0
 
 

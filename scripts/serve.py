@@ -165,11 +165,7 @@ def main() -> int:
             wait_with_progress(server)
             if not arguments.no_gateway:
                 start_gateway(
-                    server.folder,
-                    address.host,
-                    arguments.gateway_port,
-                    address.grpc,
-                    ends_with_parent=not arguments.detach,
+                    server.folder, address, arguments.gateway_port, ends_with_parent=not arguments.detach
                 )
         except KeyboardInterrupt:
             server.stop()
@@ -187,10 +183,11 @@ def main() -> int:
         markup=False,
     )
     if not arguments.no_gateway:
-        base = f"http://{address.reachable_host}:{arguments.gateway_port}/v1"
+        base = f"http://{address.reachable_host}:{arguments.gateway_port}"
         console.print(
-            f'OpenAI clients: OpenAI(base_url="{base}", api_key="none"), model "ensemble"', markup=False
+            f'OpenAI clients: OpenAI(base_url="{base}/v1", api_key="none"), model "ensemble"', markup=False
         )
+        console.print(f"to try it in a browser: {base}", markup=False)
     if arguments.detach:
         console.print(
             f"serving on http://{address.http}, gRPC {address.grpc}, metrics "

@@ -76,6 +76,14 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
         float,
         Meta(gt=0, le=1, description="share of a GPU's free memory that the KV cache takes after loading"),
     ] = 0.85
+    swap_space_gb: Annotated[
+        float,
+        Meta(
+            ge=0,
+            description="on a GPU, host memory in GiB that keeps KV blocks which the device has no room for: "
+            "evicted prefixes and preempted sequences; 0: none",
+        ),
+    ] = 0.0
     enable_prefix_caching: Annotated[
         bool, Meta(description="share cached blocks between prompts that begin alike")
     ] = True

@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 from interpreted import DEVICE
 from models import FAMILIES, greedy, write_model
+from pagetide.config import SettingsError
 from pagetide.llm import LLM
 from pagetide.runner import graphs as graphs_module
 from pagetide.runner.device import CpuDevice
@@ -47,6 +48,9 @@ class RecordingCpu(CpuDevice):
 
         return replay, result
 
+    def host_cache_bytes(self, settings):
+        return int(settings.swap_space_gb * 2**30)
+
 
 def small(name: str) -> PretrainedConfig:
     """The family with fewer layers and heads: the interpreter takes milliseconds for each program."""
@@ -81,6 +85,34 @@ def test_greedy_tokens_equal_transformers(name, recorder, tmp_path):
     if DEVICE.type == "cpu":
         assert recorder.recorded == 3 and recorder.replayed > 3
     engine.close()
+
+
+def test_preempted_sequences_come_back_from_the_hosts_memory(recorder, tmp_path):
+    model = write_model(tmp_path, small("qwen3"))
+    sizes = {**SIZES, "num_blocks": 30, "block_size": 4, "max_model_len": 60, "swap_space_gb": 0.001}
+    engine = LLM(str(tmp_path), device=DEVICE.type, cache_dir=str(tmp_path / "cache"), **sizes)
+    asked = [prompts()[3][at : at + 33] for at in (0, 3, 6, 9)]
+    results = engine.generate(asked, SamplingParams(temperature=0, max_tokens=20, ignore_eos=True))
+    counters = engine.engine.scheduler.counters
+    assert counters.preemptions > 0 and counters.swapped_in > 0
+    for prompt, result in zip(asked, results, strict=True):
+        expected = greedy(model, prompt, 20)
+        assert result.outputs[0].token_ids[: len(expected)] == expected
+    engine.close()
+
+
+def test_what_a_device_cannot_do_is_refused(tmp_path):
+    write_model(tmp_path, small("qwen3"))
+    settings = {"cache_dir": str(tmp_path / "cache"), "num_blocks": 40}
+    with pytest.raises(SettingsError, match="swap_space_gb is 4, but on a CPU the KV cache is in the host"):
+        LLM(str(tmp_path), device="cpu", swap_space_gb=4, **settings)
+
+
+def test_the_hosts_memory_keeps_what_can_be_found(recorder, tmp_path):
+    write_model(tmp_path, small("qwen3"))
+    settings = {**SIZES, "swap_space_gb": 0.001, "enable_prefix_caching": False}
+    with pytest.raises(SettingsError, match="needs enable_prefix_caching"):
+        LLM(str(tmp_path), device=DEVICE.type, cache_dir=str(tmp_path / "cache"), **settings)
 
 
 RULES = {
@@ -129,8 +161,6 @@ def test_sizes_of_recorded_batches_leave_little_padding():
 
 
 def test_the_interpreter_is_asked_for_by_name(tmp_path, monkeypatch):
-    from pagetide.config import SettingsError
-
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)
     write_model(tmp_path, small("qwen3"))
     with pytest.raises(SettingsError, match="TRITON_INTERPRET=1"):

@@ -302,7 +302,7 @@ def test_sampling(rows, vocabulary, temperature, top_k, top_p, min_p, seed):
         full(top_p),
         full(min_p),
         full(seed, torch.int64),
-        torch.arange(rows),
+        torch.arange(rows, dtype=torch.int32),  # as a plan's positions are
     )
     assert sample(logits, *arguments).tolist() == reference.sample(logits, *arguments).tolist()
     assert argmax(logits).tolist() == logits.argmax(-1).tolist()

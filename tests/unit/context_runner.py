@@ -37,7 +37,16 @@ def expected_tokens(prompt: list[int], num_tokens: int, seed: int) -> list[int]:
 class ContextRunner:
     """A StepRunner over num_blocks blocks; max_tokens is the step's budget, which no plan may exceed."""
 
-    def __init__(self, max_rows: int, max_len: int, num_blocks: int, block_size: int, max_tokens: int):
+    def __init__(
+        self,
+        max_rows: int,
+        max_len: int,
+        num_blocks: int,
+        block_size: int,
+        max_tokens: int,
+        num_host_blocks: int = 0,
+    ):
+        self.host_slots = np.full((num_host_blocks, block_size), -1)
         self.history = np.full((max_rows, max_len + 1), -1)
         self.block_table = np.full((max_rows, -(-max_len // block_size)), -1)
         self.slots = np.full((num_blocks, block_size), -1)
@@ -61,12 +70,16 @@ class ContextRunner:
         ), "a place is written twice"
         for row, index, block in zip(plan.block_rows, plan.block_index, plan.block_ids, strict=True):
             self.block_table[row, index] = block
-        sources, targets = plan.copies[:, 0].tolist(), plan.copies[:, 1].tolist()
-        assert len(set(targets)) == len(targets) and not set(targets) & set(sources), (
-            "a device may run all copies at once"
-        )
-        for source, target in plan.copies:
-            self.slots[target] = self.slots[source]
+        for source, target, pairs in (
+            (self.slots, self.host_slots, plan.swap_outs),
+            (self.host_slots, self.slots, plan.swap_ins),
+            (self.slots, self.slots, plan.copies),
+        ):
+            sources, targets = pairs[:, 0].tolist(), pairs[:, 1].tolist()
+            assert len(set(targets)) == len(targets), "a device may run all copies at once"
+            assert source is not target or not set(targets) & set(sources)
+            for block, other in pairs:
+                target[other] = source[block]
         # All writes of a step come before its reads, as in every layer of a decoder.
         assert (self.lengths[plan.rows] == plan.starts).all(), (
             "host and device count a row's tokens differently"

@@ -13,6 +13,7 @@ from pagetide.engine.blocks import BlockManager
 from pagetide.engine.engine import Engine
 from pagetide.engine.groups import ModelLimits
 from pagetide.engine.guides import GuideState
+from pagetide.engine.host_blocks import HostBlocks
 from pagetide.engine.requests import Refusal
 from pagetide.engine.scheduler import Scheduler
 from pagetide.runner.plan import bits_of
@@ -57,6 +58,7 @@ class SmallEngine:
         block_size: int = 4,
         max_model_len: int = 64,
         overlaps: bool = True,
+        num_host_blocks: int = 0,
         **settings: Any,
     ):
         values = {
@@ -71,7 +73,8 @@ class SmallEngine:
         limits = ModelLimits(Vocabulary(table, table), VOCABULARY, frozenset([END_ID]), max_model_len, 32)
         self.guides = ManualGuides()
         self.clock_ns = 0
-        self.blocks = BlockManager(num_blocks, block_size, self.settings.enable_prefix_caching)
+        host = HostBlocks(num_host_blocks) if num_host_blocks else None
+        self.blocks = BlockManager(num_blocks, block_size, self.settings.enable_prefix_caching, host)
         self.scheduler = Scheduler(self.settings, limits, self.blocks, self.guides, lambda: self.clock_ns)
         self.runner = ContextRunner(
             self.settings.max_num_seqs,
@@ -79,6 +82,7 @@ class SmallEngine:
             num_blocks,
             block_size,
             self.settings.max_num_batched_tokens,
+            num_host_blocks,
         )
         info = EngineInfo(
             "", VOCABULARY, max_model_len, self.settings.max_num_seqs, 0, "cpu", num_blocks, block_size, False

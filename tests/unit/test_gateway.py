@@ -6,6 +6,7 @@ import grpc
 import pytest
 from pagetide.engine.requests import internal_error
 from pagetide.gateway.errors import of_text, of_triton
+from pagetide.gateway.status import summed
 from pagetide.serving.client import NOT_RUNNING
 
 FULL = "Exceeds maximum queue size: Maximum queue size of 5 requests reached"
@@ -35,3 +36,18 @@ def test_a_full_queue_says_when_to_come_back():
 
 def test_a_server_that_is_gone_is_no_fault_of_the_client():
     assert of_triton(grpc.StatusCode.UNAVAILABLE, "failed to connect").status == 503
+
+
+def test_status_adds_up_what_several_tritons_say():
+    text = """# TYPE pagetide_requests_running gauge
+pagetide_requests_running{model="llm"} 3
+# TYPE pagetide_step_sequences_sum counter
+pagetide_step_sequences_sum{model="llm"} 40
+# TYPE pagetide_kv_blocks_total gauge
+pagetide_kv_blocks_total{model="llm"} 9
+# TYPE nv_inference_count counter
+nv_inference_count{model="llm"} 7
+"""
+    found = summed([text, text.replace(" 3\n", " 2\n")])
+    shown = [found[name] for name in ("running", "step_sequences", "blocks_total", "waiting")]
+    assert shown == [5, 80, 18, 0]

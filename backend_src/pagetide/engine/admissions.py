@@ -13,7 +13,8 @@ from pagetide.engine.sequence import Sequence
 class Admittance(NamedTuple):
     """What a sequence starts with.
 
-    found: blocks of its prompt that are cached. num_tokens: how many it runs in its first step.
+    found: blocks of its prompt that are cached, as BlockManager.match_prefix gives them. num_tokens: how
+    many it runs in its first step.
     num_reserved: tokens that get blocks at once.
     """
 
@@ -32,7 +33,7 @@ def admittance(
     num_tokens = min(sequence.num_wanted - num_found, budget)
     is_paged = settings.kv_reservation == "paged"
     num_reserved = num_found + num_tokens if is_paged else sequence.max_len
-    num_needed = blocks.num_blocks_for(num_reserved) - len(found) + blocks.num_free_among(found)
+    num_needed = blocks.num_blocks_for(num_reserved) - len(found) + blocks.num_free_for(found)
     # Each running sequence may want a block soon: without a reserve new ones would be preempted at once.
     if num_needed + num_running > blocks.num_free:
         return None

@@ -16,6 +16,7 @@ from pagetide.engine.blocks import BlockManager
 from pagetide.engine.engine import Engine
 from pagetide.engine.groups import ModelLimits
 from pagetide.engine.guides import GrammarCompiler
+from pagetide.engine.host_blocks import HostBlocks
 from pagetide.engine.scheduler import Scheduler
 from pagetide.kv_cache.store import make_store
 from pagetide.models.config import DecoderConfig
@@ -68,7 +69,12 @@ def assemble(settings: Settings) -> Engine:
     layout = decoder.kv_layout(dtype)
     num_blocks = settings.num_blocks or device.kv_cache_bytes(settings) // layout.block_bytes
     max_len = _max_model_len(settings, config, num_blocks)
-    store = device.run(make_store, layout, num_blocks, device.torch_device)
+    num_host_blocks = device.host_cache_bytes(settings) // layout.block_bytes
+    if num_host_blocks and not settings.enable_prefix_caching:
+        raise SettingsError(
+            "swap_space_gb keeps blocks by their content, which needs enable_prefix_caching; use 0 without it"
+        )
+    store = device.run(make_store, layout, num_blocks, device.torch_device, num_host_blocks)
     rows = device.run(
         Rows, settings.max_num_seqs, max_len, settings.block_size, config.vocab_size, device.torch_device
     )
@@ -81,7 +87,12 @@ def assemble(settings: Settings) -> Engine:
     scheduler = Scheduler(
         settings,
         limits,
-        BlockManager(num_blocks, settings.block_size, settings.enable_prefix_caching),
+        BlockManager(
+            num_blocks,
+            settings.block_size,
+            settings.enable_prefix_caching,
+            HostBlocks(num_host_blocks) if num_host_blocks else None,
+        ),
         guides,
     )
     info = EngineInfo(

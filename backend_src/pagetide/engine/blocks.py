@@ -13,7 +13,10 @@ from collections.abc import Iterable
 
 import numpy as np
 
+from pagetide.engine.host_blocks import HostBlocks
 from pagetide.engine.sequence import Sequence
+
+ON_HOST = -1  # in the place of a block: its content lies in the host's memory
 
 
 def hash_block(parent: bytes, token_ids: list[int]) -> bytes:
@@ -31,19 +34,28 @@ def _root(salt: str) -> bytes:
 class BlockManager:
     """Reference counts, prefix cache and free list over num_blocks blocks of block_size tokens.
 
-    Only this class touches them.
+    Only this class touches them. host: keeps what the device's blocks lose.
     """
 
-    def __init__(self, num_blocks: int, block_size: int, enable_prefix_caching: bool = True):
+    def __init__(
+        self,
+        num_blocks: int,
+        block_size: int,
+        enable_prefix_caching: bool = True,
+        host: HostBlocks | None = None,
+    ):
         self.num_blocks = num_blocks
         self.block_size = block_size
         self._caching = enable_prefix_caching
+        self.host = host
         self._references = [0] * num_blocks
         self._name_of: list[bytes | None] = [None] * num_blocks
         self._block_of: dict[bytes, int] = {}
         self._blank = list(range(num_blocks - 1, -1, -1))  # free, without findable content
         self._cached: OrderedDict[int, None] = OrderedDict()  # free, findable, least recently freed first
-        self._copying: set[int] = set()  # sources and targets of the copies of the step that is being planned
+        self._copying: set[int] = (
+            set()
+        )  # blocks that content is copied from or to in the step that is being planned
         self._freed_too_early: list[int] = []  # those of them that nobody holds any more
 
     @property
@@ -119,6 +131,9 @@ class BlockManager:
             block = self._blank.pop()
         else:
             block, _ = self._cached.popitem(last=False)
+            name = self._name_of[block]
+            if self.host is not None and name is not None:
+                self.host.keep(name, block)
             self._forget(block)
         self._references[block] = 1
         return block
@@ -152,31 +167,52 @@ class BlockManager:
     # -- prefix cache --------------------------------------------------------------------------------------
 
     def match_prefix(self, sequence: Sequence) -> list[int]:
-        """The cached blocks with which the sequence's tokens begin; at least one token is left to compute."""
+        """The cached blocks with which the sequence's tokens begin, ON_HOST for those that lie there.
+
+        At least one token is left to compute.
+        """
         if not self._caching:
             return []
         found = []
         for name in self._names(sequence, (len(sequence.token_ids) - 1) // self.block_size):
-            block = self._block_of.get(name)
-            if block is None or block in self._freed_too_early:
+            block = self._block_of.get(name, ON_HOST)
+            if block in self._freed_too_early:
+                break
+            if block == ON_HOST and (self.host is None or name not in self.host):
                 break
             found.append(block)
         return found
 
-    def num_free_among(self, blocks: Iterable[int]) -> int:
-        """How many of these blocks have no owner now."""
-        return sum(self._references[block] == 0 for block in blocks)
+    def num_free_for(self, found: Iterable[int]) -> int:
+        """How many free blocks adopt() takes for these: those without an owner, and those to be filled."""
+        return sum(block == ON_HOST or self._references[block] == 0 for block in found)
 
     def adopt(self, sequence: Sequence, found: list[int]) -> None:
         """Gives a sequence that has no blocks those that match_prefix found, as computed."""
         assert not sequence.blocks, sequence.blocks
         for block in found:
+            if block == ON_HOST:
+                continue
             if self._references[block] == 0:
                 del self._cached[block]
             self._references[block] += 1
-        sequence.blocks = list(found)
+        sequence.blocks = list(found) if self.host is None else self._bring(sequence.hashes, found)
         sequence.num_computed = len(found) * self.block_size
         sequence.num_published = len(found)
+
+    def _bring(self, names: list[bytes], found: list[int]) -> list[int]:
+        """The blocks, with one of the device for each whose content comes from the host."""
+        assert self.host is not None
+        self.host.hold(name for name, block in zip(names, found, strict=False) if block == ON_HOST)
+        blocks = list(found)
+        for index, name in enumerate(names[: len(found)]):
+            if blocks[index] == ON_HOST:
+                blocks[index] = block = self._take_free()
+                self.host.bring(name, block)
+                self._block_of[name] = block
+                self._name_of[block] = name
+                self._copying.add(block)
+        return blocks
 
     def publish(self, sequence: Sequence) -> None:
         """Makes the sequence's full blocks findable.
@@ -221,3 +257,5 @@ class BlockManager:
             assert (block in cached) <= (self._name_of[block] is not None), block
             assert not (block in blank and self._name_of[block] is not None), block
         assert {name: block for block, name in enumerate(self._name_of) if name is not None} == self._block_of
+        if self.host is not None:
+            self.host.check_integrity()

@@ -40,11 +40,16 @@ class Positions:
 
 
 class PlanBuilder:
-    """budget: tokens that the step may still take. preempted: some sequence has given way in this step."""
+    """budget: tokens that the step may still take. preempted: some sequence has given way in this step.
+
+    swap_outs: (device block, host block), swap_ins: (host block, device block).
+    """
 
     def __init__(self, budget: int):
         self.budget = budget
         self.preempted = False
+        self.swap_outs: list[tuple[int, int]] = []
+        self.swap_ins: list[tuple[int, int]] = []
         self._num_tokens = 0
         self._rows: list[int] = []  # of each chunk: its row, first position and number of tokens
         self._starts: list[int] = []
@@ -142,7 +147,9 @@ class PlanBuilder:
             block_rows=blocks[:, 0],
             block_index=blocks[:, 1],
             block_ids=blocks[:, 2],
-            copies=np.array(self._copies, np.int32).reshape(-1, 2),
+            copies=_pairs(self._copies),
+            swap_outs=_pairs(self.swap_outs),
+            swap_ins=_pairs(self.swap_ins),
             is_greedy=all(s.sampling.temperature == 0 for s in samples.sequences),
             has_penalties=any(s.sampling.has_penalties for _, s in special),
             has_edits=any(s.sampling.edits_at(s.num_wanted - 1) for _, s in special),
@@ -154,6 +161,10 @@ class PlanBuilder:
             num_candidates=max((search.num_for_each for _, search in searches), default=0),
             return_index=np.array(returned, np.int32),
         )
+
+
+def _pairs(blocks: list[tuple[int, int]]) -> np.ndarray:
+    return np.array(blocks, np.int32).reshape(-1, 2)
 
 
 def wants_score(sequence: Sequence) -> bool:

@@ -119,6 +119,10 @@ class Scheduler:
         if step.is_empty:
             self._resolve_deadlock()
             return None
+        if self.blocks.host is not None:
+            step.swap_outs, step.swap_ins = self.blocks.host.take_moves()
+            self.counters.swapped_out += len(step.swap_outs)
+            self.counters.swapped_in += len(step.swap_ins)
         plan = step.plan(self.counters.steps)
         self._in_flight[plan.step] = step.sequences()
         self.counters.steps += 1

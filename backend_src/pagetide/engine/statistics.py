@@ -19,6 +19,8 @@ def _observations() -> deque[Any]:
 class Counters:
     steps: int = 0
     preemptions: int = 0
+    swapped_out: int = 0  # blocks, to the host's memory
+    swapped_in: int = 0
     prompt_tokens: int = 0
     cached_tokens: int = 0
     generated_tokens: int = 0

@@ -26,6 +26,9 @@ def parse_arguments() -> argparse.Namespace:
         "--triton", default="127.0.0.1:8001", help="Triton's gRPC address, or several with commas"
     )
     parser.add_argument(
+        "--metrics", default="", help="Triton's metrics address, or several with commas, for the playground"
+    )
+    parser.add_argument(
         "--api-keys-file", type=Path, help="file with one key a line; also PAGETIDE_API_KEYS, with commas"
     )
     parser.add_argument("--max-body-mb", type=float, default=16.0, help="larger bodies are refused")
@@ -49,7 +52,8 @@ def main() -> None:
     rules = Rules(
         keys_of(arguments.api_keys_file), int(arguments.max_body_mb * 2**20), tuple(arguments.cors_origin)
     )
-    app = make_app(arguments.triton.split(","), rules, arguments.tool_call_format or "")
+    metrics = [address for address in arguments.metrics.split(",") if address]
+    app = make_app(arguments.triton.split(","), rules, arguments.tool_call_format or "", metrics)
     uvicorn.run(app, host=arguments.host, port=arguments.port, log_level="warning", access_log=False)
 
 

@@ -7,6 +7,7 @@ import uuid
 from collections.abc import Callable, Iterator
 from typing import Any
 
+from pagetide.gateway.bodies import StreamOptions
 from pagetide.gateway.calls import Call, Parser, Thinking
 from pagetide.gateway.logprobs import chat_logprobs, completion_logprobs
 from pagetide.gateway.tools import ToolUse
@@ -154,9 +155,11 @@ class Answer:
             self._choices[index] = self._make_choice(index)
         return self._choices[index].take(piece)
 
-    def chunk(self, choice: dict[str, Any], shows_usage: bool) -> dict[str, Any]:
+    def chunk(self, choice: dict[str, Any], options: StreamOptions) -> dict[str, Any]:
         """A chunk of a stream with one choice."""
-        usage = {"usage": None} if shows_usage else {}
+        usage: dict[str, Any] = {}
+        if options.include_usage:
+            usage = {"usage": self.usage.shown() if options.continuous_usage_stats else None}
         return {**self._head, "object": self._chunk_kind, "choices": [choice], **usage}
 
     def usage_chunk(self) -> dict[str, Any]:

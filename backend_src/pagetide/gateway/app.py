@@ -9,27 +9,31 @@ import asyncio
 import contextlib
 import logging
 import time
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Sequence
 from typing import Any
 
 from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
 from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
 from starlette.exceptions import HTTPException
-from starlette.responses import JSONResponse, Response
+from starlette.responses import JSONResponse, RedirectResponse, Response
 
 from pagetide.gateway.bodies import ChatBody, CompletionBody, DetokenizeBody, TokenizeBody
 from pagetide.gateway.door import Door, Rules
 from pagetide.gateway.errors import ApiError, refused
 from pagetide.gateway.fields import prompt_to_tokenize
+from pagetide.gateway.page import Page, controls
 from pagetide.gateway.service import Gateway
+from pagetide.gateway.status import Status
 from pagetide.gateway.triton import Triton
 
 log = logging.getLogger("pagetide.gateway")
 
 
-def make_app(urls: list[str], rules: Rules, call_format: str = "") -> FastAPI:
-    """The application, as an ASGI server runs it. urls: the gRPC addresses of Tritons."""
+def make_app(urls: list[str], rules: Rules, call_format: str = "", metrics: Sequence[str] = ()) -> FastAPI:
+    """The application, as an ASGI server runs it. urls: the gRPC addresses of Tritons; metrics: those of
+    their metrics.
+    """
 
     @contextlib.asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
@@ -44,6 +48,7 @@ def make_app(urls: list[str], rules: Rules, call_format: str = "") -> FastAPI:
     app = FastAPI(title="Pagetide", lifespan=lifespan)
     _add_errors(app)
     _add_routes(app)
+    _add_page(app, Status(metrics))
     app.add_middleware(Door, rules=rules)
     return app
 
@@ -90,6 +95,22 @@ def _add_routes(app: FastAPI) -> None:
     @app.get("/metrics")
     async def metrics() -> Response:
         return Response(generate_latest(), media_type=CONTENT_TYPE_LATEST)
+
+
+def _add_page(app: FastAPI, status: Status) -> None:
+    @app.get("/", include_in_schema=False)
+    async def root() -> Response:
+        return RedirectResponse("/playground/")
+
+    @app.get("/fields")
+    async def fields() -> list[dict[str, Any]]:
+        return controls()
+
+    @app.get("/status")
+    async def now() -> dict[str, float]:
+        return await status.now()
+
+    app.mount("/playground", Page())
 
 
 def _model(name: str) -> dict[str, Any]:

@@ -24,6 +24,7 @@ class Body(BaseModel):
 
 class StreamOptions(BaseModel):
     include_usage: bool = False
+    continuous_usage_stats: bool = False  # vLLM's: with every chunk
 
 
 class SchemaOfResponse(BaseModel):

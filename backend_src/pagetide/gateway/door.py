@@ -14,7 +14,8 @@ from starlette.middleware.cors import CORSMiddleware
 
 from pagetide.gateway.errors import ApiError
 
-_OPEN = ("/health", "/metrics")
+_OPEN = ("/health", "/metrics", "/")
+_OPEN_BELOW = "/playground/"  # plain files; what they ask for needs the key
 _requests = Counter("pagetide_gateway_requests", "Requests by path and status", ["path", "status"])
 _open_requests = Gauge("pagetide_gateway_requests_open", "Requests that are being answered")
 
@@ -82,7 +83,7 @@ class Door:
 
     def _check(self, scope: Any) -> None:
         headers = Headers(scope=scope)
-        if self._digests and scope["path"] not in _OPEN and scope["method"] != "OPTIONS":
+        if self._digests and not _is_open(scope):
             self._check_key(headers.get("authorization", ""))
         size = headers.get("content-length", "0")
         if not size.isdigit() or int(size) > self._rules.max_body_bytes:
@@ -97,6 +98,12 @@ class Door:
 
     def _too_large(self) -> ApiError:
         return ApiError(413, f"the body may have {self._rules.max_body_bytes} bytes at most")
+
+
+def _is_open(scope: Any) -> bool:
+    """True for what everyone may ask."""
+    path = scope["path"]
+    return path in _OPEN or path.startswith(_OPEN_BELOW) or scope["method"] == "OPTIONS"
 
 
 def _counted(scope: Any, send: Send) -> Send:

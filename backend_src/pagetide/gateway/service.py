@@ -17,7 +17,7 @@ from starlette.requests import Request
 from starlette.responses import JSONResponse, Response, StreamingResponse
 
 from pagetide.gateway.answers import Answer, ChatChoice, CompletionChoice
-from pagetide.gateway.bodies import ChatBody, CompletionBody, GenerationBody
+from pagetide.gateway.bodies import ChatBody, CompletionBody, GenerationBody, StreamOptions
 from pagetide.gateway.errors import ApiError, named, refused
 from pagetide.gateway.fields import chat_prompt, fields_of, prompts_of
 from pagetide.gateway.health import Health
@@ -81,8 +81,7 @@ class Gateway:
             # Errors that come before the first piece have a status of their own.
             first = await _unless_left(request, anext(choices, None))
             if body.stream:
-                shows_usage = body.stream_options is not None and body.stream_options.include_usage
-                events = _events(answer, first, choices, shows_usage)
+                events = _events(answer, first, choices, body.stream_options or StreamOptions())
                 return StreamingResponse(events, media_type="text/event-stream", headers=_NO_CACHE)
             found = [first] if first else []
             found += await _unless_left(request, _all(choices))
@@ -137,15 +136,18 @@ async def _all(choices: AsyncIterator[dict[str, Any]]) -> list[dict[str, Any]]:
 
 
 async def _events(
-    answer: Answer, first: dict[str, Any] | None, choices: AsyncIterator[dict[str, Any]], shows_usage: bool
+    answer: Answer,
+    first: dict[str, Any] | None,
+    choices: AsyncIterator[dict[str, Any]],
+    options: StreamOptions,
 ) -> AsyncIterator[bytes]:
     """Server-sent events; an error in the midst is one too, since the status has been sent."""
     try:
         if first:
-            yield _event(answer.chunk(first, shows_usage))
+            yield _event(answer.chunk(first, options))
         async for choice in choices:
-            yield _event(answer.chunk(choice, shows_usage))
-        if shows_usage:
+            yield _event(answer.chunk(choice, options))
+        if options.include_usage:
             yield _event(answer.usage_chunk())
     except ApiError as error:
         yield _event(error.body())

@@ -57,6 +57,7 @@ REFERENCE = Ops(
     penalize=reference.penalize,
     edit=reference.edit,
     mask=reference.mask,
+    copy_blocks=reference.copy_blocks,
     set_blocks=reference.set_blocks,
     score=reference.score,
 )

@@ -39,6 +39,15 @@ def gather(
     return history[owners, positions], positions, slots, block_table[rows], lengths[rows]
 
 
+def copy_blocks(source: torch.Tensor, target: torch.Tensor, pairs: torch.Tensor) -> None:
+    """Copies whole blocks of all layers between pools [layers, blocks, ...], or within one.
+
+    pairs int32 [c, 2]: block of the source, block of the target; no target is also a source.
+    """
+    sources, targets = pairs[:, 0].to(source.device), pairs[:, 1].to(target.device)
+    target[:, targets] = source[:, sources].to(target.device)
+
+
 def set_blocks(block_table: torch.Tensor, rows: torch.Tensor, index: torch.Tensor, ids: torch.Tensor) -> None:
     """block_table[rows, index] = ids, in place; all int32 [d]. Negative rows count from the end."""
     block_table[rows, index] = ids
@@ -210,8 +219,10 @@ def score_many(logits: torch.Tensor, ids: torch.Tensor) -> tuple[torch.Tensor, t
 
 def gumbel_noise(seed: torch.Tensor, position: torch.Tensor, vocabulary: int) -> torch.Tensor:
     """Gumbel noise float32 [s, vocabulary], a pure function of (seed, position, token); seed, position
-    int64 [s].
+    integers [s].
     """
+    # Integers of 32 bits would lose what the hash multiplies.
+    seed, position = seed.long(), position.long()
     token = torch.arange(vocabulary, device=seed.device).unsqueeze(0)
     state = _mix((seed & _MASK_32) ^ _mix((seed >> 32) & _MASK_32))
     state = _mix(state ^ _mix(position & _MASK_32)).unsqueeze(1)

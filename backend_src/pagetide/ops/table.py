@@ -30,5 +30,6 @@ class Ops:
     penalize: Callable[..., None]
     edit: Callable[..., None]
     mask: Callable[[Tensor, Tensor, Tensor, Tensor], None]
+    copy_blocks: Callable[[Tensor, Tensor, Tensor], None]
     set_blocks: Callable[[Tensor, Tensor, Tensor, Tensor], None]
     score: Callable[[Tensor, Tensor, int], list[Tensor]]

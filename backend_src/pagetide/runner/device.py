@@ -48,6 +48,12 @@ class Device(Protocol):
     def kv_cache_bytes(self, settings: Settings) -> int:
         """How many bytes the KV cache may take, now that the weights are loaded."""
 
+    def host_cache_bytes(self, settings: Settings) -> int:
+        """How many bytes of the host's memory may keep blocks that the device has no room for.
+
+        Raises SettingsError where there is no such memory.
+        """
+
     def close(self) -> None:
         """Waits for what is queued."""
 
@@ -94,6 +100,14 @@ class CpuDevice:
 
     def kv_cache_bytes(self, settings: Settings) -> int:
         return int(settings.kv_cache_gb * 2**30)
+
+    def host_cache_bytes(self, settings: Settings) -> int:
+        if settings.swap_space_gb:
+            raise SettingsError(
+                f"swap_space_gb is {settings.swap_space_gb:g}, but on a CPU the KV cache is in the host's "
+                "memory already; use 0, and kv_cache_gb for its size"
+            )
+        return 0
 
     def close(self) -> None:
         self._worker.shutdown()
@@ -149,6 +163,9 @@ class CudaDevice:
     def kv_cache_bytes(self, settings: Settings) -> int:
         free, _ = torch.cuda.mem_get_info(self.torch_device)
         return int(free * settings.gpu_memory_fraction)
+
+    def host_cache_bytes(self, settings: Settings) -> int:
+        return int(settings.swap_space_gb * 2**30)
 
     def close(self) -> None:
         torch.cuda.synchronize(self.torch_device)

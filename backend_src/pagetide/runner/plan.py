@@ -22,6 +22,10 @@ def _no_rows() -> np.ndarray:
     return np.empty(0, np.int32)
 
 
+def _no_pairs() -> np.ndarray:
+    return np.empty((0, 2), np.int32)
+
+
 def bits_of(tokens: Iterable[int], vocab_size: int) -> np.ndarray:
     """A set of tokens as a mask: bit i of word w of int32 [vocabulary / 32] is token 32 * w + i."""
     bits = np.zeros(-(-vocab_size // 32) * 32, np.uint8)
@@ -126,7 +130,9 @@ class StepPlan:
         that token; the others are prompt tokens whose successor is known. Several rows may sample from one
         token (parallel samples); an unfinished prompt chunk samples none.
     block_rows, block_index, block_ids: [d] changes to the rows' block tables.
-    copies: [c, 2] blocks (source, target), copied before anything is written.
+    swap_outs, swap_ins: [c, 2] blocks (device, host) and (host, device) whose content moves before anything
+        else: all outs, then all ins.
+    copies: [c, 2] blocks (source, target), copied then, before anything is written.
     is_greedy: every sampled row has temperature 0.
     has_penalties, has_edits, has_masks: some sampled row has them in this step.
     guided_rows: [g] rows whose masks the host brings to sample().
@@ -152,6 +158,8 @@ class StepPlan:
     has_penalties: bool = False
     has_edits: bool = False
     has_masks: bool = False
+    swap_outs: np.ndarray = field(default_factory=_no_pairs)
+    swap_ins: np.ndarray = field(default_factory=_no_pairs)
     guided_rows: np.ndarray = field(default_factory=_no_rows)
     score_index: np.ndarray = field(default_factory=_no_rows)
     num_top: int = 0
@@ -163,6 +171,11 @@ class StepPlan:
     def num_tokens(self) -> int:
         """Tokens that run in the step, of all rows together."""
         return int(self.counts.sum())
+
+    @property
+    def moves_blocks(self) -> bool:
+        """True if whole blocks are copied before the step."""
+        return bool(len(self.copies) or len(self.swap_outs) or len(self.swap_ins))
 
     @property
     def only_samples(self) -> bool:

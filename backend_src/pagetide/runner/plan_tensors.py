@@ -22,6 +22,8 @@ class PlanTensors:
     block_rows: torch.Tensor
     block_index: torch.Tensor
     block_ids: torch.Tensor
+    swap_outs: torch.Tensor
+    swap_ins: torch.Tensor
     copies: torch.Tensor
     guided_rows: torch.Tensor
     score_index: torch.Tensor

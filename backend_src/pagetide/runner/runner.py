@@ -71,11 +71,11 @@ class Runner:
     def _forward(self, plan: StepPlan) -> None:
         self._rows.admit(plan)
         graphs = self._graphs if self._graphs is not None and self._graphs.fits(plan) else None
-        if graphs is None or len(plan.copies) or not plan.only_samples:
+        if graphs is None or plan.moves_blocks or not plan.only_samples:
             self._tensors = upload(plan, self.device.torch_device)
-        if len(plan.copies):
+        if plan.moves_blocks:
             assert self._tensors is not None
-            self._store.copy_blocks(self._tensors.copies[:, 0], self._tensors.copies[:, 1])
+            self._move_blocks(plan, self._tensors)
         if graphs is None:
             assert self._tensors is not None
             self._logits = self._forward_batch(plan, self._tensors)
@@ -83,6 +83,15 @@ class Runner:
             self._ids = graphs.run(plan, samples=True)
         else:
             self._logits = graphs.run(plan, samples=False)
+
+    def _move_blocks(self, plan: StepPlan, tensors: PlanTensors) -> None:
+        pool, host_pool, copy = self._store.pool, self._store.host_pool, self._ops.copy_blocks
+        if len(plan.swap_outs):
+            copy(pool, host_pool, tensors.swap_outs)
+        if len(plan.swap_ins):
+            copy(host_pool, pool, tensors.swap_ins)
+        if len(plan.copies):
+            copy(pool, pool, tensors.copies)
 
     def _forward_batch(self, plan: StepPlan, tensors: PlanTensors) -> torch.Tensor:
         if len(plan.block_rows):

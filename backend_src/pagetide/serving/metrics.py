@@ -34,6 +34,8 @@ COUNTERS = {
     "generated_tokens": ("pagetide_generated_tokens", "generated tokens"),
     "cached_tokens": ("pagetide_cached_prompt_tokens", "prompt tokens that the prefix cache held"),
     "preemptions": ("pagetide_preemptions", "sequences that gave their blocks to others"),
+    "swapped_out": ("pagetide_kv_blocks_swapped_out", "KV cache blocks copied to the host's memory"),
+    "swapped_in": ("pagetide_kv_blocks_swapped_in", "KV cache blocks that came back from there"),
     "cancelled": ("pagetide_requests_cancelled", "requests that ended because nobody wanted them any more"),
     "timed_out": ("pagetide_requests_timed_out", "requests that ended because their time was up"),
     "failed": ("pagetide_requests_failed", "requests that could not be answered"),

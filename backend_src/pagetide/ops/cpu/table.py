@@ -30,6 +30,7 @@ def make_cpu_ops(keep: Keeper = no_keeper) -> Ops:
         penalize=penalize,
         edit=edit,
         mask=mask,
+        copy_blocks=reference.copy_blocks,
         set_blocks=reference.set_blocks,
         score=score,
     )

@@ -16,11 +16,8 @@ import triton.language as tl
 from pagetide.ops.attention import HeadShape
 from pagetide.ops.gpu.device import num_processors
 
-TILE, NUM_WARPS, NUM_STAGES = (
-    64,
-    4,
-    3,
-)  # keys of one matrix product; found by scripts/gpu_check.sh --only tune
+# Keys of a matrix product; found by scripts/gpu_check.sh --only tune.
+TILE, NUM_WARPS, NUM_STAGES = 64, 4, 2
 _ROWS = 16  # the fewest rows of a matrix product on tensor cores
 _LOG2_E = 1.4426950408889634
 
@@ -204,7 +201,7 @@ def plan_singles(
 
 _JOINED = 8  # splits that are joined at a time
 _WAVES = 4  # programs for each multiprocessor, about as many as are resident
-MIN_TILES = 2  # of keys, that are worth a program of their own
+MIN_TILES = 4  # of keys, that are worth a program of their own
 
 
 def splits_of(groups: int, max_len: int, device: torch.device) -> int:

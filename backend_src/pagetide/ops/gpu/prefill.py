@@ -12,7 +12,7 @@ from pagetide.ops.attention import HeadShape
 
 _LOG2_E = 1.4426950408889634
 # Rows and keys of a matrix product; found by scripts/gpu_check.sh --only tune.
-ROWS, TILE, NUM_WARPS, NUM_STAGES = 128, 64, 8, 3
+ROWS, TILE, NUM_WARPS, NUM_STAGES = 128, 64, 4, 3
 
 
 @triton.jit
@@ -177,6 +177,6 @@ def attend_chunks(
         _rows(shape),
         TILE,
         triton.next_power_of_2(shape.head_dim),
-        num_warps=NUM_WARPS if shape.head_dim > 64 else NUM_WARPS // 2,
+        num_warps=NUM_WARPS,
         num_stages=NUM_STAGES,
     )

@@ -7,6 +7,7 @@ from functools import partial
 from pagetide.ops import reference
 from pagetide.ops.gpu.activation import silu_mul
 from pagetide.ops.gpu.attention import PagedAttention
+from pagetide.ops.gpu.copies import copy_blocks
 from pagetide.ops.gpu.embedding import GpuEmbedding
 from pagetide.ops.gpu.gather import gather, set_blocks
 from pagetide.ops.gpu.logits import Penalties, edit, mask
@@ -29,6 +30,7 @@ def make_gpu_ops() -> Ops:
         penalize=Penalties(),
         edit=edit,
         mask=mask,
+        copy_blocks=copy_blocks,
         set_blocks=set_blocks,
         score=reference.score,
     )

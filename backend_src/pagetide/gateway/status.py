@@ -1,0 +1,61 @@
+"""What the engines do now, read from the metrics of the Tritons."""
+
+from __future__ import annotations
+
+import asyncio
+import urllib.error
+import urllib.request
+from collections.abc import Iterable
+
+from prometheus_client.parser import text_string_to_metric_families
+
+from pagetide.gateway.errors import ApiError
+
+_TIMEOUT_S = 2.0
+# What is shown, and the sample that says it; over several Tritons, sums.
+SAMPLES = {
+    "running": "pagetide_requests_running",
+    "waiting": "pagetide_requests_waiting",
+    "blocks_used": "pagetide_kv_blocks_used",
+    "blocks_cached": "pagetide_kv_blocks_cached",
+    "blocks_total": "pagetide_kv_blocks_total",
+    "generated_tokens": "pagetide_generated_tokens",
+    "steps": "pagetide_step_sequences_count",
+    "step_sequences": "pagetide_step_sequences_sum",
+}
+
+
+class Status:
+    """addresses: host:port of each Triton's metrics."""
+
+    def __init__(self, addresses: Iterable[str]):
+        self._addresses = list(addresses)
+
+    async def now(self) -> dict[str, float]:
+        """Gauges and counts by the names of SAMPLES. Raises ApiError."""
+        if not self._addresses:
+            raise ApiError(404, "the gateway was started without --metrics, Triton's metrics address")
+        texts = await asyncio.gather(*(asyncio.to_thread(_read, one) for one in self._addresses))
+        return summed(texts)
+
+
+def _read(address: str) -> str:
+    try:
+        with urllib.request.urlopen(f"http://{address}/metrics", timeout=_TIMEOUT_S) as answer:
+            return answer.read().decode()
+    except (OSError, urllib.error.URLError) as error:
+        raise ApiError(503, f"Triton's metrics cannot be read: {error}") from None
+
+
+def summed(texts: Iterable[str]) -> dict[str, float]:
+    """The samples of some Prometheus texts; 0 for those that none of them has."""
+    values = dict.fromkeys(SAMPLES, 0.0)
+    named = {sample: name for name, sample in SAMPLES.items()}
+    for text in texts:
+        for family in text_string_to_metric_families(text):
+            for sample in family.samples:
+                # The parser gives every counter's name an end that Triton's have not.
+                name = named.get(sample.name) or named.get(sample.name.removesuffix("_total"))
+                if name:
+                    values[name] += sample.value
+    return values
