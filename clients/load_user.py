@@ -4,7 +4,8 @@ clock of the thread that received it.
 As a program it speaks for many users, in a process of its own, whose threads no event loop delays
 (clients/locustfile.py starts it):
 
-python clients/load_user.py 127.0.0.1:8001
+python clients/load_user.py 127.0.0.1:8001                  Triton's gRPC
+python clients/load_user.py http://127.0.0.1:9000           the OpenAI gateway
 
 reads   lines of JSON {"user", "words", "max_tokens"} or {"user", "leaves": true}
 writes  lines of JSON {"user", "sent", "chunks": [[when, tokens], ...], "error"}; times in seconds
@@ -12,11 +13,14 @@ writes  lines of JSON {"user", "sent", "chunks": [[when, tokens], ...], "error"}
 
 from __future__ import annotations
 
+import http.client
 import json
+import os
 import random
 import sys
 import threading
 import time
+import urllib.parse
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
@@ -115,9 +119,74 @@ class LoadUser:
         self._client.close()
 
 
+class OpenAIUser:
+    """The same over the gateway's completions, on a connection that is kept. on_end runs on a thread of the
+    answer's own.
+    """
+
+    def __init__(self, url: str, on_end: Callable[[Answer], None]):
+        self._on_end = on_end
+        self._leaves = False
+        self._connection = http.client.HTTPConnection(urllib.parse.urlsplit(url).netloc, timeout=600)
+
+    def send(self, prompt: str, max_tokens: int) -> None:
+        """Greedy, to the whole length."""
+        body = {
+            "prompt": prompt,
+            "max_tokens": max_tokens,
+            "ignore_eos": True,
+            "temperature": 0,
+            "stream": True,
+            "stream_options": {"include_usage": True, "continuous_usage_stats": True},
+        }
+        threading.Thread(target=self._run, args=(body, Answer(time.monotonic())), daemon=True).start()
+
+    def _run(self, body: dict[str, Any], answer: Answer) -> None:
+        try:
+            headers = {"Content-Type": "application/json", **_authorization()}
+            self._connection.request("POST", "/v1/completions", json.dumps(body), headers)
+            self._read(self._connection.getresponse(), answer)
+        except (OSError, http.client.HTTPException, ValueError) as error:
+            answer.error = str(error) or type(error).__name__
+            self._connection.close()  # it connects again with the next request
+        if not self._leaves:
+            self._on_end(answer)
+
+    def _read(self, response: http.client.HTTPResponse, answer: Answer) -> None:
+        if response.status != 200:
+            answer.error = json.loads(response.read())["error"]["message"]
+            return
+        known = 0
+        for line in response:
+            now = time.monotonic()
+            if not line.startswith(b"data: {"):
+                continue
+            chunk = json.loads(line.removeprefix(b"data: "))
+            if "error" in chunk:
+                answer.error = chunk["error"]["message"]
+            elif chunk["usage"]["completion_tokens"] > known:
+                answer.chunks.append((now, chunk["usage"]["completion_tokens"] - known))
+                known = chunk["usage"]["completion_tokens"]
+
+    def close(self) -> None:
+        """Leaves; the gateway ends an answer that is not whole."""
+        self._leaves = True
+        self._connection.close()
+
+
+def _authorization() -> dict[str, str]:
+    key = os.environ.get("PAGETIDE_API_KEY")
+    return {"Authorization": f"Bearer {key}"} if key else {}
+
+
+def make_user(url: str, on_end: Callable[[Answer], None]) -> LoadUser | OpenAIUser:
+    """One for Triton's gRPC, or for a gateway if the address begins with http."""
+    return OpenAIUser(url, on_end) if url.startswith("http") else LoadUser(url, on_end)
+
+
 def main() -> None:
     url, rng = sys.argv[1], random.Random()
-    users: dict[int, LoadUser] = {}
+    users: dict[int, LoadUser | OpenAIUser] = {}
     lock = threading.Lock()
 
     def report(number: int, answer: Answer) -> None:
@@ -135,7 +204,7 @@ def main() -> None:
                 users.pop(number).close()
             continue
         if number not in users:
-            users[number] = LoadUser(url, lambda answer, number=number: report(number, answer))
+            users[number] = make_user(url, lambda answer, number=number: report(number, answer))
         users[number].send(random_prompt(rng, order["words"]), order["max_tokens"])
     for user in users.values():
         user.close()

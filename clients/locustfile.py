@@ -1,6 +1,9 @@
-"""Load on the gRPC stream, with the times that matter for tokens in Locust's own statistics.
+"""Load on streams, with the times that matter for tokens in Locust's own statistics.
 
 locust -f clients/locustfile.py --headless -u 32 -r 8 -t 60s --stop-timeout 60 --host 127.0.0.1:8001
+locust -f clients/locustfile.py --headless -u 32 -r 8 -t 60s --stop-timeout 60 --host http://127.0.0.1:9000
+
+The first speaks gRPC with Triton, the second with the OpenAI gateway.
 
    time to first token      from sending to the first chunk
    gap between chunks       of one answer; Locust shows p50, p99 and the longest
@@ -121,7 +124,7 @@ class StreamingUser(User):
 
     def report(self, name: str, seconds: float, length: int = 0, error: Exception | None = None) -> None:
         self.environment.events.request.fire(
-            request_type="gRPC",
+            request_type="OpenAI" if self.host.startswith("http") else "gRPC",
             name=name,
             response_time=1000 * seconds,
             response_length=length,

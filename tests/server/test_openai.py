@@ -44,10 +44,10 @@ WEATHER = {
 
 
 class Gateway:
-    def __init__(self, server: TritonServer, *options: str):
+    def __init__(self, server: TritonServer, *options: str, triton: str = ""):
         self.port = free_address().http_port
         self.url = f"http://127.0.0.1:{self.port}"
-        command = [sys.executable, "-m", "pagetide.gateway", "--triton", server.address.grpc]
+        command = [sys.executable, "-m", "pagetide.gateway", "--triton", triton or server.address.grpc]
         command += ["--port", str(self.port), *options]
         self.process = subprocess.Popen(command, cwd=ROOT / "backend_src")
         try:
@@ -132,6 +132,22 @@ def test_the_asyncio_client_gets_many_answers_at_once(gateway):
 
     texts = {answer.choices[0].message.content for answer in asyncio.run(ask())}
     assert len(texts) == 1
+
+
+def test_what_a_triton_that_is_not_there_cannot_serve_another_does(real):
+    gateway = Gateway(real, triton=f"127.0.0.1:1,{real.address.grpc},127.0.0.1:2")
+    try:
+        for _ in range(4):
+            for stream in (False, True):
+                body = {"messages": FRANCE, "temperature": 0, "max_tokens": 8, "stream": stream}
+                status, answer = gateway.ask("/v1/chat/completions", body)
+                assert status == 200 and b"Paris" in answer, answer
+            assert gateway.ask("/tokenize", {"prompt": "tide"})[0] == gateway.status("/v1/models") == 200
+            assert gateway.status("/health") == 200
+        wrong = {"messages": FRANCE, "temperature": 0, "best_of": 2, "n": 3}
+        assert gateway.ask("/v1/chat/completions", wrong)[0] == 400, "what is wrong is wrong everywhere"
+    finally:
+        gateway.stop()
 
 
 def test_several_answers_and_seeds(client):

@@ -7,13 +7,14 @@ model's cores.
 from __future__ import annotations
 
 import asyncio
-import itertools
+import contextlib
 import json
 import logging
 import struct
-from collections.abc import AsyncIterator, Iterable, Mapping
+import time
+from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Iterable, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 import grpc
 import numpy as np
@@ -24,6 +25,9 @@ from pagetide.gateway.errors import ApiError, of_text, of_triton
 
 log = logging.getLogger("pagetide.gateway")
 
+Answer = TypeVar("Answer")
+
+_REST_S = 5.0
 _CHANNEL = (("grpc.max_send_message_length", -1), ("grpc.max_receive_message_length", -1))
 _PIECE = (
     "text_output",
@@ -64,20 +68,54 @@ class Generation:
     fields: Mapping[str, Any]
 
 
+class Server:
+    """One Triton. rests_until: it has failed, and comes last until then."""
+
+    def __init__(self, url: str):
+        self.url = url
+        self.rests_until = 0.0
+        self.channel = grpc.aio.insecure_channel(url, options=_CHANNEL)
+        self.stub = service_pb2_grpc.GRPCInferenceServiceStub(self.channel)
+
+    def rest(self, reason: str) -> None:
+        self.rests_until = time.monotonic() + _REST_S
+        log.warning("%s does not serve, others are asked for %.0f s: %s", self.url, _REST_S, reason)
+
+
 class Triton:
-    """One or several Tritons with the same models; requests go to them in turn."""
+    """One or several Tritons with the same models; requests go to them in turn.
+
+    What one cannot serve because it or its engine is not there goes to the next: nothing has come of it, and
+    to ask a model twice harms nobody.
+    """
 
     def __init__(self, urls: Iterable[str]):
-        self._channels = [grpc.aio.insecure_channel(url, options=_CHANNEL) for url in urls]
-        self._stubs = itertools.cycle(
-            [service_pb2_grpc.GRPCInferenceServiceStub(channel) for channel in self._channels]
-        )
-
+        self._servers = [Server(url) for url in urls]
+        self._turn = 0
         self._endings: set[asyncio.Future[None]] = set()
 
     async def close(self) -> None:
-        for channel in self._channels:
-            await channel.close()
+        for server in self._servers:
+            await server.channel.close()
+
+    def _in_turn(self) -> list[Server]:
+        """All servers in the order in which they are asked: those that rest come last."""
+        self._turn = (self._turn + 1) % len(self._servers)
+        turned = self._servers[self._turn :] + self._servers[: self._turn]
+        now = time.monotonic()
+        return sorted(turned, key=lambda server: server.rests_until > now)
+
+    async def _first_good(self, ask: Callable[[Any], Awaitable[Answer]]) -> Answer:
+        """What the first server that serves answers to a call with its stub. Raises ApiError."""
+        servers = self._in_turn()
+        for server in servers[:-1]:
+            try:
+                return await ask(server.stub)
+            except ApiError as error:
+                if error.status != 503:
+                    raise
+                server.rest(error.message)
+        return await ask(servers[-1].stub)
 
     async def generate(self, generation: Generation) -> AsyncIterator[Piece]:
         """The pieces of all answers to a prompt, as they come.
@@ -85,7 +123,24 @@ class Triton:
         Whoever leaves the iterator before its end frees the request: the stream's cancelling reaches an
         ensemble with the next piece, the message by name at once. Raises ApiError.
         """
-        stub = next(self._stubs)
+        servers = self._in_turn()
+        for server in servers[:-1]:
+            has_begun = False
+            try:
+                async with contextlib.aclosing(self._pieces(server.stub, generation)) as pieces:
+                    async for piece in pieces:
+                        has_begun = True
+                        yield piece
+                return
+            except ApiError as error:
+                if has_begun or error.status != 503:
+                    raise
+                server.rest(error.message)
+        async with contextlib.aclosing(self._pieces(servers[-1].stub, generation)) as pieces:
+            async for piece in pieces:
+                yield piece
+
+    async def _pieces(self, stub: Any, generation: Generation) -> AsyncGenerator[Piece, None]:
         logprobs = {"logprobs", "prompt_logprobs"} & generation.fields.keys()
         outputs = (*_PIECE, "logprobs") if logprobs else _PIECE
         # The header `triton_grpc_error` would give errors codes, but it makes Triton 2.51 crash.
@@ -141,7 +196,9 @@ class Triton:
 
     async def models(self) -> list[str]:
         """The models that take chats and stream: those that this gateway can serve."""
-        stub = next(self._stubs)
+        return await self._first_good(self._models)
+
+    async def _models(self, stub: Any) -> list[str]:
         try:
             index = await stub.RepositoryIndex(pb.RepositoryIndexRequest(ready=True), timeout=5)
             names = sorted(model.name for model in index.models)
@@ -154,11 +211,15 @@ class Triton:
 
     async def _infer(self, request: Any) -> bytes:
         """The one output that is asked for."""
-        try:
-            response = await next(self._stubs).ModelInfer(request, timeout=60)
-        except grpc.aio.AioRpcError as error:
-            raise of_triton(error.code(), error.details() or str(error.code())) from None
-        return response.raw_output_contents[0]
+
+        async def ask(stub: Any) -> bytes:
+            try:
+                response = await stub.ModelInfer(request, timeout=60)
+            except grpc.aio.AioRpcError as error:
+                raise of_triton(error.code(), error.details() or str(error.code())) from None
+            return response.raw_output_contents[0]
+
+        return await self._first_good(ask)
 
 
 def _serves_chats(config: Any) -> bool:
