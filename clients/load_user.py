@@ -120,8 +120,9 @@ class LoadUser:
 
 
 class OpenAIUser:
-    """The same over the gateway's completions, on a connection that is kept. on_end runs on a thread of the
-    answer's own.
+    """The same over the gateway's completions, each on a connection of its own: servers close those that idle.
+
+    on_end runs on a thread of the answer's own.
     """
 
     def __init__(self, url: str, on_end: Callable[[Answer], None]):
@@ -144,11 +145,11 @@ class OpenAIUser:
     def _run(self, body: dict[str, Any], answer: Answer) -> None:
         try:
             headers = {"Content-Type": "application/json", **_authorization()}
+            self._connection.close()
             self._connection.request("POST", "/v1/completions", json.dumps(body), headers)
             self._read(self._connection.getresponse(), answer)
         except (OSError, http.client.HTTPException, ValueError) as error:
             answer.error = str(error) or type(error).__name__
-            self._connection.close()  # it connects again with the next request
         if not self._leaves:
             self._on_end(answer)
 

@@ -187,6 +187,20 @@ def test_log_probabilities_of_chats(client, num_top):
         assert not num_top or token.top_logprobs[0].logprob == token.logprob, "greedy takes the likeliest"
 
 
+def test_tokens_that_are_parts_of_a_character_have_their_bytes(client):
+    """The characters of a prompt that is echoed are many tokens each."""
+    text = "\U0001f9ab\u2603"
+    (choice,) = chat(
+        client,
+        messages=[{"role": "user", "content": f"Repeat: {text}"}],
+        logprobs=True,
+        max_tokens=8,
+        response_format={"type": "json_schema", "json_schema": {"name": "a", "schema": {"const": text}}},
+    ).choices
+    raw = b"".join(bytes(token.bytes) for token in choice.logprobs.content)
+    assert text in raw.decode() and any("\ufffd" in token.token for token in choice.logprobs.content)
+
+
 def test_stops_biases_and_our_own_fields(client):
     assert chat(client, stop=["Paris"]).choices[0].finish_reason == "stop"
     assert "Paris" not in chat(client, stop="Paris").choices[0].message.content

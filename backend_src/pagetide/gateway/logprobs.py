@@ -22,8 +22,8 @@ def _chat_token(candidates: list[dict[str, Any]], num_top: int) -> dict[str, Any
 
 def _scored(candidate: dict[str, Any]) -> dict[str, Any]:
     token = candidate["decoded_token"]
-    # Part of a character has no text of its own, and its bytes are not told.
-    raw = None if "\ufffd" in token else list(token.encode())
+    # Part of a character has no text of its own; its bytes are told then.
+    raw = candidate.get("bytes") or list(token.encode())
     return {"token": token, "logprob": candidate["logprob"], "bytes": raw}
 
 

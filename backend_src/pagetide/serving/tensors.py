@@ -79,8 +79,13 @@ class TokenTexts:
     def _table(self) -> list[bytes]:
         return Vocabulary.read(self._model).full
 
-    def __getitem__(self, token: int) -> str:
-        return self._table[token].decode("utf-8", "replace") if token < len(self._table) else ""
+    def shown(self, token: int) -> dict[str, Any]:
+        """`decoded_token`, and `bytes` where that cannot tell them: tokens may be parts of a character."""
+        raw = self._table[token] if token < len(self._table) else b""
+        text = raw.decode("utf-8", "replace")
+        return (
+            {"decoded_token": text} if text.encode() == raw else {"decoded_token": text, "bytes": list(raw)}
+        )
 
 
 class ResponseTensors:
@@ -193,7 +198,7 @@ class ResponseTensors:
             str(i): {
                 "logprob": max(logprob, _VERY_UNLIKELY),
                 "rank": rank,
-                "decoded_token": self._texts[i],
+                **self._texts.shown(i),
             }
             for i, logprob, rank in ranked
         }
