@@ -120,7 +120,7 @@ class LoadUser:
 
 
 class OpenAIUser:
-    """The same over the gateway's completions, each on a connection of its own: servers close those that idle.
+    """The same over the gateway's completions, each on a connection of its own: servers close idle ones.
 
     on_end runs on a thread of the answer's own.
     """

@@ -41,7 +41,12 @@ _TYPES = {
     torch.bfloat16: "*bf16", torch.float16: "*fp16", torch.float32: "*fp32", torch.int64: "*i64",
     torch.int32: "*i32", torch.bool: "*i1",
 }  # fmt: skip
-SHAPES = {"8B": HeadShape(32, 8, 128), "1B": HeadShape(32, 8, 64), "0.6B": HeadShape(16, 8, 128)}
+SHAPES = {
+    "8B": HeadShape(32, 8, 128),
+    "1B": HeadShape(32, 8, 64),
+    "0.6B": HeadShape(16, 8, 128),
+    "head 256": HeadShape(8, 1, 256),
+}
 
 
 class Usage(NamedTuple):
@@ -77,7 +82,7 @@ class Compiler:
             signature[name] = kind
             if kind == "constexpr":
                 constants[(at,)] = value
-            elif kind.startswith("*") or (
+            elif (kind.startswith("*") and not parameter.do_not_specialize_on_alignment) or (
                 isinstance(value, int) and value % 16 == 0 and not parameter.do_not_specialize
             ):
                 attributes[(at,)] = [["tt.divisibility", 16]]

@@ -219,7 +219,9 @@ def prefill_call(scale: Scale, shape: HeadShape, length: int) -> Callable[[], No
     q = torch.randn(length, shape.num_heads, shape.head_dim, device=scale.device).to(scale.dtype)
     out = torch.empty(length, shape.num_heads * shape.head_dim, dtype=scale.dtype, device=scale.device)
     zero, count = np.zeros(1, np.int32), np.array([length], np.int32)
-    tiles = torch.from_numpy(chunk_tiles(zero, count, zero, prefill.tokens_of_tile(shape))).to(scale.device)
+    tiles = torch.from_numpy(chunk_tiles(zero, count, zero, prefill.tokens_of_tile(shape, scale.dtype))).to(
+        scale.device
+    )
     return lambda: prefill.attend_chunks(shape, q, kv, table, 0, tiles, out)
 
 
@@ -249,6 +251,7 @@ def tune(scale: Scale) -> Rows:
         return []
     shape = HeadShape(32, 8, 128)
     rows: Rows = []
+    chosen = decode.TILE, decode.NUM_WARPS, decode.NUM_STAGES, decode.MIN_TILES, prefill.TUNED
     for choice in DECODES:
         decode.TILE, decode.NUM_WARPS, decode.NUM_STAGES, decode.MIN_TILES = choice
         row: dict[str, Any] = {"kernel": "decode", "choice": choice}
@@ -258,7 +261,7 @@ def tune(scale: Scale) -> Rows:
         rows.append(row)
         print(row, flush=True)
     for choice in PREFILLS:
-        prefill.ROWS, prefill.TILE, prefill.NUM_WARPS, prefill.NUM_STAGES = choice
+        prefill.TUNED = prefill.Choice(*choice)
         row = {"kernel": "prefill", "choice": choice}
         try:
             row["4096: us"] = scale.looped([prefill_call(scale, shape, 4096)] * 2) * 1e6
@@ -266,6 +269,7 @@ def tune(scale: Scale) -> Rows:
             row["failed"] = type(error).__name__
         rows.append(row)
         print(row, flush=True)
+    decode.TILE, decode.NUM_WARPS, decode.NUM_STAGES, decode.MIN_TILES, prefill.TUNED = chosen
     return rows
 
 
@@ -540,6 +544,7 @@ def measure_serving(scale: Scale, quick: bool) -> Rows:
                 ]
                 inner = llm.engine.runner
                 llm.engine.runner = watched = Watched(inner, scale)
+                preempted = llm.engine.scheduler.counters.preemptions
                 begin = time.perf_counter()
                 llm.generate(prompts, params)
                 seconds = time.perf_counter() - begin
@@ -557,7 +562,7 @@ def measure_serving(scale: Scale, quick: bool) -> Rows:
                         "steps": steps,
                         "host ms a step": (seconds - watched.waited) / steps * 1e3,
                         "device idle": f"{100 * watched.idle_share():.1f} %",
-                        "preemptions": llm.engine.scheduler.counters.preemptions,
+                        "preemptions": llm.engine.scheduler.counters.preemptions - preempted,
                     }
                 )
     return rows

@@ -26,6 +26,7 @@ from load_user import Answer, make_user, random_prompt
 from tqdm import tqdm
 
 MAX_SECONDS_LEFT = 120.0  # for the answers that are on their way when the last request has arrived
+QUICK_MS = 500.0  # a first token that nobody calls late
 # Medians and spreads of lognormal lengths, as conversations have them.
 PROMPT_WORDS, ANSWER_TOKENS = (60, 0.8, 4, 400), (60, 0.7, 4, 256)
 
@@ -141,7 +142,7 @@ def is_too_much(point: dict[str, Any]) -> bool:
 
 def knee(points: list[dict[str, Any]]) -> dict[str, Any] | None:
     """The highest rate of which the server keeps up with nine tenths, while first tokens (p99) take at most
-    four times what they take at the lowest rate.
+    half a second, or four times what they take at the lowest rate.
     """
     points = sorted(points, key=lambda point: point["rate"])
     good = [
@@ -149,7 +150,7 @@ def knee(points: list[dict[str, Any]]) -> dict[str, Any] | None:
         for point in points
         if not point["failed"]
         and point["finished_s"] >= 0.9 * point["rate"]
-        and point["ttft_p99"] <= 4 * points[0]["ttft_p99"]
+        and point["ttft_p99"] <= max(QUICK_MS, 4 * points[0]["ttft_p99"])
     ]
     return good[-1] if good else None
 

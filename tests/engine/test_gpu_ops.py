@@ -14,7 +14,6 @@ from interpreted import DEVICE, DTYPES, HAS_GPU
 from pagetide.ops import reference
 from pagetide.ops.attention import HeadShape
 from pagetide.ops.gpu.activation import silu_mul
-from pagetide.ops.gpu.attention import PagedAttention
 from pagetide.ops.gpu.copies import copy_blocks
 from pagetide.ops.gpu.decode import splits_of
 from pagetide.ops.gpu.embedding import GpuEmbedding
@@ -22,14 +21,14 @@ from pagetide.ops.gpu.gather import gather
 from pagetide.ops.gpu.logits import Penalties, edit, mask
 from pagetide.ops.gpu.norm import add_rms_norm
 from pagetide.ops.gpu.sampling import argmax, sample
-from pagetide.ops.layers import ComposedLayers, EmbeddingWeights, LayerOps, LayerShape
-from pagetide.ops.plain import TORCH_LAYERS, TorchEmbedding, torch_matmul
+from pagetide.ops.gpu.table import gpu_layers
+from pagetide.ops.layers import ComposedLayers, EmbeddingWeights, LayerShape
+from pagetide.ops.plain import TORCH_LAYERS, TorchEmbedding
 from pagetide.ops.weights import DenseWeight
 from pagetide.runner.plan import Admission, LogitEdit, RowEdits, RowParams, bits_of
 from pagetide.runner.rows import Rows
 
 TOLERANCES = {torch.float32: 2e-5, torch.float16: 4e-3, torch.bfloat16: 3e-2}
-LAYERS = LayerOps(add_rms_norm, silu_mul, torch_matmul, PagedAttention)
 few = settings(max_examples=25 if HAS_GPU else 12, deadline=None)
 dtypes = st.sampled_from(DTYPES)
 
@@ -109,7 +108,9 @@ def check_layers(shape: LayerShape, lengths, dtype, window, has_norms, has_bias)
     )
     on_device = moved(weights, dtype)
     there = LayerShape(**{**vars(shape), "cos_sin": shape.cos_sin.to(DEVICE)})
-    found = run_steps(ComposedLayers(LAYERS, there, on_device), there, lengths, torch.nan, dtype, dtype)
+    found = run_steps(
+        ComposedLayers(gpu_layers(dtype), there, on_device), there, lengths, torch.nan, dtype, dtype
+    )
     for own, right in zip(found, expected, strict=True):
         assert (own - right).norm() < {torch.float32: 2e-5}.get(dtype, 0.03) * right.norm()
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import shutil
@@ -128,6 +129,65 @@ def test_a_schema_holds_and_what_is_wrong_is_said(page):
     page.fill("#temperature", "9")
     ask(page, "And now?")
     expect(page.locator("#notice")).to_contain_text("temperature: input should be less than or equal to 2")
+
+
+def sent(page: Page) -> list[dict[str, str]]:
+    """The messages of the conversation, up to the last question."""
+    page.locator("#curl").click()
+    expect(page.locator("#notice")).to_have_text("Copied.")
+    command = page.evaluate("navigator.clipboard.readText()")
+    quoted = re.search(r"-d '(.*)'$", command, re.S)[1]
+    return json.loads(quoted.replace("'\\''", "'"))["messages"]
+
+
+def test_a_new_chat_knows_nothing_of_the_answer_that_was_on_its_way(page):
+    page.fill("#max_tokens", "1000")
+    ask(page, "Count from one to one thousand, in words.")
+    expect(page.locator(".card .text[tabindex]")).not_to_be_empty(timeout=30_000)
+    page.locator("#clear").click()
+    page.fill("#max_tokens", "3")
+    ask(page, "Hello")
+    done(page)
+    assert sent(page) == [{"role": "user", "content": "Hello"}]
+    assert page.locator(".turn").count() == 2
+
+
+def test_choosing_another_answer_changes_its_own_turn_only(page):
+    page.select_option("#samples", "2")
+    page.fill("#temperature", "1.5")
+    page.fill("#max_tokens", "6")
+    for question in ("One", "Two"):
+        ask(page, question)
+        done(page)
+    texts = page.locator(".card .text[tabindex]").all_text_contents()
+    page.locator(".answers").nth(0).locator("input[type=radio]").nth(1).check()
+    ask(page, "Three")
+    done(page)
+    messages = sent(page)
+    assert [message["role"] for message in messages] == ["user", "assistant"] * 2 + ["user"]
+    assert [message["content"] for message in messages[1::2]] == [texts[1], texts[2]]
+
+
+def test_characters_of_several_tokens_are_shown_whole(page):
+    text = "\U0001f9ab Hi \u2603!"
+    page.locator("summary", has_text="JSON schema").click()
+    page.fill("#schema", json.dumps({"const": text}))
+    ask(page, "Go on.")
+    done(page)
+    answer = page.locator(".card .text[tabindex]")
+    assert answer.text_content() == f'"{text}"' and answer.locator(".token").count() > 3
+
+
+def test_what_failed_leaves_nothing_in_the_conversation(page):
+    page.fill("#max_tokens", "3")
+    page.fill("#temperature", "9")
+    ask(page, "Hello")
+    expect(page.locator("#notice")).to_contain_text("temperature")
+    page.fill("#temperature", "0")
+    page.locator("#retry").click()
+    done(page)
+    assert sent(page) == [{"role": "user", "content": "Hello"}]
+    assert page.evaluate("Object.keys(localStorage).includes('pagetide.prompt')") is False
 
 
 def test_copies_run(page, gateway):

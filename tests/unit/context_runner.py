@@ -56,6 +56,7 @@ class ContextRunner:
         self.results: dict[int, StepTokens] = {}
         self.block_size = block_size
         self.num_computed_tokens = 0
+        self.looked_at = np.empty(0, np.int32)  # tokens of the last step whose logits were asked for
 
     def forward(self, plan: StepPlan) -> None:
         assert 0 < plan.num_tokens <= self.max_tokens, plan.num_tokens
@@ -92,6 +93,7 @@ class ContextRunner:
                 )
 
     def sample(self, plan: StepPlan, masks: np.ndarray | None = None) -> None:
+        self.looked_at = plan.logit_index
         logits = []
         for row, position in zip(plan.sample_rows, plan.sample_positions, strict=True):
             blocks = self.block_table[row, : -(-position // self.block_size)]

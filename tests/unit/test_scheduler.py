@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 from pagetide.engine.blocks import BlockManager
 from pagetide.engine.groups import _seed_of_sample
 from pagetide.engine.host_blocks import HostBlocks
+from pagetide.engine.plan_builder import MAX_REPORTED
 from pagetide.types import EngineError, Guide, QueueFullError, Request, RequestError, SamplingParams
 from small_engine import END_ID, FixedAnswer, SmallEngine
 
@@ -313,6 +314,21 @@ def test_every_prompt_token_but_the_first_is_scored_once_also_in_chunks(num_bloc
         assert logits == pytest.approx(
             np.array([logits_after(prompt[: i + 1], 0) for i in range(len(prompt))]), rel=1e-5, abs=1e-5
         )
+
+
+def test_a_step_looks_at_few_of_the_prompt_tokens_that_are_reported():
+    """Each costs a row of logits: a long prompt would fill a device's memory."""
+    small = SmallEngine(num_blocks=1000, max_model_len=1500, max_num_batched_tokens=1400)
+    for number in range(2):
+        small.add(number, [1 + i % 40 for i in range(700)], max_tokens=3, prompt_logprobs=0)
+    small.add(2, [7] * 60, max_tokens=3)
+    while small.engine.has_work:
+        small.step()
+        assert len(small.runner.looked_at) <= MAX_REPORTED + 3
+    for number in range(2):
+        reported = [score for o in small.outputs if o.number == number for score in o.prompt_scores]
+        assert len(reported) == 699 and small.reason(number) == ["length"]
+    assert len(small.tokens(2)) == 3
 
 
 def test_priority_goes_before_arrival_and_the_last_in_order_gives_way():

@@ -39,6 +39,10 @@ class Positions:
         self.next_positions.append(next_position)
 
 
+# Prompt tokens of one step whose logits are looked at: each costs a row of the vocabulary's size.
+MAX_REPORTED = 512
+
+
 class PlanBuilder:
     """budget: tokens that the step may still take. preempted: some sequence has given way in this step.
 
@@ -64,6 +68,12 @@ class PlanBuilder:
     def is_empty(self) -> bool:
         """True if no token runs in this step."""
         return not self._rows
+
+    def room_for(self, sequence: Sequence) -> int:
+        """How many tokens of this sequence the step may still take."""
+        if not sequence.group.reports_prompt or sequence.num_computed >= sequence.num_prompt:
+            return self.budget
+        return min(self.budget, MAX_REPORTED - len(self._prompt_tokens.sequences))
 
     def place(self, sequence: Sequence, copies: list[tuple[int, int]]) -> None:
         """Tells the device the sequence's new blocks, and its tokens if its row does not have them yet.

@@ -110,7 +110,7 @@ class Scheduler:
             self.queues.enqueue(group.unfinished[0])
         step = PlanBuilder(self._settings.max_num_batched_tokens)
         for sequence in list(self.running):
-            if sequence.status is Status.RUNNING and step.budget and sequence.can_run:
+            if sequence.status is Status.RUNNING and step.room_for(sequence) and sequence.can_run:
                 self._continue(step, sequence)
         if not step.preempted and self._may_admit():
             self._admit_waiting(step)
@@ -144,7 +144,7 @@ class Scheduler:
 
     def _continue(self, step: PlanBuilder, sequence: Sequence) -> None:
         """Gives a running sequence its share of the step, if need be by preempting the last in order."""
-        count = min(sequence.num_wanted - sequence.num_computed, step.budget)
+        count = min(sequence.num_wanted - sequence.num_computed, step.room_for(sequence))
         while (copies := self.blocks.grow(sequence, sequence.num_computed + count)) is None:
             victim = self.running[-1]
             self._preempt(victim)
@@ -174,9 +174,10 @@ class Scheduler:
         # Who was preempted in the last step has its last token by now: nothing is admitted in the step of a
         # preemption.
         assert not sequence.num_pending, sequence.num_pending
-        if not step.budget:
+        room = step.room_for(sequence)
+        if not room:
             return False
-        fits = admittance(sequence, self.blocks, self._settings, step.budget, len(self.running))
+        fits = admittance(sequence, self.blocks, self._settings, room, len(self.running))
         if fits is None:
             return False
         self.blocks.adopt(sequence, fits.found)

@@ -46,14 +46,18 @@ def keys_of(file: Path | None) -> tuple[str, ...]:
     return tuple(line.strip() for line in lines if line.strip() and not line.startswith("#"))
 
 
+def _addresses(listed: str) -> list[str]:
+    return [address.strip() for address in listed.split(",") if address.strip()]
+
+
 def main() -> None:
     arguments = parse_arguments()
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(name)s: %(message)s")
     rules = Rules(
         keys_of(arguments.api_keys_file), int(arguments.max_body_mb * 2**20), tuple(arguments.cors_origin)
     )
-    metrics = [address for address in arguments.metrics.split(",") if address]
-    app = make_app(arguments.triton.split(","), rules, arguments.tool_call_format or "", metrics)
+    metrics = _addresses(arguments.metrics)
+    app = make_app(_addresses(arguments.triton), rules, arguments.tool_call_format or "", metrics)
     uvicorn.run(app, host=arguments.host, port=arguments.port, log_level="warning", access_log=False)
 
 

@@ -14,7 +14,7 @@ from starlette.middleware.cors import CORSMiddleware
 
 from pagetide.gateway.errors import ApiError
 
-_OPEN = ("/health", "/metrics", "/")
+_OPEN = ("/health", "/metrics", "/", "/playground")
 _OPEN_BELOW = "/playground/"  # plain files; what they ask for needs the key
 _requests = Counter("pagetide_gateway_requests", "Requests by path and status", ["path", "status"])
 _open_requests = Gauge("pagetide_gateway_requests_open", "Requests that are being answered")

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import asyncio
-import urllib.error
+import http.client
+import time
 import urllib.request
 from collections.abc import Iterable
 
@@ -11,7 +12,8 @@ from prometheus_client.parser import text_string_to_metric_families
 
 from pagetide.gateway.errors import ApiError
 
-_TIMEOUT_S = 2.0
+_TIMEOUT_S, _KEPT_S = 2.0, 0.5
+_OPENER = urllib.request.build_opener(urllib.request.ProxyHandler({}))  # no proxy is between
 # What is shown, and the sample that says it; over several Tritons, sums.
 SAMPLES = {
     "running": "pagetide_requests_running",
@@ -26,25 +28,33 @@ SAMPLES = {
 
 
 class Status:
-    """addresses: host:port of each Triton's metrics."""
+    """However many ask, Triton is read twice a second at most. addresses: host:port of each one's metrics."""
 
     def __init__(self, addresses: Iterable[str]):
         self._addresses = list(addresses)
+        self._reading: asyncio.Future[dict[str, float]] | None = None
+        self._read_at = 0.0
 
     async def now(self) -> dict[str, float]:
         """Gauges and counts by the names of SAMPLES. Raises ApiError."""
         if not self._addresses:
             raise ApiError(404, "the gateway was started without --metrics, Triton's metrics address")
-        texts = await asyncio.gather(*(asyncio.to_thread(_read, one) for one in self._addresses))
-        return summed(texts)
+        is_old = time.monotonic() - self._read_at > _KEPT_S
+        if self._reading is None or (self._reading.done() and is_old):
+            self._read_at = time.monotonic()
+            self._reading = asyncio.ensure_future(asyncio.to_thread(self._read_all))
+        return await asyncio.shield(self._reading)
+
+    def _read_all(self) -> dict[str, float]:
+        try:
+            return summed([_read(address) for address in self._addresses])
+        except (OSError, http.client.HTTPException, ValueError) as error:
+            raise ApiError(503, f"Triton's metrics cannot be read: {error}") from None
 
 
 def _read(address: str) -> str:
-    try:
-        with urllib.request.urlopen(f"http://{address}/metrics", timeout=_TIMEOUT_S) as answer:
-            return answer.read().decode()
-    except (OSError, urllib.error.URLError) as error:
-        raise ApiError(503, f"Triton's metrics cannot be read: {error}") from None
+    with _OPENER.open(f"http://{address}/metrics", timeout=_TIMEOUT_S) as answer:
+        return answer.read().decode()
 
 
 def summed(texts: Iterable[str]) -> dict[str, float]:

@@ -26,7 +26,7 @@ def select_ops(
             make_gpu_ops,  # imports the Triton language, which a CPU does not need
         )
 
-        return make_gpu_ops()
+        return make_gpu_ops(dtype)
     if device.type == "cpu" and settings.ops == "auto":
         from pagetide.ops.cpu.kept import keeper  # imports Numba, which a GPU does not need
         from pagetide.ops.cpu.table import make_cpu_ops

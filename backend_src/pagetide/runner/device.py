@@ -156,7 +156,8 @@ class CudaDevice:
         function()  # compiles what it needs, which is not allowed while a graph is captured
         torch.cuda.synchronize(self.torch_device)
         graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph, pool=self._graphs):
+        # Other threads of the process may go on with what they do on the device.
+        with torch.cuda.graph(graph, pool=self._graphs, capture_error_mode="thread_local"):
             result = function()
         return graph.replay, result
 

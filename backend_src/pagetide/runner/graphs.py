@@ -63,7 +63,8 @@ class DecodeGraphs:
         self._logits = torch.empty(0)
         # The largest first: the memory that it takes serves all others.
         for size in reversed(self._sizes):
-            self._find(size, samples=True)
+            for samples in (True, False):
+                self._find(size, samples)
 
     def fits(self, plan: StepPlan) -> bool:
         """True if run() can do the plan's forward()."""

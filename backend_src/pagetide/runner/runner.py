@@ -110,7 +110,8 @@ class Runner:
         return self._sampler(plan, tensors, logits, masks)
 
     def warm_up(self, num_tokens: int) -> None:
-        """Runs a prompt chunk of num_tokens and one token of decode, so that no request waits for compilers.
+        """Runs a prompt chunk of num_tokens, and decode with all that changes logits, so that no request
+        waits for compilers.
 
         Writes to block 0 only.
         """
@@ -148,4 +149,7 @@ def warm_up_plan(count: int, start: int, temperature: float, block_size: int) ->
         block_ids=np.zeros(num_blocks, np.int32),
         copies=np.empty((0, 2), np.int32),
         is_greedy=temperature == 0,
+        has_penalties=temperature > 0,
+        has_edits=temperature > 0,
+        has_masks=temperature > 0,
     )

@@ -41,7 +41,7 @@ function restore(name) {
 function remember(event) {
   const { id, type, value, checked } = event.target;
   if (id === "key") sessionStorage.setItem("pagetide.key", value);
-  else if (id) localStorage.setItem(`pagetide.${id}`, type === "checkbox" ? checked : value);
+  else if (kept.includes(id) || event.target.closest("#sampling")) localStorage.setItem(`pagetide.${id}`, type === "checkbox" ? checked : value);
 }
 
 function parsed(id, what) {
@@ -95,11 +95,13 @@ function showMessage(text) {
 }
 
 // One answer: its text, token by token where probabilities are known, and their details below.
+// conversation: the messages that it answers, among which it will stand.
 class Card {
-  constructor(parent, index, count) {
+  constructor(parent, index, count, conversation) {
     this.text = "";
     this.calls = [];
     this.tokens = [];
+    this.held = []; // tokens whose text has not come: parts of characters, or what may become a stop text
     this.chosen = -1;
     this.body = document.createElement("div");
     this.body.className = "text";
@@ -113,7 +115,7 @@ class Card {
     const element = document.createElement("div");
     element.className = "card";
     element.append(this.body, this.odds, this.facts);
-    if (count > 1) element.append(this.choiceOf(index));
+    if (count > 1) element.append(this.choiceOf(index, conversation));
     parent.append(element);
     this.body.addEventListener("pointerover", (event) => this.show(this.tokens.findIndex(({ span }) => span === event.target)));
     this.body.addEventListener("keydown", (event) => {
@@ -124,41 +126,52 @@ class Card {
     });
   }
 
-  choiceOf(index) {
+  choiceOf(index, conversation) {
     const label = document.createElement("label");
-    this.radio = Object.assign(document.createElement("input"), { type: "radio", name: `go-on-${messages.length}`, checked: index === 0 });
-    this.radio.addEventListener("change", () => { messages[messages.length - 1] = this.message(); });
+    const place = conversation.length;
+    this.radio = Object.assign(document.createElement("input"), { type: "radio", name: `go-on-${place}`, checked: index === 0 });
+    this.radio.addEventListener("change", () => {
+      if (conversation[place]?.role === "assistant") conversation[place] = this.message();
+    });
     label.className = "check";
     label.append(this.radio, " go on with this one");
     return label;
   }
 
   take(choice) {
-    const { delta, logprobs, finish_reason: reason } = choice;
+    const { delta, logprobs } = choice;
     if (delta.reasoning_content) this.append(delta.reasoning_content, "thought");
-    const scored = logprobs?.content ?? [];
-    for (const token of scored) this.appendToken(token);
+    else this.held.push(...(logprobs?.content ?? []));
     if (delta.content) {
       this.text += delta.content;
-      if (!scored.length) this.append(delta.content);
+      this.appendText(delta.content);
     }
     for (const call of delta.tool_calls ?? []) {
       const known = (this.calls[call.index] ??= { id: call.id, type: "function", function: { name: "", arguments: "" } });
       known.function.name += call.function.name ?? "";
       known.function.arguments += call.function.arguments ?? "";
-      if (!scored.length) this.append(`${call.function.name ?? ""} ${call.function.arguments ?? ""}`);
+      this.append(`${call.function.name ?? ""} ${call.function.arguments ?? ""}`);
     }
-    if (reason && !this.calls.length) this.dropEnd();
   }
 
-  // Tokens that end an answer have a probability, but are no part of its text.
-  dropEnd() {
-    let length = this.tokens.reduce((sum, { token }) => sum + token.token.length, 0);
-    while (this.tokens.length && length > this.text.length) {
-      const { span, token } = this.tokens.pop();
-      length -= token.token.length;
-      span.remove();
+  // Text, cut where its tokens are; what none of them explains belongs to the first that waits for its text.
+  appendText(text) {
+    let rest = text;
+    let unexplained = [];
+    for (const token of this.held) {
+      const found = token.token ? rest.indexOf(token.token) : -1;
+      if (found < 0 || (found > 0 && !unexplained.length)) {
+        unexplained.push(token);
+        continue;
+      }
+      if (found > 0) this.appendToken(rest.slice(0, found), unexplained[0]);
+      unexplained = [];
+      this.appendToken(token.token, token);
+      rest = rest.slice(found + token.token.length);
     }
+    if (rest && unexplained.length) this.appendToken(rest, unexplained[0]);
+    else if (rest) this.append(rest);
+    this.held = rest ? [] : unexplained;
   }
 
   append(text, kind = "") {
@@ -169,8 +182,8 @@ class Card {
     return span;
   }
 
-  appendToken(token) {
-    const span = this.append(token.token, "token");
+  appendToken(text, token) {
+    const span = this.append(text, "token");
     span.style.setProperty("--doubt", (0.5 * (1 - Math.exp(token.logprob))).toFixed(2));
     this.tokens.push({ span, token });
   }
@@ -196,26 +209,22 @@ function percent(logprob) {
   return `${(100 * Math.exp(logprob)).toFixed(1).padStart(5)} %`;
 }
 
-async function answer() {
-  let body;
-  try {
-    body = requestBody();
-  } catch (error) {
-    say(error.message, true);
-    return;
-  }
+async function answer(body) {
+  const conversation = messages; // "New chat" begins another one
   const count = body.n ?? 1;
   const element = turn("Assistant");
   const answers = document.createElement("div");
   answers.className = "answers";
   element.append(answers);
-  const cards = Array.from({ length: count }, (_, index) => new Card(answers, index, count));
-  running = new AbortController();
+  const cards = Array.from({ length: count }, (_, index) => new Card(answers, index, count, conversation));
+  const mine = new AbortController();
+  running = mine;
   setBusy(true);
   const begun = performance.now();
   let first = 0;
+  let said = ["", false];
   try {
-    await streamChat(body, at("key").value, running.signal, (chunk) => {
+    await streamChat(body, at("key").value, mine.signal, (chunk) => {
       for (const choice of chunk.choices) {
         const { content, tool_calls: calls, reasoning_content: thought } = choice.delta;
         if (!first && (content || calls || thought)) first = performance.now();
@@ -224,13 +233,16 @@ async function answer() {
       if (chunk.usage) showSpeed(cards, chunk.usage, begun, first);
       at("log").scrollTop = at("log").scrollHeight;
     });
-    say("");
   } catch (error) {
-    if (error.name === "AbortError") say("Stopped.");
-    else say(error.message, true);
+    mine.abort(); // whatever failed, nobody reads on
+    said = error.name === "AbortError" ? ["Stopped.", false] : [error.message, true];
   }
+  if (conversation !== messages) return;
+  const message = (cards.find((card) => card.radio?.checked) ?? cards[0]).message();
+  if (message.content || message.tool_calls) conversation.push(message);
+  else element.remove();
   setBusy(false);
-  messages.push((cards.find((card) => card.radio?.checked) ?? cards[0]).message());
+  say(...said);
 }
 
 function showSpeed(cards, usage, begun, first) {
@@ -261,23 +273,39 @@ function send(event) {
   event.preventDefault();
   const text = at("prompt").value.trim();
   if (!text || running) return;
-  at("prompt").value = "";
+  if (messages.at(-1)?.role === "user") messages.pop(); // it was not answered, and this one takes its place
   messages.push({ role: "user", content: text });
-  showMessage(text);
-  answer();
+  begin(() => {
+    at("prompt").value = "";
+    showMessage(text);
+  }, () => messages.pop());
 }
 
 function retry() {
-  if (running || messages.at(-1)?.role !== "assistant") return;
-  messages.pop();
-  at("log").lastElementChild.remove();
-  answer();
+  if (running || !messages.length) return;
+  const dropped = messages.at(-1).role === "assistant" ? messages.pop() : null;
+  begin(() => dropped && at("log").lastElementChild.remove(), () => dropped && messages.push(dropped));
+}
+
+// Asks for an answer to the messages, unless what the settings say makes no request.
+function begin(show, undo) {
+  let body;
+  try {
+    body = requestBody();
+  } catch (error) {
+    undo();
+    say(error.message, true);
+    return;
+  }
+  show();
+  answer(body);
 }
 
 function clear() {
   running?.abort();
   messages = [];
   at("log").replaceChildren();
+  setBusy(false);
   at("retry").disabled = true;
   say("");
   at("prompt").focus();

@@ -23,9 +23,10 @@ class AttentionPlan:
 
 
 class PagedAttention:
-    """AttentionBackend in the Triton language."""
+    """AttentionBackend in the Triton language. dtype: of queries, keys and values."""
 
-    def __init__(self, shape: HeadShape):
+    def __init__(self, dtype: torch.dtype, shape: HeadShape):
+        self._dtype = dtype
         self._shape = shape
 
     def block_shape(self, block_size: int) -> tuple[int, ...]:
@@ -43,7 +44,7 @@ class PagedAttention:
             return AttentionPlan(self._plan_singles(tokens, sequences, batch), None)
         firsts = np.cumsum(counts, dtype=np.int32) - counts
         alone = np.flatnonzero(counts == 1).astype(np.int32)
-        tiles = chunk_tiles(firsts, counts, batch.starts, tokens_of_tile(self._shape))
+        tiles = chunk_tiles(firsts, counts, batch.starts, tokens_of_tile(self._shape, self._dtype))
         packed = to_device(np.concatenate([tiles.ravel(), firsts[alone], alone]), device)
         of_tiles, tokens, sequences = packed.split([tiles.size, len(alone), len(alone)])
         singles = self._plan_singles(tokens, sequences, batch) if len(alone) else None

@@ -9,7 +9,7 @@ import triton.language as tl
 _BLOCK = 1024  # words that a program copies at a time
 
 
-@triton.jit
+@triton.jit(do_not_specialize_on_alignment=["pairs"])
 def _copy_blocks(source, target, pairs, source_layer, target_layer, words, BLOCK: tl.constexpr):
     pair, layer = tl.program_id(0), tl.program_id(1).to(tl.int64)
     at = tl.arange(0, BLOCK)

@@ -62,7 +62,7 @@ def _join(
     return result / tl.where(total > 0, total, 1.0)[:, None]
 
 
-@triton.jit(do_not_specialize=["splits"])
+@triton.jit(do_not_specialize=["splits"], do_not_specialize_on_alignment=["tokens", "sequences"])
 def _decode(
     q,
     kv,

@@ -9,7 +9,7 @@ import triton.language as tl
 _TOKENS = 256  # of a sequence that a program writes at a time
 
 
-@triton.jit
+@triton.jit(do_not_specialize_on_alignment=["rows", "counts"])
 def _gather(
     history,
     block_table,
@@ -100,7 +100,7 @@ def gather(
     return ids, positions, slots, tables, new_lengths
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["count"], do_not_specialize_on_alignment=["rows", "index", "ids"])
 def _set_blocks(block_table, rows, index, ids, count, num_rows, max_blocks, BLOCK: tl.constexpr):
     at = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     inside = at < count

@@ -11,7 +11,16 @@ from pagetide.ops.batch import LogitEdits
 _BLOCK = 1024
 
 
-@triton.jit
+@triton.jit(
+    do_not_specialize_on_alignment=[
+        "rows",
+        "positions",
+        "num_prompts",
+        "repetitions",
+        "presences",
+        "frequencies",
+    ]
+)
 def _penalize(
     logits,
     history,
@@ -94,7 +103,19 @@ class Penalties:
         )  # fmt: skip
 
 
-@triton.jit
+@triton.jit(
+    do_not_specialize_on_alignment=[
+        "rows",
+        "positions",
+        "num_prompts",
+        "starts",
+        "tokens",
+        "biases",
+        "below",
+        "prefix_starts",
+        "prefixes",
+    ]
+)
 def _edit(
     logits,
     history,
@@ -146,7 +167,7 @@ def edit(
     )  # fmt: skip
 
 
-@triton.jit
+@triton.jit(do_not_specialize_on_alignment=["rows"])
 def _mask(logits, masks, is_masked, rows, words, VOCABULARY: tl.constexpr, BLOCK: tl.constexpr):
     i = tl.program_id(0).to(tl.int64)
     row = tl.load(rows + i).to(tl.int64)

@@ -4,6 +4,8 @@ tokens of one chunk, with all query heads of one KV head as the rows of its matr
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import torch
 import triton
 import triton.language as tl
@@ -11,8 +13,27 @@ import triton.language as tl
 from pagetide.ops.attention import HeadShape
 
 _LOG2_E = 1.4426950408889634
-# Rows and keys of a matrix product; found by scripts/gpu_check.sh --only tune.
-ROWS, TILE, NUM_WARPS, NUM_STAGES = 128, 64, 4, 3
+
+
+class Choice(NamedTuple):
+    """Rows and keys of a matrix product, warps, stages of loads."""
+
+    rows: int
+    keys: int
+    warps: int
+    stages: int
+
+
+TUNED = Choice(128, 64, 4, 3)  # found by scripts/gpu_check.sh --only tune
+
+
+def choice_for(head_dim: int, dtype: torch.dtype) -> Choice:
+    """What fits into registers, and into the 99 KiB of shared memory that smaller GPUs have
+    (scripts/gpu_kernels.md).
+    """
+    if dtype is torch.float32:
+        return Choice(32, 32, 8, 1)
+    return TUNED if head_dim <= 128 else Choice(64, 32, 8, 2)
 
 
 @triton.jit
@@ -76,7 +97,7 @@ def _attend_tiles(
     return result, highest, total
 
 
-@triton.jit
+@triton.jit(do_not_specialize_on_alignment=["tiles"])
 def _prefill(
     q,
     kv,
@@ -136,13 +157,13 @@ def _prefill(
     tl.store(target, result.to(out.dtype.element_ty), mask=inside)
 
 
-def tokens_of_tile(shape: HeadShape) -> int:
+def tokens_of_tile(shape: HeadShape, dtype: torch.dtype) -> int:
     """How many tokens of a chunk one program takes."""
-    return max(1, _rows(shape) // shape.group)
+    return max(1, _rows(shape, dtype) // shape.group)
 
 
-def _rows(shape: HeadShape) -> int:
-    return max(ROWS, triton.next_power_of_2(shape.group))
+def _rows(shape: HeadShape, dtype: torch.dtype) -> int:
+    return max(choice_for(shape.head_dim, dtype).rows, triton.next_power_of_2(shape.group))
 
 
 def attend_chunks(
@@ -160,6 +181,7 @@ def attend_chunks(
     tiles int32 [n, 4]: of each tile of tokens_of_tile tokens its sequence, its first token in the step, how
     many tokens it has, and the first one's position.
     """
+    choice = choice_for(shape.head_dim, q.dtype)
     _prefill[(shape.num_kv_heads, len(tiles))](
         q,
         kv,
@@ -174,9 +196,9 @@ def attend_chunks(
         shape.group,
         shape.head_dim,
         kv.shape[3],
-        _rows(shape),
-        TILE,
+        _rows(shape, q.dtype),
+        choice.keys,
         triton.next_power_of_2(shape.head_dim),
-        num_warps=NUM_WARPS,
-        num_stages=NUM_STAGES,
+        num_warps=choice.warps,
+        num_stages=choice.stages,
     )

@@ -12,7 +12,7 @@ from pagetide.ops.batch import Batch
 _HEADS = 8  # that a program takes
 
 
-@triton.jit
+@triton.jit(do_not_specialize_on_alignment=["positions", "slots"])
 def _rotate_and_write(
     qkv,
     kv,

@@ -173,8 +173,11 @@ def _kth_key(row, num, scale, top_k, highest, value_list, id_list, LISTED: tl.co
     return low.to(tl.int32), found
 
 
-# Otherwise a batch size whose rows one program reads alone would be compiled anew.
-@triton.jit(do_not_specialize=["splits", "slice_size"])
+# Otherwise batches of some sizes would have the kernel compiled anew, while requests wait.
+@triton.jit(
+    do_not_specialize=["splits", "slice_size"],
+    do_not_specialize_on_alignment=["temperatures", "top_ks", "top_ps", "min_ps", "seeds", "positions"],
+)
 def _sample(
     logits,
     temperatures,

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from functools import partial
 
+import torch
+
 from pagetide.ops import reference
 from pagetide.ops.gpu.activation import silu_mul
 from pagetide.ops.gpu.attention import PagedAttention
@@ -18,13 +20,18 @@ from pagetide.ops.plain import torch_matmul
 from pagetide.ops.table import Ops
 
 
-def make_gpu_ops() -> Ops:
+def gpu_layers(dtype: torch.dtype) -> LayerOps:
+    """What a layer is made of."""
+    return LayerOps(add_rms_norm, silu_mul, torch_matmul, partial(PagedAttention, dtype))
+
+
+def make_gpu_ops(dtype: torch.dtype) -> Ops:
     """Weights, activations and KV all have one type: bfloat16, float16 or float32."""
     return Ops(
         can_record=True,
         gather=gather,
         make_embedding=GpuEmbedding,
-        make_layers=partial(ComposedLayers, LayerOps(add_rms_norm, silu_mul, torch_matmul, PagedAttention)),
+        make_layers=partial(ComposedLayers, gpu_layers(dtype)),
         argmax=argmax,
         sample=sample,
         penalize=Penalties(),
