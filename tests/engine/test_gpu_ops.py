@@ -126,7 +126,7 @@ def moved(value, dtype):
     return value
 
 
-HEADS = [(4, 4, 16), (6, 2, 32), (9, 3, 64), (7, 1, 80), (2, 1, 128), (32, 1, 16)]
+HEADS = [(4, 4, 16), (4, 2, 8), (6, 2, 32), (9, 3, 64), (7, 1, 80), (2, 1, 128), (32, 1, 16)]
 
 
 @settings(max_examples=40 if HAS_GPU else 8, deadline=None)

@@ -14,7 +14,7 @@ import triton
 import triton.language as tl
 
 from pagetide.ops.attention import HeadShape
-from pagetide.ops.gpu.device import num_processors
+from pagetide.ops.gpu.device import dim_block, num_processors
 
 # Keys of a matrix product; found by scripts/gpu_check.sh --only tune.
 TILE, NUM_WARPS, NUM_STAGES = 64, 4, 2
@@ -188,7 +188,7 @@ def plan_singles(
     groups = len(tokens) * shape.num_kv_heads
     num_splits = splits_of(groups, max_blocks * block_size, device)
     rows = shape.group * groups * num_splits
-    dims = triton.next_power_of_2(shape.head_dim)
+    dims = dim_block(shape.head_dim)
     return Singles(
         tokens,
         sequences,
@@ -246,7 +246,7 @@ def attend_singles(
         triton.next_power_of_2(shape.group),
         _JOINED,
         TILE,
-        triton.next_power_of_2(shape.head_dim),
+        dim_block(shape.head_dim),
         num_warps=NUM_WARPS,
         num_stages=NUM_STAGES,
     )

@@ -11,6 +11,7 @@ import triton
 import triton.language as tl
 
 from pagetide.ops.attention import HeadShape
+from pagetide.ops.gpu.device import dim_block
 
 _LOG2_E = 1.4426950408889634
 
@@ -198,7 +199,7 @@ def attend_chunks(
         kv.shape[3],
         _rows(shape, q.dtype),
         choice.keys,
-        triton.next_power_of_2(shape.head_dim),
+        dim_block(shape.head_dim),
         num_warps=choice.warps,
         num_stages=choice.stages,
     )
