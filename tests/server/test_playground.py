@@ -258,7 +258,17 @@ def test_a_server_with_keys_asks_for_one(real, browser, tmp_path):
         expect(page.locator("#sampling input")).to_have_count(10)
         expect(page.locator("#running")).to_have_text(re.compile(r"\d"), timeout=10_000)
         assert gateway.status("/status") == gateway.status("/fields") == 401
+        assert gateway.status("/playground") == gateway.status("/") == 200
         page.close()
+    finally:
+        gateway.stop()
+
+
+def test_metrics_that_cannot_be_read_are_said(real):
+    gateway = Gateway(real, "--metrics", f"{real.address.metrics}, nowhere here:1")
+    try:
+        status, answer = gateway.ask("/status")
+        assert status == 503 and "Triton's metrics cannot be read" in answer["error"]["message"]
     finally:
         gateway.stop()
 
