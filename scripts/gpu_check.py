@@ -15,6 +15,7 @@ import sys
 import time
 import traceback
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -72,11 +73,42 @@ def run_tests() -> Rows:
 def parts(options: argparse.Namespace) -> dict[str, Callable[[], Rows]]:
     """What is run, by name, in this order."""
     if options.dry_run:
-        os.environ["TRITON_INTERPRET"] = "1"
-    import gpu_parts
+        os.environ["TRITON_INTERPRET"] = "1"  # read when kernels are imported
+    import gpu_engine
+    import gpu_kernels
+    import gpu_scale
+    import torch
 
-    measured = gpu_parts.measurements(options.quick, options.dry_run)
-    return {"tests": run_tests, **measured} if not options.dry_run else measured
+    if options.dry_run:
+        scale = gpu_scale.Scale(torch.device("cpu"), torch.float32, ["tiny"], 1)
+    else:
+        models = (
+            ["Qwen3-0.6B", "Llama-3.2-1B"]
+            if options.quick
+            else ["Qwen3-0.6B", "Llama-3.2-1B", "Llama-3.1-8B"]
+        )
+        scale = gpu_scale.Scale(torch.device("cuda"), torch.bfloat16, models, 10)
+
+    def after_limits(function: Callable[[], Rows]) -> Callable[[], Rows]:
+        def run() -> Rows:
+            if not scale.limits:
+                gpu_scale.measure_limits(scale)
+            return function()
+
+        return run
+
+    measured: dict[str, Callable[[], Rows]] = {
+        "limits": partial(gpu_scale.measure_limits, scale),
+        "decode-attention": after_limits(partial(gpu_kernels.measure_decode_attention, scale)),
+        "prefill-attention": after_limits(partial(gpu_kernels.measure_prefill_attention, scale)),
+        "sampling": after_limits(partial(gpu_kernels.measure_sampling, scale)),
+        "steps": after_limits(partial(gpu_engine.measure_steps, scale)),
+        "prefill": after_limits(partial(gpu_engine.measure_prefill, scale)),
+        "serving": after_limits(partial(gpu_engine.measure_serving, scale, options.quick)),
+        "tune": after_limits(partial(gpu_kernels.tune, scale)),
+        "profile": after_limits(partial(gpu_engine.profile_steps, scale)),
+    }
+    return measured if options.dry_run else {"tests": run_tests, **measured}
 
 
 def table(rows: Rows) -> str:

@@ -87,6 +87,17 @@ def test_greedy_tokens_equal_transformers(name, recorder, tmp_path):
     engine.close()
 
 
+def test_batches_larger_than_any_recorded_one_run_all_the_same(recorder, monkeypatch, tmp_path):
+    monkeypatch.setattr(graphs_module, "MAX_SIZE", 4)
+    model = write_model(tmp_path, small("qwen3"))
+    engine = LLM(str(tmp_path), device=DEVICE.type, cache_dir=str(tmp_path / "cache"), **SIZES)
+    asked = [prompt[:5] for prompt in prompts()]
+    results = engine.generate(asked, SamplingParams(temperature=0, max_tokens=6))
+    for prompt, result in zip(asked, results, strict=True):
+        assert result.outputs[0].token_ids == greedy(model, prompt, 6)
+    engine.close()
+
+
 def test_preempted_sequences_come_back_from_the_hosts_memory(recorder, tmp_path):
     model = write_model(tmp_path, small("qwen3"))
     sizes = {**SIZES, "num_blocks": 30, "block_size": 4, "max_model_len": 60, "swap_space_gb": 0.001}

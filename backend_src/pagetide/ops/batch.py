@@ -8,6 +8,22 @@ import numpy as np
 import torch
 
 
+def staged(array: np.ndarray, device: torch.device) -> torch.Tensor:
+    """A step's array where the device can copy it from without being waited for: for a GPU in pinned memory,
+    which torch uses again only when it has been read. The array may be forgotten.
+    """
+    host = torch.from_numpy(np.ascontiguousarray(array))
+    return host if device.type == "cpu" else host.pin_memory()
+
+
+def to_device(array: np.ndarray, device: torch.device) -> torch.Tensor:
+    """A step's array on the device, whose copy is queued; for a CPU it is the array itself."""
+    host = staged(array, device)
+    # Even a copy to where it is already would hand the interpreter to the host's thread, which keeps it for a
+    # while.
+    return host if device.type == "cpu" else host.to(device, non_blocking=True)
+
+
 @dataclass(frozen=True)
 class Batch:
     """[n] sequences, [t] tokens, [s] positions whose logits are computed.

@@ -37,9 +37,6 @@ class Device(Protocol):
         queued has raised.
         """
 
-    def upload(self, array: np.ndarray, target: torch.Tensor) -> None:
-        """Queues the copy of an array into a tensor of its type and shape; the array may be forgotten."""
-
     def record(self, function: Callable[[], Result]) -> tuple[Callable[[], None], Result]:
         """Records what the function queues. Returns what queues all of it again, with what lies in the same
         tensors then, and the function's result, which each replay fills anew until another recording's does.
@@ -92,9 +89,6 @@ class CpuDevice:
 
         return wait
 
-    def upload(self, array: np.ndarray, target: torch.Tensor) -> None:
-        target.copy_(torch.from_numpy(array))
-
     def record(self, function: Callable[[], Result]) -> tuple[Callable[[], None], Result]:
         raise NotImplementedError("a CPU launches nothing")
 
@@ -145,12 +139,6 @@ class CudaDevice:
             return [host.numpy() for host in hosts]
 
         return wait
-
-    def upload(self, array: np.ndarray, target: torch.Tensor) -> None:
-        # torch keeps pinned memory from being used again before what copies it has run.
-        staged = torch.empty(array.shape, dtype=target.dtype, pin_memory=True)
-        staged.numpy()[:] = array
-        target.copy_(staged, non_blocking=True)
 
     def record(self, function: Callable[[], Result]) -> tuple[Callable[[], None], Result]:
         function()  # compiles what it needs, which is not allowed while a graph is captured

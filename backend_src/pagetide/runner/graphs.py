@@ -10,13 +10,16 @@ from typing import NamedTuple
 import numpy as np
 import torch
 
-from pagetide.ops.batch import Batch
+from pagetide.ops.batch import Batch, staged
 from pagetide.ops.table import Ops
 from pagetide.runner.device import Device
 from pagetide.runner.plan import StepPlan
 from pagetide.runner.rows import Rows
 
 PADDING = -1  # the row of what a batch is padded with
+MAX_SIZE = (
+    512  # larger steps take so long that their launches do not matter; each size costs start and memory
+)
 
 
 class Inputs(NamedTuple):
@@ -39,7 +42,8 @@ class Recorded(NamedTuple):
 class DecodeGraphs:
     """Steps in which every sequence runs one token and samples the next.
 
-    forward: a batch to logits; sample: logits, rows and positions to tokens.
+    forward: a batch to logits; sample: logits, rows and positions to tokens. max_size: the largest batch that
+    there will be; those beyond MAX_SIZE do not fit.
     """
 
     def __init__(
@@ -54,6 +58,7 @@ class DecodeGraphs:
     ):
         self._device, self._ops, self._rows, self._block_size = device, ops, rows, block_size
         self._forward, self._sample = forward, sample
+        max_size = min(max_size, MAX_SIZE)
         self._sizes = graph_sizes(max_size)
         self._order = np.arange(max_size, dtype=np.int32)
         # A graph knows addresses: what it reads must outlive it.
@@ -84,7 +89,8 @@ class DecodeGraphs:
         count = len(plan.rows)
         size = self._size(count)
         recorded = self._find(size, samples)
-        self._device.upload(_pack(plan, size), recorded.inputs)
+        packed = staged(_pack(plan, size), self._device.torch_device)
+        recorded.inputs.copy_(packed, non_blocking=True)
         recorded.replay()
         return recorded.result[:count]
 

@@ -7,6 +7,7 @@ from dataclasses import dataclass, fields
 import numpy as np
 import torch
 
+from pagetide.ops.batch import to_device
 from pagetide.runner.plan import StepPlan
 
 
@@ -38,10 +39,7 @@ def upload(plan: StepPlan, device: torch.device) -> PlanTensors:
     """Queues the copy; the plan's arrays may be forgotten."""
     arrays = [getattr(plan, name) for name in _NAMES]
     if device.type == "cpu":
-        return PlanTensors(*(torch.from_numpy(np.ascontiguousarray(array)) for array in arrays))
-    sizes = [array.size for array in arrays]
-    # torch keeps pinned memory from being used again before what copies it has run.
-    staged = torch.empty(sum(sizes), dtype=torch.int32, pin_memory=True)
-    np.concatenate([array.ravel() for array in arrays], out=staged.numpy())
-    parts = staged.to(device, non_blocking=True).split(sizes)
+        return PlanTensors(*(to_device(array, device) for array in arrays))
+    joined = to_device(np.concatenate([array.ravel() for array in arrays]), device)
+    parts = joined.split([array.size for array in arrays])
     return PlanTensors(*(part.view(array.shape) for part, array in zip(parts, arrays, strict=True)))

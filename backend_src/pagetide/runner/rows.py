@@ -8,7 +8,7 @@ from __future__ import annotations
 import numpy as np
 import torch
 
-from pagetide.ops.batch import LogitEdits
+from pagetide.ops.batch import LogitEdits, to_device
 from pagetide.runner.plan import NO_EDITS, Admission, StepPlan, bits_of
 
 _FLOATS = ("temperature", "top_p", "min_p", "repetition_penalty", "presence_penalty", "frequency_penalty")
@@ -45,7 +45,7 @@ class Rows:
     def admit(self, plan: StepPlan) -> None:
         """Gives the plan's new sequences their rows."""
         for admission in plan.admissions:
-            self.history[admission.row, : len(admission.token_ids)] = self.to_device(admission.token_ids)
+            self.history[admission.row, : len(admission.token_ids)] = self._upload(admission.token_ids)
         if plan.admissions:
             self._write_numbers(plan.admissions)
             self._write_edits(plan.admissions)
@@ -57,21 +57,21 @@ class Rows:
 
     def set_masks(self, rows: torch.Tensor, masks: np.ndarray) -> None:
         """Says which tokens these rows may sample: int32 [len(rows), vocabulary / 32]."""
-        self.masks[rows] = self.to_device(masks)
+        self.masks[rows] = self._upload(masks)
         self.is_masked[rows] = True
 
     def _write_numbers(self, admissions: tuple[Admission, ...]) -> None:
-        rows = self.to_device(np.array([a.row for a in admissions]))
-        self.lengths[rows] = self.to_device(np.array([a.num_computed for a in admissions], np.int32))
+        rows = self._upload(np.array([a.row for a in admissions]))
+        self.lengths[rows] = self._upload(np.array([a.num_computed for a in admissions], np.int32))
         for state, names in ((self._floats, _FLOATS), (self._integers, _INTEGERS)):
             values = [[getattr(a.params, name) for a in admissions] for name in names]
             of_type = np.float32 if state is self._floats else np.int64
-            state[:, rows] = self.to_device(np.array(values, of_type))
+            state[:, rows] = self._upload(np.array(values, of_type))
         self.is_masked[rows] = False
         for admission in admissions:
             if admission.params.allowed:
                 self.set_masks(
-                    self.to_device(np.array([admission.row])),
+                    self._upload(np.array([admission.row])),
                     bits_of(admission.params.allowed, self._vocab_size)[None],
                 )
 
@@ -89,20 +89,16 @@ class Rows:
             return np.concatenate([getattr(row, name) for row in edits])
 
         def starts(lengths: np.ndarray) -> torch.Tensor:
-            return self.to_device(np.concatenate([[0], np.cumsum(lengths)]).astype(np.int32))
+            return self._upload(np.concatenate([[0], np.cumsum(lengths)]).astype(np.int32))
 
         return LogitEdits(
             starts=starts(np.array([len(row) for row in edits])),
-            tokens=self.to_device(joined("tokens")),
-            biases=self.to_device(joined("biases")),
-            below=self.to_device(joined("below")),
+            tokens=self._upload(joined("tokens")),
+            biases=self._upload(joined("biases")),
+            below=self._upload(joined("below")),
             prefix_starts=starts(joined("prefix_lengths")),
-            prefixes=self.to_device(joined("prefixes")),
+            prefixes=self._upload(joined("prefixes")),
         )
 
-    def to_device(self, array: np.ndarray) -> torch.Tensor:
-        """An array of the plan on the device; there, the copy is queued."""
-        host = torch.from_numpy(np.ascontiguousarray(array))
-        # Even a copy to where it is already would hand the interpreter to the host's thread, which keeps it
-        # for a while.
-        return host if self._device.type == "cpu" else host.pin_memory().to(self._device, non_blocking=True)
+    def _upload(self, array: np.ndarray) -> torch.Tensor:
+        return to_device(array, self._device)

@@ -8,7 +8,7 @@ import numpy as np
 import torch
 
 from pagetide.ops.attention import HeadShape, LayerAttention
-from pagetide.ops.batch import Batch
+from pagetide.ops.batch import Batch, to_device
 from pagetide.ops.gpu.decode import Singles, attend_singles, plan_singles
 from pagetide.ops.gpu.prefill import attend_chunks, tokens_of_tile
 from pagetide.ops.gpu.rotary import rotate_and_write
@@ -88,9 +88,3 @@ def chunk_tiles(firsts: np.ndarray, counts: np.ndarray, starts: np.ndarray, size
         axis=1,
     ).astype(np.int32)
     return tiles[np.argsort(-tiles[:, 3], kind="stable")]
-
-
-def to_device(array: np.ndarray, device: torch.device) -> torch.Tensor:
-    """Queues the copy of a step's array; on a GPU from pinned memory, which torch keeps until it was read."""
-    host = torch.from_numpy(array)
-    return host if device.type == "cpu" else host.pin_memory().to(device, non_blocking=True)

@@ -1,35 +1,29 @@
-"""What scripts/gpu_check.py measures. Every figure is beside the limit that the same run has measured."""
+"""The whole engine on a GPU, for scripts/gpu_check.py: steps, prompts and workloads of random models."""
 
 from __future__ import annotations
 
 import gc
 import json
 import random
-import statistics
 import tempfile
 import time
-from collections.abc import Callable
 from contextlib import contextmanager
-from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+from gpu_scale import Rows, Scale, share
 from pagetide.llm import LLM
 from pagetide.models.config import DecoderConfig
 from pagetide.models.families import read_model
-from pagetide.ops.attention import HeadShape
-from pagetide.ops.gpu import decode, prefill
-from pagetide.ops.gpu.attention import chunk_tiles
-from pagetide.ops.gpu.sampling import sample
 from pagetide.runner.plan import Admission, RowParams, StepPlan
 from pagetide.types import SamplingParams
 
-Rows = list[dict[str, Any]]
-
 _COMMON = {"rms_norm_eps": 1e-6, "eos_token_id": 2, "bos_token_id": 1, "max_position_embeddings": 40_960}
+
+
 MODELS: dict[str, dict[str, Any]] = {
     "Qwen3-0.6B": {
         **_COMMON,
@@ -84,222 +78,6 @@ MODELS: dict[str, dict[str, Any]] = {
         "max_position_embeddings": 256,
     },
 }
-
-
-@dataclass
-class Scale:
-    """What is measured on a device, and how often."""
-
-    device: torch.device
-    dtype: torch.dtype
-    models: list[str]
-    repeats: int
-    limits: dict[str, float] = field(default_factory=dict)
-
-    @property
-    def is_gpu(self) -> bool:
-        return self.device.type == "cuda"
-
-    def seconds(self, function: Callable[[], Any], repeats: int = 0) -> float:
-        """Seconds of one call on the device, as the median."""
-        for _ in range(2):
-            function()
-        times = []
-        for _ in range(repeats or self.repeats):
-            if self.is_gpu:
-                begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-                begin.record()
-                function()
-                end.record()
-                end.synchronize()
-                times.append(begin.elapsed_time(end) / 1e3)
-            else:
-                start = time.perf_counter()
-                function()
-                times.append(time.perf_counter() - start)
-        return statistics.median(times)
-
-    def looped(self, functions: list[Callable[[], Any]]) -> float:
-        """Seconds of one of the functions, all called one after the other from a graph: without launches'
-        time, and with data that no cache holds if each has its own.
-        """
-        if not self.is_gpu:
-            return self.seconds(functions[0], 1)
-        for function in functions:
-            function()
-        torch.cuda.synchronize()
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph):
-            for function in functions:
-                function()
-        return self.seconds(graph.replay) / len(functions)
-
-
-def measure_limits(scale: Scale) -> Rows:
-    """What the machine can do at most."""
-    size = 2**30 if scale.is_gpu else 2**16
-    source, target = (torch.empty(size, dtype=torch.int32, device=scale.device) for _ in range(2))
-    copy = 2 * source.nbytes / scale.seconds(partial(target.copy_, source))
-    read = source.nbytes / scale.seconds(lambda: source.sum(dtype=torch.int32))
-    n = 8192 if scale.is_gpu else 64
-    a, b = (torch.randn(n, n, device=scale.device).to(scale.dtype) for _ in range(2))
-    flops = 2 * n**3 / scale.seconds(lambda: a @ b)
-    scale.limits |= {"bytes_s": max(copy, read), "flops": flops}
-    return [{"copy TB/s": copy / 1e12, "read TB/s": read / 1e12, "matmul TFLOP/s": flops / 1e12}]
-
-
-def measure_decode_attention(scale: Scale) -> Rows:
-    """The decode kernel alone: bytes of keys and values a second, against the memory's."""
-    cases = (
-        [(1, 4096), (1, 32_768), (8, 1024), (8, 16_384), (64, 1024), (256, 1024)]
-        if scale.is_gpu
-        else [(2, 70)]
-    )
-    shapes = {"8B": HeadShape(32, 8, 128), "0.6B": HeadShape(16, 8, 128), "1B": HeadShape(32, 8, 64)}
-    rows = []
-    for name, shape in shapes.items() if scale.is_gpu else {"tiny": HeadShape(2, 1, 16)}.items():
-        for batch, context in cases:
-            copies = 1 if batch * context > 100_000 else 4
-            functions = [decode_call(scale, shape, batch, context) for _ in range(copies)]
-            seconds = scale.looped(functions)
-            moved = batch * context * 2 * shape.num_kv_heads * shape.head_dim * scale.dtype.itemsize
-            rows.append(
-                {
-                    "heads": name,
-                    "batch": batch,
-                    "context": context,
-                    "us": seconds * 1e6,
-                    "TB/s": moved / seconds / 1e12,
-                    "of memory": share(moved / seconds, scale.limits["bytes_s"]),
-                }
-            )
-    return rows
-
-
-def decode_call(scale: Scale, shape: HeadShape, batch: int, context: int) -> Callable[[], None]:
-    num_blocks = -(-context // 16)
-    kv = torch.randn(num_blocks * batch, 2, shape.num_kv_heads, 16, shape.head_dim, device=scale.device).to(
-        scale.dtype
-    )
-    table = torch.randperm(num_blocks * batch, device=scale.device).to(torch.int32).view(batch, num_blocks)
-    lengths = torch.full((batch,), context, dtype=torch.int32, device=scale.device)
-    order = torch.arange(batch, dtype=torch.int32, device=scale.device)
-    q = torch.randn(batch, shape.num_heads, shape.head_dim, device=scale.device).to(scale.dtype)
-    out = torch.empty(batch, shape.num_heads * shape.head_dim, dtype=scale.dtype, device=scale.device)
-    singles = decode.plan_singles(shape, order, order, num_blocks, 16)
-    return lambda: decode.attend_singles(shape, q, kv, table, lengths, 0, singles, out)
-
-
-def measure_prefill_attention(scale: Scale) -> Rows:
-    """The prefill kernel alone: operations a second (the causal half counted), against matrix products'."""
-    shapes = {"8B": HeadShape(32, 8, 128), "1B": HeadShape(32, 8, 64)}
-    rows = []
-    for name, shape in shapes.items() if scale.is_gpu else {"tiny": HeadShape(2, 1, 16)}.items():
-        for length in (512, 2048, 8192) if scale.is_gpu else (70,):
-            seconds = scale.looped([prefill_call(scale, shape, length)] * 2)
-            flops = 2 * length**2 * shape.num_heads * shape.head_dim
-            rows.append(
-                {
-                    "heads": name,
-                    "length": length,
-                    "us": seconds * 1e6,
-                    "TFLOP/s": flops / seconds / 1e12,
-                    "of matmul": share(flops / seconds, scale.limits["flops"]),
-                }
-            )
-    return rows
-
-
-def prefill_call(scale: Scale, shape: HeadShape, length: int) -> Callable[[], None]:
-    num_blocks = -(-length // 16)
-    kv = torch.randn(num_blocks, 2, shape.num_kv_heads, 16, shape.head_dim, device=scale.device).to(
-        scale.dtype
-    )
-    table = torch.randperm(num_blocks, device=scale.device).to(torch.int32).view(1, num_blocks)
-    q = torch.randn(length, shape.num_heads, shape.head_dim, device=scale.device).to(scale.dtype)
-    out = torch.empty(length, shape.num_heads * shape.head_dim, dtype=scale.dtype, device=scale.device)
-    zero, count = np.zeros(1, np.int32), np.array([length], np.int32)
-    tiles = torch.from_numpy(chunk_tiles(zero, count, zero, prefill.tokens_of_tile(shape, scale.dtype))).to(
-        scale.device
-    )
-    return lambda: prefill.attend_chunks(shape, q, kv, table, 0, tiles, out)
-
-
-DECODES = [
-    (64, 4, 3, 2),
-    (64, 4, 3, 1),
-    (64, 4, 3, 4),
-    (64, 4, 3, 8),
-    (64, 4, 2, 4),
-    (128, 4, 2, 2),
-    (128, 8, 2, 2),
-    (32, 4, 4, 4),
-]
-PREFILLS = [
-    (128, 64, 8, 3),
-    (128, 64, 8, 2),
-    (128, 64, 4, 3),
-    (128, 128, 8, 2),
-    (64, 64, 4, 3),
-    (128, 32, 8, 3),
-]
-
-
-def tune(scale: Scale) -> Rows:
-    """The attention kernels with other tiles, warps and stages: their files say which was chosen."""
-    if not scale.is_gpu:
-        return []
-    shape = HeadShape(32, 8, 128)
-    rows: Rows = []
-    chosen = decode.TILE, decode.NUM_WARPS, decode.NUM_STAGES, decode.MIN_TILES, prefill.TUNED
-    for choice in DECODES:
-        decode.TILE, decode.NUM_WARPS, decode.NUM_STAGES, decode.MIN_TILES = choice
-        row: dict[str, Any] = {"kernel": "decode", "choice": choice}
-        for batch, context in ((1, 4096), (8, 1024), (64, 1024)):
-            calls = [decode_call(scale, shape, batch, context) for _ in range(4)]
-            row[f"{batch} x {context}: us"] = scale.looped(calls) * 1e6
-        rows.append(row)
-        print(row, flush=True)
-    for choice in PREFILLS:
-        prefill.TUNED = prefill.Choice(*choice)
-        row = {"kernel": "prefill", "choice": choice}
-        try:
-            row["4096: us"] = scale.looped([prefill_call(scale, shape, 4096)] * 2) * 1e6
-        except Exception as error:  # too much shared memory
-            row["failed"] = type(error).__name__
-        rows.append(row)
-        print(row, flush=True)
-    decode.TILE, decode.NUM_WARPS, decode.NUM_STAGES, decode.MIN_TILES, prefill.TUNED = chosen
-    return rows
-
-
-def measure_sampling(scale: Scale) -> Rows:
-    """One token for each of a batch's rows, beside the time that reading the logits once would take."""
-    rows = []
-    vocabulary = 151_936 if scale.is_gpu else 99
-    for batch in (1, 64, 256) if scale.is_gpu else (2,):
-        logits = torch.randn(batch, vocabulary, device=scale.device) * 3
-        for name, (temperature, k, p) in {
-            "greedy": (0.0, 0, 1.0),
-            "temperature": (0.8, 0, 1.0),
-            "top-p": (0.8, 0, 0.95),
-            "top-k, top-p": (0.8, 50, 0.95),
-        }.items():
-            full = partial(torch.full, (batch,), device=scale.device)
-            rules = (
-                full(temperature),
-                full(k),
-                full(p),
-                full(0.0),
-                full(7),
-                torch.arange(batch, device=scale.device),
-            )
-            seconds = scale.looped([partial(sample, logits, *rules)] * 2)
-            least = logits.nbytes / scale.limits["bytes_s"]
-            rows.append(
-                {"batch": batch, "rule": name, "us": seconds * 1e6, "times one read": seconds / least}
-            )
-    return rows
 
 
 @contextmanager
@@ -585,36 +363,3 @@ def serial_limit(
     for first in range(0, len(lengths), batch):
         steps += max(answer for _, answer in lengths[first : first + batch])
     return prefill + (read + steps * weights) / scale.limits["bytes_s"]
-
-
-def share(part: float, whole: float) -> str:
-    return f"{100 * part / whole:.0f} %"
-
-
-def measurements(quick: bool, dry_run: bool) -> dict[str, Callable[[], Rows]]:
-    """The parts by name; the first finds the limits that the others are compared with."""
-    if dry_run:
-        scale = Scale(torch.device("cpu"), torch.float32, ["tiny"], 1)
-    else:
-        models = ["Qwen3-0.6B", "Llama-3.2-1B"] if quick else ["Qwen3-0.6B", "Llama-3.2-1B", "Llama-3.1-8B"]
-        scale = Scale(torch.device("cuda"), torch.bfloat16, models, 10)
-
-    def after_limits(function: Callable[[], Rows]) -> Callable[[], Rows]:
-        def run() -> Rows:
-            if not scale.limits:
-                measure_limits(scale)
-            return function()
-
-        return run
-
-    return {
-        "limits": partial(measure_limits, scale),
-        "decode-attention": after_limits(partial(measure_decode_attention, scale)),
-        "prefill-attention": after_limits(partial(measure_prefill_attention, scale)),
-        "sampling": after_limits(partial(measure_sampling, scale)),
-        "steps": after_limits(partial(measure_steps, scale)),
-        "prefill": after_limits(partial(measure_prefill, scale)),
-        "serving": after_limits(partial(measure_serving, scale, quick)),
-        "tune": after_limits(partial(tune, scale)),
-        "profile": after_limits(partial(profile_steps, scale)),
-    }
