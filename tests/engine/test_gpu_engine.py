@@ -5,9 +5,11 @@ that records steps by keeping what they would launch.
 from __future__ import annotations
 
 import random
+from dataclasses import replace
 from itertools import pairwise
 from typing import Any
 
+import numpy as np
 import pytest
 from interpreted import DEVICE
 from models import FAMILIES, greedy, write_model
@@ -16,6 +18,7 @@ from pagetide.llm import LLM
 from pagetide.runner import graphs as graphs_module
 from pagetide.runner.device import CpuDevice
 from pagetide.runner.graphs import graph_sizes
+from pagetide.runner.runner import warm_up_plan
 from pagetide.types import SamplingParams
 from transformers import PretrainedConfig
 
@@ -109,6 +112,44 @@ def test_preempted_sequences_come_back_from_the_hosts_memory(recorder, tmp_path)
     for prompt, result in zip(asked, results, strict=True):
         expected = greedy(model, prompt, 20)
         assert result.outputs[0].token_ids[: len(expected)] == expected
+    engine.close()
+
+
+def pairs(*blocks: tuple[int, int]) -> np.ndarray:
+    return np.array(blocks, np.int32).reshape(-1, 2)
+
+
+def test_blocks_move_out_before_they_are_filled_and_in_before_they_are_copied(recorder, tmp_path):
+    write_model(tmp_path, small("qwen3"))
+    engine = LLM(
+        str(tmp_path), device=DEVICE.type, cache_dir=str(tmp_path / "cache"), swap_space_gb=0.001, **SIZES
+    )
+    runner = engine.engine.runner
+    pool, host = runner._store.pool, runner._store.host_pool
+    for number in range(9):
+        pool[:, number], host[:, number] = number, 100 + number
+    moves = {"swap_outs": pairs((3, 0)), "swap_ins": pairs((1, 3)), "copies": pairs((3, 5))}
+    plan = replace(warm_up_plan(1, 5, 0.0, 16), **moves)
+    runner.forward(plan)
+    runner.sample(plan)
+    runner.wait(plan)
+    assert (host[:, 0] == 3).all() and (pool[:, 3] == 101).all() and (pool[:, 5] == 101).all()
+    engine.close()
+
+
+def test_only_steps_in_which_each_sequence_samples_its_next_token_are_replayed(recorder, tmp_path):
+    write_model(tmp_path, small("qwen3"))
+    engine = LLM(str(tmp_path), device=DEVICE.type, cache_dir=str(tmp_path / "cache"), **SIZES)
+    graphs = engine.engine.runner._graphs
+    one = warm_up_plan(1, 5, 0.0, 16)
+    two = {name: np.array([0, 1], np.int32) for name in ("rows", "logit_index", "sample_rows")}
+    both = {"starts": np.array([5, 5], np.int32), "counts": np.array([1, 1], np.int32), "num_sampled": 2}
+    assert graphs.fits(one) and graphs.fits(replace(one, **two, **both))
+    # The first is a prompt's part; the second forks into two samples.
+    forked = {"logit_index": np.array([1, 1], np.int32), "sample_rows": np.array([1, 2], np.int32)}
+    assert not graphs.fits(replace(one, **{**two, **both, **forked}))
+    assert not graphs.fits(replace(one, counts=np.array([2], np.int32)))
+    assert not graphs.fits(replace(one, **{**two, **both, "sample_rows": np.array([1, 0], np.int32)}))
     engine.close()
 
 

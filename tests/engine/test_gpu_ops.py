@@ -13,9 +13,9 @@ from hypothesis import strategies as st
 from interpreted import DEVICE, DTYPES, HAS_GPU
 from pagetide.ops import reference
 from pagetide.ops.attention import HeadShape
+from pagetide.ops.gpu import decode
 from pagetide.ops.gpu.activation import silu_mul
 from pagetide.ops.gpu.copies import copy_blocks
-from pagetide.ops.gpu.decode import splits_of
 from pagetide.ops.gpu.embedding import GpuEmbedding
 from pagetide.ops.gpu.gather import gather
 from pagetide.ops.gpu.logits import Penalties, edit, mask
@@ -155,11 +155,14 @@ def test_layers(lengths, heads, block_size, dtype, window, has_norms, has_bias, 
 
 @pytest.mark.parametrize("window", [0, 270])
 @pytest.mark.parametrize("dtype", DTYPES if HAS_GPU else DTYPES[:1])
-def test_long_contexts_are_split_and_joined(window, dtype):
+def test_long_contexts_are_split_and_joined(window, dtype, monkeypatch):
+    """Into so many parts that joining takes several rounds."""
+    monkeypatch.setattr(decode, "MIN_TILES", 1)
+    monkeypatch.setattr(decode, "_JOINED", 2)
     torch.manual_seed(0)
     heads = HeadShape(6, 2, 32)
     shape = LayerShape(2, 64, 48, heads, 16, 1e-5, rotary_like(3000, 32))
-    assert splits_of(2 * heads.num_kv_heads, 3000, DEVICE) > 3
+    assert decode.splits_of(2 * heads.num_kv_heads, 3000, DEVICE) > 3
     long = 2500 if HAS_GPU else 290
     check_layers(shape, [[long, 5], [1, 1], [1, 0], [0, 1]], dtype, window, False, False)
 

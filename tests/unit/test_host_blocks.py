@@ -6,6 +6,7 @@ Under random workloads: test_scheduler.py.
 from __future__ import annotations
 
 from context_runner import expected_tokens
+from pagetide.engine.blocks import ON_HOST
 from pagetide.engine.host_blocks import HostBlocks
 from small_engine import SmallEngine
 
@@ -55,3 +56,23 @@ def test_what_is_brought_in_a_step_is_not_lost_to_what_is_kept_in_it():
     host.keep(b"fifth", 3)
     assert b"third" not in host, "the first was used last"
     host.check_integrity()
+
+
+def test_a_block_that_is_filled_in_a_step_is_not_used_for_anything_else_in_it():
+    """Its content is not there yet: it could neither be kept nor overwritten."""
+    small = SmallEngine(num_blocks=4, num_host_blocks=4, block_size=4)
+    prompt = list(range(9))
+    small.add(0, prompt, max_tokens=1)
+    small.run()
+    small.add(1, [9] * 13, max_tokens=1)  # takes all blocks
+    small.run()
+    small.add(2, prompt, max_tokens=1)
+    sequence = small.scheduler.waiting[0]
+    found = small.blocks.match_prefix(sequence)
+    assert found == [ON_HOST, ON_HOST]
+    small.blocks.adopt(sequence, found)
+    brought = set(sequence.blocks)
+    small.blocks.free(sequence)
+    assert small.blocks.num_free == 2 and not brought & {small.blocks._take_free() for _ in range(2)}
+    small.blocks.end_planning()
+    assert small.blocks.num_free == 2
