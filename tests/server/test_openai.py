@@ -22,7 +22,7 @@ from pagetide.contract.fields import FIELDS as CONTRACT
 from pagetide.gateway import models
 from pagetide.gateway.bodies import ChatBody, CompletionBody
 from pagetide.gateway.errors import ApiError
-from pagetide.gateway.triton import Triton
+from pagetide.gateway.triton import Generation, Triton
 from parrot import write_parrot
 from triton_server import ROOT, TritonServer, free_address
 
@@ -148,6 +148,25 @@ def test_what_a_triton_that_is_not_there_cannot_serve_another_does(real):
         assert gateway.ask("/v1/chat/completions", wrong)[0] == 400, "what is wrong is wrong everywhere"
     finally:
         gateway.stop()
+
+
+def test_an_answer_comes_from_the_next_triton_if_the_first_is_not_there(real):
+    """Asked at once: nobody knows yet that it is not."""
+
+    async def ask(url: str) -> str:
+        triton = Triton([url, "127.0.0.1:1", "127.0.0.1:2"])  # the second is asked first
+        fields = {"max_tokens": 8, "temperature": 0, "stream": True}
+        prompt = {"messages": FRANCE}
+        try:
+            pieces = triton.generate(Generation("ensemble", "next", prompt, fields))
+            return "".join([piece.text async for piece in pieces])
+        finally:
+            await triton.close()
+
+    assert "Paris" in asyncio.run(ask(real.address.grpc))
+    with pytest.raises(ApiError) as error:
+        asyncio.run(ask("127.0.0.1:3"))
+    assert error.value.status == 503
 
 
 def test_several_answers_and_seeds(client):
