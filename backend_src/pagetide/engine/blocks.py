@@ -53,9 +53,8 @@ class BlockManager:
         self._block_of: dict[bytes, int] = {}
         self._blank = list(range(num_blocks - 1, -1, -1))  # free, without findable content
         self._cached: OrderedDict[int, None] = OrderedDict()  # free, findable, least recently freed first
-        self._copying: set[int] = (
-            set()
-        )  # blocks that content is copied from or to in the step that is being planned
+        # Blocks that content is copied from or to in the step that is being planned.
+        self._copying: set[int] = set()
         self._freed_too_early: list[int] = []  # those of them that nobody holds any more
 
     @property
