@@ -42,6 +42,13 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
         Literal["auto", "bfloat16", "float16", "float32"],
         Meta(description="type of weights and KV cache; auto: bfloat16"),
     ] = "auto"
+    quantization: Annotated[
+        Literal["none", "w8a16", "w8a8", "w4a16", "w4a8"],
+        Meta(
+            description="bits to which matrices (w) are rounded at load, in groups of 32 inputs with a scale "
+            "of their own, the head's always to 8; and bits of the activations (a) that they multiply"
+        ),
+    ] = "none"
     device: Annotated[Literal["auto", "cpu", "cuda"], Meta(description="auto: a GPU if there is one")] = (
         "auto"
     )

@@ -172,7 +172,10 @@ def test_long_contexts_are_split_and_joined(window, dtype, monkeypatch):
 def test_embedding(tokens, vocabulary, hidden, dtype, is_tied):
     matrices = [random(vocabulary, hidden, dtype=dtype) for _ in range(1 if is_tied else 2)]
     weights = EmbeddingWeights(
-        matrices[0], None if is_tied else DenseWeight(matrices[1]), random(hidden, dtype=dtype), 1e-5
+        DenseWeight(matrices[0]),
+        None if is_tied else DenseWeight(matrices[1]),
+        random(hidden, dtype=dtype),
+        1e-5,
     )
     expected, own = TorchEmbedding(weights), GpuEmbedding(weights)
     ids = torch.randint(0, vocabulary, (tokens,), device=DEVICE)

@@ -23,7 +23,7 @@ from pagetide.models.config import DecoderConfig
 from pagetide.models.decoder import Decoder, layer_shape
 from pagetide.models.families import read_model
 from pagetide.models.source import find_model, packed_folder
-from pagetide.models.weights import Checkpoint, RandomTensors
+from pagetide.models.weights import Checkpoint, QuantizedAtLoad, RandomTensors, Tensors
 from pagetide.ops.select import select_ops
 from pagetide.ops.table import Ops
 from pagetide.runner.device import Device, select_device
@@ -57,11 +57,14 @@ def assemble(settings: Settings) -> Engine:
         keeps = settings.keep_packed_weights and settings.load_format != "dummy"
         folder = packed_folder(model, settings.cache_path) if keeps else None
         ops = select_ops(device.torch_device, settings, dtype, model, folder)
-        checkpoint = (
+        checkpoint: Tensors = (
             RandomTensors(family, config, dtype, device.torch_device)
             if settings.load_format == "dummy"
             else Checkpoint(model, dtype, device.torch_device)
         )
+        if settings.quantization != "none":
+            bits, activation_bits = settings.quantization.removeprefix("w").split("a")
+            checkpoint = QuantizedAtLoad(checkpoint, int(bits), int(activation_bits))
         shape = layer_shape(config, settings.block_size, max_len, device.torch_device)
         return ops, Decoder(config, family, checkpoint, ops, shape, device.activation_dtype or dtype)
 
@@ -113,6 +116,10 @@ def assemble(settings: Settings) -> Engine:
 
 
 def _dtype(settings: Settings, device: Device) -> torch.dtype:
+    if settings.quantization != "none" and device.torch_device.type != "cpu":
+        raise SettingsError(
+            f"quantization is {settings.quantization}, which a CPU can multiply so far; on a GPU use none"
+        )
     if settings.dtype == "float16" and device.torch_device.type == "cpu":
         raise SettingsError("dtype is float16, which needs a GPU; on a CPU use bfloat16 or float32")
     return torch.bfloat16 if settings.dtype == "auto" else getattr(torch, settings.dtype)

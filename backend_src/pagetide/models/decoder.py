@@ -15,7 +15,6 @@ from pagetide.ops.attention import HeadShape
 from pagetide.ops.batch import Batch
 from pagetide.ops.layers import Affine, EmbeddingWeights, LayerShape, LayerWeights
 from pagetide.ops.table import Ops
-from pagetide.ops.weights import DenseWeight
 
 
 class Decoder:
@@ -59,8 +58,8 @@ class Decoder:
         is_tied = self._config.tie_embeddings or f"{family.head}.weight" not in self._checkpoint
         size = self._config.vocab_size  # the checkpoint's matrices may be padded beyond it
         return EmbeddingWeights(
-            embedding=self._checkpoint.read(f"{family.embedding}.weight")[:size],
-            head=None if is_tied else DenseWeight(self._checkpoint.read(f"{family.head}.weight")[:size]),
+            embedding=self._checkpoint.read_table(family.embedding, size, is_head=is_tied),
+            head=None if is_tied else self._checkpoint.read_table(family.head, size, is_head=True),
             norm=self._checkpoint.read(f"{family.final_norm}.weight").to(self._activations),
             eps=self._config.norm_eps,
         )

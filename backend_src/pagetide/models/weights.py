@@ -4,6 +4,7 @@ with.
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Protocol
 
@@ -12,7 +13,7 @@ from safetensors import safe_open
 
 from pagetide.models.config import DecoderConfig, UnsupportedModelError, read_json
 from pagetide.models.families import Family
-from pagetide.ops.weights import DenseWeight, Weight
+from pagetide.ops.weights import DenseWeight, Weight, quantize, stacked
 
 
 def _files(model: Path) -> list[Path]:
@@ -52,6 +53,9 @@ class Tensors(Protocol):
     def read_bias(self, names: tuple[str, ...]) -> torch.Tensor | None:
         """Their biases as one; None if there are none."""
 
+    def read_table(self, name: str, rows: int, is_head: bool) -> Weight:
+        """The first rows of the matrix of a module that has one row for each token."""
+
 
 class Checkpoint:
     """The tensors of a Hugging Face model directory, read from disk when they are asked for.
@@ -77,12 +81,15 @@ class Checkpoint:
         return self._file_of[name].get_tensor(name).to(self._device, self._dtype)
 
     def read_weight(self, names: tuple[str, ...]) -> Weight:
-        return DenseWeight.stacked([DenseWeight(self.read(f"{name}.weight")) for name in names])
+        return stacked([DenseWeight(self.read(f"{name}.weight")) for name in names])
 
     def read_bias(self, names: tuple[str, ...]) -> torch.Tensor | None:
         if f"{names[0]}.bias" not in self:
             return None
         return torch.cat([self.read(f"{name}.bias") for name in names])
+
+    def read_table(self, name: str, rows: int, is_head: bool) -> Weight:
+        return DenseWeight(self.read(f"{name}.weight")[:rows])
 
 
 class RandomTensors:
@@ -119,7 +126,39 @@ class RandomTensors:
         return tensor.fill_(1) if tensor.dim() == 1 else tensor.normal_(0, 0.02)
 
     def read_weight(self, names: tuple[str, ...]) -> Weight:
-        return DenseWeight.stacked([DenseWeight(self.read(name)) for name in names])
+        return stacked([DenseWeight(self.read(name)) for name in names])
 
     def read_bias(self, names: tuple[str, ...]) -> torch.Tensor | None:
         return None
+
+    def read_table(self, name: str, rows: int, is_head: bool) -> Weight:
+        return DenseWeight(self.read(name)[:rows])
+
+
+class QuantizedAtLoad:
+    """The tensors of another, with matrices rounded to codes of so many bits, the head's to 8."""
+
+    def __init__(self, tensors: Tensors, bits: int, activation_bits: int):
+        self._tensors, self._bits, self._activation_bits = tensors, bits, activation_bits
+
+    def __contains__(self, name: str) -> bool:
+        return name in self._tensors
+
+    def read(self, name: str) -> torch.Tensor:
+        return self._tensors.read(name)
+
+    def read_weight(self, names: tuple[str, ...]) -> Weight:
+        return self._quantized(self._tensors.read_weight(names), self._bits, names[0])
+
+    def read_bias(self, names: tuple[str, ...]) -> torch.Tensor | None:
+        return self._tensors.read_bias(names)
+
+    def read_table(self, name: str, rows: int, is_head: bool) -> Weight:
+        table = self._tensors.read_table(name, rows, is_head)
+        return self._quantized(table, 8, name) if is_head else table
+
+    def _quantized(self, weight: Weight, bits: int, name: str) -> Weight:
+        try:
+            return replace(quantize(weight.dense(), bits), activation_bits=self._activation_bits)
+        except ValueError as error:
+            raise UnsupportedModelError(f"{name} cannot be quantized: {error}") from error

@@ -158,7 +158,7 @@ class EmbeddingWeights:
     norm [hidden].
     """
 
-    embedding: Tensor
+    embedding: Weight
     head: Weight | None
     norm: Tensor
     eps: float

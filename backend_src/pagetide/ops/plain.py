@@ -17,7 +17,7 @@ Tensor = torch.Tensor
 
 def torch_matmul(affine: Affine) -> Matmul:
     """x @ weight.T + bias in the weight's type; the result has x's."""
-    weight, bias = affine.weight.values, affine.bias
+    weight, bias = affine.weight.dense(), affine.bias
 
     def matmul(x: Tensor, batch: Batch) -> Tensor:
         return linear(x, weight, bias)
@@ -35,10 +35,11 @@ class TorchEmbedding:
 
     def __init__(self, weights: EmbeddingWeights):
         self._weights = weights
-        self._head = weights.embedding if weights.head is None else weights.head.values
+        self._embedding = weights.embedding.dense()
+        self._head = self._embedding if weights.head is None else weights.head.dense()
 
     def embed(self, ids: Tensor) -> Tensor:
-        return self._weights.embedding[ids].to(self._weights.norm.dtype)
+        return self._embedding[ids].to(self._weights.norm.dtype)
 
     def logits(self, residual: Tensor) -> Tensor:
         normed = reference.rms_norm(residual, self._weights.norm, self._weights.eps)

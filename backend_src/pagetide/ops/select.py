@@ -31,5 +31,8 @@ def select_ops(
         from pagetide.ops.cpu.kept import keeper  # imports Numba, which a GPU does not need
         from pagetide.ops.cpu.table import make_cpu_ops
 
-        return make_cpu_ops(keeper(model, folder, str(dtype).removeprefix("torch.")))
+        form = str(dtype).removeprefix("torch.")
+        if settings.quantization != "none":
+            form += f"_{settings.quantization}"
+        return make_cpu_ops(keeper(model, folder, form))
     return REFERENCE

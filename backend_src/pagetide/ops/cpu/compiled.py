@@ -57,6 +57,8 @@ def _features() -> set[str]:
 
 
 HAS_BF16_DOT = "avx512bf16" in _features()
+HAS_BYTE_DOT = "avx512vnni" in _features()
+HAS_WIDE_SHORTS = "avx512bw" in _features()  # 16-bit integers in registers of 64 bytes
 VECTOR_BYTES = 64 if "avx512f" in _features() else 32
 
 # Sums may be reordered, products and sums fused; but NaN and infinity keep their meaning.

@@ -30,13 +30,15 @@ def no_keeper(name: str, make: Callable[[], Arrays]) -> Arrays:
     return make()
 
 
-def keeper(model: Path, place: Path | None, dtype: str) -> Keeper:
-    """Keeps a model's arrays in this place; without one, they are made each time."""
+def keeper(model: Path, place: Path | None, form: str) -> Keeper:
+    """Keeps a model's arrays of this form (type and quantization) in this place; without one, they are made
+    each time.
+    """
     if place is None:
         return no_keeper
     # Whatever decides what is packed: the model's files, and the code that reads and packs them.
     files = [file.stat() for file in sorted(model.glob("*.safetensors"))]
-    facts = [dtype, *((file.st_size, file.st_mtime_ns) for file in files)]
+    facts = [form, *((file.st_size, file.st_mtime_ns) for file in files)]
     code = sorted(Path(__file__).parents[2].glob("models/*.py"))
     texts = [
         file.read_bytes()
@@ -44,7 +46,7 @@ def keeper(model: Path, place: Path | None, dtype: str) -> Keeper:
         if file.exists()
     ]
     key = hashlib.blake2b(f"{source_hash()} {facts}".encode() + b"".join(texts), digest_size=6).hexdigest()
-    return partial(_kept, place, f"{dtype}-{key}")
+    return partial(_kept, place, f"{form}-{key}")
 
 
 def _kept(place: Path, key: str, name: str, make: Callable[[], Arrays]) -> Arrays:

@@ -7,10 +7,14 @@ phase of a layer    reads        writes
 2 rotary, write     qkv          queries, KV cache
 3 attention         queries, KV  attended, parts
 4 merge             parts        attended
-5 out               attended     residual (added)
-6 norm              residual     normed
-7 gate, up, SiLU    normed       gated
-8 down              gated        residual (added)
+5 round             attended     rounded
+6 out               attended     residual (added)
+7 norm              residual     normed
+8 gate, up, SiLU    normed       gated
+9 round             gated        rounded
+10 down             gated        residual (added)
+
+Quantized matrices multiply what is rounded to 8 bits; norms round what they write themselves.
 """
 
 from __future__ import annotations
@@ -26,40 +30,59 @@ from numba import prange
 from pagetide.ops.batch import Batch
 from pagetide.ops.cpu.attention import attend, merge
 from pagetide.ops.cpu.attention_tasks import MAX_ROWS, plan_tasks
+from pagetide.ops.cpu.codes import IS_HALF, make_rounded, pack_codes
 from pagetide.ops.cpu.compiled import HAS_BF16_DOT, as_numpy, borrowed, device_function, kernel
 from pagetide.ops.cpu.kept import Keeper, no_keeper
-from pagetide.ops.cpu.matmul import project, project_gated
+from pagetide.ops.cpu.matmul import prepare_rows, project, project_gated
 from pagetide.ops.cpu.norm import normalize
-from pagetide.ops.cpu.packing import GROUP, pack
+from pagetide.ops.cpu.packing import GROUP, Packed, pack, packed_dense
 from pagetide.ops.cpu.rotary import write
 from pagetide.ops.cpu.scratch import make_scratch
 from pagetide.ops.cpu.sync import begin, finish, make_sync, num_concurrent_threads, phase_ticks
 from pagetide.ops.cpu.tile_code import LANES
 from pagetide.ops.cpu.tiles import TILE_ROWS
 from pagetide.ops.layers import LayerShape, LayerWeights
+from pagetide.ops.weights import QuantizedWeight, Weight, rearranged
 
-PHASES = ("norm", "qkv", "rotary, write", "attention", "merge", "out", "norm", "gate, up, SiLU", "down")
+PHASES = (
+    "norm",
+    "qkv",
+    "rotary, write",
+    "attention",
+    "merge",
+    "round",
+    "out",
+    "norm",
+    "gate, up, SiLU",
+    "round",
+    "down",
+)
 _NUM_PHASES = len(PHASES)
+_MATRICES = ("qkv", "out", "gate_up", "down")
 
 
 class Weights(NamedTuple):
-    """All layers' weights, stacked; matrices packed.
+    """All layers' weights, stacked; matrices packed, dense or quantized.
 
     A bias or norm that the model does not have is empty: [layers, 0].
     """
 
     attention_norm: np.ndarray  # float32 [layers, hidden]
     qkv: np.ndarray  # [layers, packed]
+    qkv_forms: np.ndarray  # of Packed
     qkv_bias: np.ndarray  # float32 [layers, (H + 2K) * D]
     q_norm: np.ndarray  # float32 [layers, D]
     k_norm: np.ndarray
     windows: np.ndarray  # int64 [layers]
     out: np.ndarray
+    out_forms: np.ndarray  # of Packed
     out_bias: np.ndarray
     mlp_norm: np.ndarray
     gate_up: np.ndarray  # 16 outputs of gate and 16 of up, in turn
+    gate_up_forms: np.ndarray  # of Packed
     gate_up_bias: np.ndarray
     down: np.ndarray
+    down_forms: np.ndarray  # of Packed
     down_bias: np.ndarray
 
 
@@ -87,36 +110,29 @@ class Places(NamedTuple):
 
 
 @kernel
-def _run(sync, weights, acts, scratch, places, work, kv, eps, scale):  # type: ignore[no-untyped-def]
+def _run(sync, weights, acts, rounded, scratch, places, work, kv, eps, scale):  # type: ignore[no-untyped-def]
     for thread in prange(sync.shape[1]):
-        own = borrowed((weights, acts, scratch, places, work))
+        own = borrowed((weights, acts, rounded, scratch, places, work))
         _run_thread(np.int64(thread), borrowed(sync), *own, borrowed(kv), eps, scale)
 
 
 @device_function
-def _run_thread(thread, sync, weights, acts, scratch, places, work, kv, eps, scale):  # type: ignore[no-untyped-def]
+def _run_thread(thread, sync, weights, acts, rounded, scratch, places, work, kv, eps, scale):  # type: ignore[no-untyped-def]
     t, hidden = len(places.slots), acts.residual.shape[1]
-    head_dim = acts.queries.shape[2]
+    head_dim, attended = acts.queries.shape[2], acts.attended.shape[1]
     sums = scratch.scores[thread].reshape(-1)
+    residual, normed, gated = acts.residual, acts.normed, acts.gated
     begin(sync, thread)
     for layer in range(weights.attention_norm.shape[0]):
         phase = layer * _NUM_PHASES
-        normalize(sync, phase, thread, acts.residual, t, weights.attention_norm[layer], eps, acts.normed)
-        finish(sync, phase, thread)
-        at = layer * weights.qkv.shape[1]
-        project(
-            sync,
-            phase + 1,
-            thread,
-            acts.normed,
-            t,
-            weights.qkv,
-            at,
-            hidden,
+        norm, matrix, bias = (
+            weights.attention_norm[layer],
+            Packed(weights.qkv, weights.qkv_forms),
             weights.qkv_bias[layer],
-            False,
-            acts.qkv,
         )
+        normalize(sync, phase, thread, residual, t, norm, eps, normed, matrix, layer, rounded)
+        finish(sync, phase, thread)
+        project(sync, phase + 1, thread, normed, rounded, t, matrix, layer, hidden, bias, False, acts.qkv)
         finish(sync, phase + 1, thread)
         norms = weights.q_norm[layer], weights.k_norm[layer]
         write(sync, phase + 2, thread, scratch, acts.qkv, layer, kv, places, norms, eps, scale, acts.queries)
@@ -138,53 +154,50 @@ def _run_thread(thread, sync, weights, acts, scratch, places, work, kv, eps, sca
         if len(work.merges):
             merge(sync, phase + 4, thread, scratch, work, head_dim, acts.attended)
             finish(sync, phase + 4, thread)
-        at = layer * weights.out.shape[1]
-        project(
+        _add_product(
             sync,
             phase + 5,
             thread,
             acts.attended,
+            rounded,
             t,
-            weights.out,
-            at,
-            acts.attended.shape[1],
+            Packed(weights.out, weights.out_forms),
+            layer,
+            attended,
             weights.out_bias[layer],
-            True,
-            acts.residual,
+            residual,
         )
-        finish(sync, phase + 5, thread)
-        normalize(sync, phase + 6, thread, acts.residual, t, weights.mlp_norm[layer], eps, acts.normed)
-        finish(sync, phase + 6, thread)
-        at = layer * weights.gate_up.shape[1]
-        project_gated(
-            sync,
-            phase + 7,
-            thread,
-            sums,
-            acts.normed,
-            t,
-            weights.gate_up,
-            at,
-            hidden,
+        norm, up, bias = (
+            weights.mlp_norm[layer],
+            Packed(weights.gate_up, weights.gate_up_forms),
             weights.gate_up_bias[layer],
-            acts.gated,
         )
+        normalize(sync, phase + 7, thread, residual, t, norm, eps, normed, up, layer, rounded)
         finish(sync, phase + 7, thread)
-        at = layer * weights.down.shape[1]
-        project(
-            sync,
-            phase + 8,
-            thread,
-            acts.gated,
-            t,
-            weights.down,
-            at,
-            acts.gated.shape[1],
-            weights.down_bias[layer],
-            True,
-            acts.residual,
-        )
+        project_gated(sync, phase + 8, thread, sums, normed, rounded, t, up, layer, hidden, bias, gated)
         finish(sync, phase + 8, thread)
+        _add_product(
+            sync,
+            phase + 9,
+            thread,
+            gated,
+            rounded,
+            t,
+            Packed(weights.down, weights.down_forms),
+            layer,
+            gated.shape[1],
+            weights.down_bias[layer],
+            residual,
+        )
+
+
+@device_function
+def _add_product(sync, phase, thread, x, rounded, t, weight, layer, size, bias, residual):  # type: ignore[no-untyped-def]
+    """residual += x @ weight.T + bias, in two phases."""
+    if prepare_rows(sync, phase, thread, x, t, size, weight, layer, rounded):
+        finish(sync, phase, thread)
+    project(sync, phase + 1, thread, x, rounded, t, weight, layer, size, bias, True, residual)
+    finish(sync, phase + 1, thread)
 
 
 class CompiledLayers:
@@ -196,9 +209,12 @@ class CompiledLayers:
         self._cos_sin = shape.cos_sin.numpy()
         self._num_threads = num_concurrent_threads()
         self._activations: Activations | None = None
+        self._rounded = make_rounded(0, 0)
         self._sync = make_sync(_NUM_PHASES * shape.num_layers, self._num_threads)
         self._scratch = make_scratch(
-            self._num_threads, shape.heads.head_dim, activation_type(self._weights.qkv)
+            self._num_threads,
+            shape.heads.head_dim,
+            activation_type(Packed(self._weights.qkv, self._weights.qkv_forms)),
         )
 
     @property
@@ -227,6 +243,7 @@ class CompiledLayers:
             sync,
             self._weights,
             acts,
+            self._rounded,
             self._scratch,
             places,
             work,
@@ -239,7 +256,10 @@ class CompiledLayers:
     def _make_room(self, t: int) -> Activations:
         """Those of the largest step so far serve all smaller ones."""
         if self._activations is None or len(self._activations.residual) < t + TILE_ROWS:
-            self._activations = _allocate(t + TILE_ROWS, self._shape, self._weights)
+            self._activations = acts = _allocate(t + TILE_ROWS, self._shape, self._weights)
+            is_quantized = Packed(self._weights.qkv, self._weights.qkv_forms).is_quantized
+            size = max(acts.residual.shape[1], acts.attended.shape[1], acts.gated.shape[1])
+            self._rounded = make_rounded(len(acts.residual) if is_quantized else 0, size)
         return self._activations
 
 
@@ -254,36 +274,50 @@ def can_run(shape: LayerShape) -> bool:
     )
 
 
-def activation_type(weight: np.ndarray) -> type[np.generic]:
-    """What matrix products with this weight take: bfloat16 (uint16) where the processor multiplies it,
-    float32 otherwise.
+def activation_type(weight: Packed) -> type[np.generic]:
+    """What attention, and matrix products with this weight, take: bfloat16 (uint16) where the processor
+    multiplies it, float32 otherwise.
     """
-    return np.uint16 if HAS_BF16_DOT and weight.dtype == np.uint16 else np.float32
+    is_half = weight.forms[0, IS_HALF] if weight.is_quantized else weight.data.dtype == np.uint16
+    return np.uint16 if HAS_BF16_DOT and is_half else np.float32
 
 
 def stack(shape: LayerShape, layers: Iterable[LayerWeights]) -> dict[str, np.ndarray]:
     """Packs layer after layer into arrays that hold all of them: the entries of Weights."""
     arrays: dict[str, Any] = {}
+    codes: dict[str, list[QuantizedWeight]] = {}
     for index, layer in enumerate(layers):
         for name, tensor in _packed(layer):
+            if isinstance(tensor, QuantizedWeight):
+                codes.setdefault(name, []).append(tensor)
+                continue
             if index == 0:
                 arrays[name] = torch.empty((shape.num_layers, *tensor.shape), dtype=tensor.dtype)
             arrays[name][index] = tensor
-    return {name: as_numpy(tensor) for name, tensor in arrays.items()}
+    found = {name: as_numpy(tensor) for name, tensor in arrays.items()}
+    for name in _MATRICES:
+        packed = pack_codes(codes[name]) if name in codes else packed_dense(found[name])
+        found[name], found[f"{name}_forms"] = packed
+    return found
 
 
-def _packed(layer: LayerWeights) -> Iterator[tuple[str, torch.Tensor]]:
+def _packed(layer: LayerWeights) -> Iterator[tuple[str, torch.Tensor | QuantizedWeight]]:
     """One layer's entries of Weights."""
     for name in ("attention_norm", "mlp_norm", "q_norm", "k_norm"):
         yield name, _floats(getattr(layer, name))
     yield "windows", torch.tensor(layer.window)
     for name in ("qkv", "out", "down"):
         affine = getattr(layer, name)
-        yield name, pack(affine.weight.values)
+        yield name, _pack(affine.weight)
         yield f"{name}_bias", _whole_groups(_floats(affine.bias))
-    yield "gate_up", pack(_interleaved(layer.gate_up.weight.values))
-    bias = layer.gate_up.bias
+    weight, bias = layer.gate_up.weight, layer.gate_up.bias
+    yield "gate_up", _pack(rearranged(weight, _interleaved))
     yield "gate_up_bias", _floats(None if bias is None else _interleaved(bias))
+
+
+def _pack(weight: Weight) -> torch.Tensor | QuantizedWeight:
+    """Codes are packed for all layers together."""
+    return weight if isinstance(weight, QuantizedWeight) else pack(weight.values)
 
 
 def _floats(values: torch.Tensor | None) -> torch.Tensor:
@@ -301,7 +335,7 @@ def _interleaved(gate_up: torch.Tensor) -> torch.Tensor:
 
 
 def _allocate(rows: int, shape: LayerShape, weights: Weights) -> Activations:
-    heads, dtype = shape.heads, activation_type(weights.qkv)
+    heads, dtype = shape.heads, activation_type(Packed(weights.qkv, weights.qkv_forms))
     return Activations(
         residual=np.zeros((rows, shape.hidden_size), np.float32),
         normed=np.zeros((rows, shape.hidden_size), dtype),

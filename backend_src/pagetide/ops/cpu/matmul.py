@@ -1,44 +1,54 @@
 """Matrix products with packed weights: x [m, k] times weight [n, k] transposed, sums in float32.
 
 Threads take groups of 32 outputs. Weights stream from memory once, as long as all rows of x fit into the
-cache. Tiles write where the result
-belongs, whole tiles at a time: every array of rows has room for TILE_ROWS - 1 more than are used.
+cache. Tiles write where the result belongs, whole tiles at a time: every array of rows has room for
+TILE_ROWS - 1 more than are used.
+
+A quantized weight (codes.py) multiplies the rows of x that prepare_row or prepare_rows has rounded.
 """
 
 from __future__ import annotations
 
-import numpy as np
+from collections.abc import Callable
+from typing import Any
 
-from pagetide.ops.cpu.compiled import device_function
+import numpy as np
+from numba.core import types
+from numba.extending import overload
+
+from pagetide.ops.cpu.codes import CODE_ROWS, add_block, encode_row, encode_rows
+from pagetide.ops.cpu.compiled import FAST_MATH, device_function
 from pagetide.ops.cpu.packing import GROUP
 from pagetide.ops.cpu.sync import take
 from pagetide.ops.cpu.tile_code import LANES
 from pagetide.ops.cpu.tiles import TILE_ROWS, multiply, multiply_add
-from pagetide.ops.cpu.vectors import gate
+from pagetide.ops.cpu.vectors import clear, gate
 
 _TASKS_PER_THREAD = 4
+GATED_ROWS = 24  # that are multiplied before they are gated: whole tiles of every kind
 
 
 @device_function
-def _rows_of_block(num_rows, num_groups, num_threads):  # type: ignore[no-untyped-def]
+def _rows_of_block(num_rows, num_groups, num_threads, tile_rows):  # type: ignore[no-untyped-def]
     """How many rows a task has, in whole tiles: all of them, unless the groups alone are too few tasks to
     keep all threads busy.
     """
-    blocks = max(1, min(_TASKS_PER_THREAD * num_threads // num_groups, num_rows // (4 * TILE_ROWS)))
-    return (num_rows + blocks * TILE_ROWS - 1) // (blocks * TILE_ROWS) * TILE_ROWS
+    blocks = max(1, min(_TASKS_PER_THREAD * num_threads // num_groups, num_rows // (4 * tile_rows)))
+    return (num_rows + blocks * tile_rows - 1) // (blocks * tile_rows) * tile_rows
 
 
 @device_function
-def project(sync, phase, thread, x, num_rows, weight, at, size, bias, adds, out):  # type: ignore[no-untyped-def]
+def project(sync, phase, thread, x, rounded, num_rows, weight, layer, size, bias, adds, out):  # type: ignore[no-untyped-def]
     """out float32 [m, n] = x @ weight.T + bias, or += if adds.
 
-    weight: packed, from element `at` on, `size` elements along k; bias [n] or empty.
+    weight: this layer's, `size` elements along k; rounded: the rows of x for a quantized one; bias [n] or
+    empty.
 
     n is a multiple of 32.
     """
     num_outputs = out.shape[1]
     num_groups = num_outputs // GROUP
-    block_rows = _rows_of_block(num_rows, num_groups, sync.shape[1])
+    block_rows = _rows_of_block(num_rows, num_groups, sync.shape[1], _tile_rows(weight))
     blocks = (num_rows + block_rows - 1) // block_rows
     task = take(sync, phase, thread, num_groups * blocks)
     while task >= 0:
@@ -48,72 +58,122 @@ def project(sync, phase, thread, x, num_rows, weight, at, size, bias, adds, out)
             for row in range(first, last):
                 for i in range(column, column + GROUP):
                     out[row, i] = bias[i] + (out[row, i] if adds else np.float32(0))
-        for row in range(first, last, TILE_ROWS):
-            w_at, out_at = at + column * size, row * num_outputs + column
-            if adds or bias.shape[0] > 0:
-                multiply_add(
-                    last - row,
-                    x,
-                    row * size,
-                    size,
-                    weight,
-                    w_at,
-                    LANES * size,
-                    size,
-                    out,
-                    out_at,
-                    num_outputs,
-                )
-            else:
-                multiply(
-                    last - row,
-                    x,
-                    row * size,
-                    size,
-                    weight,
-                    w_at,
-                    LANES * size,
-                    size,
-                    out,
-                    out_at,
-                    num_outputs,
-                )
+        place = first * num_outputs + column
+        keeps = adds or bias.shape[0] > 0
+        _multiply_block(x, rounded, first, last, weight, layer, size, column, keeps, out, place, num_outputs)
         task = take(sync, phase, thread, num_groups * blocks)
 
 
 @device_function
-def project_gated(sync, phase, thread, sums, x, num_rows, weight, at, size, bias, out):  # type: ignore[no-untyped-def]
+def project_gated(sync, phase, thread, sums, x, rounded, num_rows, weight, layer, size, bias, out):  # type: ignore[no-untyped-def]
     """out [m, n] = silu(gate) * up (SwiGLU, arXiv:2002.05202), in out's type.
 
     weight, bias: 16 outputs of gate and 16 of up, in turn.
 
-    sums: float32 scratch memory for TILE_ROWS * GROUP elements.
+    sums: float32 scratch memory for GATED_ROWS * GROUP elements.
     """
     num_outputs = out.shape[1]
     num_groups = num_outputs // LANES
-    block_rows = _rows_of_block(num_rows, num_groups, sync.shape[1])
+    block_rows = _rows_of_block(num_rows, num_groups, sync.shape[1], _tile_rows(weight))
     blocks = (num_rows + block_rows - 1) // block_rows
     task = take(sync, phase, thread, num_groups * blocks)
     while task >= 0:
         group, first = task // blocks, task % blocks * block_rows
         last = min(first + block_rows, num_rows)
-        for row in range(first, last, TILE_ROWS):
-            multiply(
-                last - row,
-                x,
-                row * size,
-                size,
-                weight,
-                at + group * GROUP * size,
-                LANES * size,
-                size,
-                sums,
-                0,
-                GROUP,
-            )
-            for r in range(min(TILE_ROWS, last - row)):
+        for row in range(first, last, GATED_ROWS):
+            end = min(row + GATED_ROWS, last)
+            _multiply_block(x, rounded, row, end, weight, layer, size, group * GROUP, False, sums, 0, GROUP)
+            for r in range(end - row):
                 if bias.shape[0] > 0:
                     for i in range(GROUP):
                         sums[r * GROUP + i] += bias[group * GROUP + i]
                 gate(sums, r * GROUP, out, (row + r) * num_outputs + group * LANES)
         task = take(sync, phase, thread, num_groups * blocks)
+
+
+@device_function
+def _multiply_dense(x, first, last, weight, layer, size, column, keeps, out, out_at, out_stride):  # type: ignore[no-untyped-def]
+    """_multiply_block of a dense matrix."""
+    w_at = layer * weight.data.shape[1] + column * size
+    for row in range(first, last, TILE_ROWS):
+        place = out_at + (row - first) * out_stride
+        if keeps:
+            multiply_add(
+                last - row, x, row * size, size, weight.data, w_at, LANES * size, size, out, place, out_stride
+            )
+        else:
+            multiply(
+                last - row, x, row * size, size, weight.data, w_at, LANES * size, size, out, place, out_stride
+            )
+
+
+def _is_dense(weight: types.NamedTuple) -> bool:
+    """Of the type of a packing.Packed."""
+    return weight.types[0].dtype != types.uint8
+
+
+def _by_format(function: Callable[..., Any]) -> Callable[..., Any]:
+    """Numba asks the decorated for the implementation of `function`, given the arguments' types."""
+    options: Any = {"fastmath": FAST_MATH, "nogil": True, "error_model": "numpy", "boundscheck": False}
+    return overload(function, jit_options=options)
+
+
+def _tile_rows(weight):  # type: ignore[no-untyped-def]
+    """Of the tiles that multiply this matrix."""
+
+
+def _multiply_block(x, rounded, first, last, weight, layer, size, column, keeps, out, out_at, out_stride):  # type: ignore[no-untyped-def]
+    """out [rows, 32] = rows [first, last) of x @ weight[column : column + 32].T, or += if keeps; out_at:
+    where out's first row begins.
+    """
+
+
+def prepare_row(x, row, size, weight, layer, rounded):  # type: ignore[no-untyped-def]
+    """Makes row `row` of x [m, size] ready to be multiplied by this layer's matrix, if that needs it."""
+
+
+def prepare_rows(sync, phase, thread, x, num_rows, size, weight, layer, rounded):  # type: ignore[no-untyped-def]
+    """All rows, as a phase of its own. Returns whether there was anything to do."""
+
+
+@_by_format(_tile_rows)
+def _choose_tile_rows(weight):  # type: ignore[no-untyped-def]
+    rows = TILE_ROWS if _is_dense(weight) else CODE_ROWS
+    return lambda weight: rows
+
+
+@_by_format(_multiply_block)
+def _choose_block(x, rounded, first, last, weight, layer, size, column, keeps, out, out_at, out_stride):  # type: ignore[no-untyped-def]
+    def dense(x, rounded, first, last, weight, layer, size, column, keeps, out, out_at, out_stride):  # type: ignore[no-untyped-def]
+        _multiply_dense(x, first, last, weight, layer, size, column, keeps, out, out_at, out_stride)
+
+    def quantized(x, rounded, first, last, weight, layer, size, column, keeps, out, out_at, out_stride):  # type: ignore[no-untyped-def]
+        if not keeps:
+            for row in range(last - first):
+                clear(out, out_at + row * out_stride, GROUP)
+        add_block(rounded, first, last, weight, layer, size, column, out, out_at, out_stride)
+
+    return dense if _is_dense(weight) else quantized
+
+
+@_by_format(prepare_row)
+def _choose_row(x, row, size, weight, layer, rounded):  # type: ignore[no-untyped-def]
+    def nothing(x, row, size, weight, layer, rounded):  # type: ignore[no-untyped-def]
+        pass
+
+    def quantized(x, row, size, weight, layer, rounded):  # type: ignore[no-untyped-def]
+        encode_row(x, row, size, weight, layer, rounded)
+
+    return nothing if _is_dense(weight) else quantized
+
+
+@_by_format(prepare_rows)
+def _choose_rows(sync, phase, thread, x, num_rows, size, weight, layer, rounded):  # type: ignore[no-untyped-def]
+    def nothing(sync, phase, thread, x, num_rows, size, weight, layer, rounded):  # type: ignore[no-untyped-def]
+        return False
+
+    def quantized(sync, phase, thread, x, num_rows, size, weight, layer, rounded):  # type: ignore[no-untyped-def]
+        encode_rows(sync, phase, thread, x, num_rows, size, weight, layer, rounded)
+        return True
+
+    return nothing if _is_dense(weight) else quantized

@@ -5,6 +5,7 @@ from __future__ import annotations
 import numpy as np
 
 from pagetide.ops.cpu.compiled import device_function
+from pagetide.ops.cpu.matmul import prepare_row
 from pagetide.ops.cpu.sync import take
 from pagetide.ops.cpu.vectors import scale_by, sum_of_squares
 
@@ -12,9 +13,9 @@ _ROWS = 4  # of a task
 
 
 @device_function
-def normalize(sync, phase, thread, rows, num_rows, weight, eps, out):  # type: ignore[no-untyped-def]
+def normalize(sync, phase, thread, rows, num_rows, weight, eps, out, matrix, layer, rounded):  # type: ignore[no-untyped-def]
     """out [m, size], in its own type, = the norms of rows float32 [m, size], times weight [size], a
-    multiple of 16.
+    multiple of 16; ready for a product with this layer's matrix (matmul.prepare_row).
     """
     size = weight.shape[0]
     num_tasks = (num_rows + _ROWS - 1) // _ROWS
@@ -23,4 +24,5 @@ def normalize(sync, phase, thread, rows, num_rows, weight, eps, out):  # type: i
         for row in range(task * _ROWS, min(task * _ROWS + _ROWS, num_rows)):
             scale = np.float32(1) / np.sqrt(sum_of_squares(rows, row * size, size) / np.float32(size) + eps)
             scale_by(rows, row * size, weight, scale, size, out, row * size)
+            prepare_row(out, row, size, matrix, layer, rounded)
         task = take(sync, phase, thread, num_tasks)

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
+import numpy as np
 import torch
 import torch.nn.functional as F
 from numba import prange
@@ -11,6 +14,22 @@ from pagetide.ops.cpu.tile_code import LANES
 from pagetide.ops.cpu.tiles import depth_of
 
 GROUP = 2 * LANES  # outputs that are computed at a time
+
+
+class Packed(NamedTuple):
+    """A matrix of each layer, dense or quantized (codes.py)."""
+
+    data: np.ndarray  # dense: bfloat16 (uint16) or float32 [layers, panels]; quantized: uint8, flat
+    forms: np.ndarray  # int64 [layers, columns of codes.py]; dense: [0, 5]
+
+    @property
+    def is_quantized(self) -> bool:
+        return self.data.dtype == np.uint8
+
+
+def packed_dense(data: np.ndarray) -> Packed:
+    """Of [layers, panels]."""
+    return Packed(data, np.zeros((0, 5), np.int64))
 
 
 def pack(weight: torch.Tensor) -> torch.Tensor:

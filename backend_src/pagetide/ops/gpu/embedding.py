@@ -13,10 +13,11 @@ class GpuEmbedding:
 
     def __init__(self, weights: EmbeddingWeights):
         self._weights = weights
-        self._head = weights.embedding if weights.head is None else weights.head.values
+        self._embedding = weights.embedding.dense()
+        self._head = self._embedding if weights.head is None else weights.head.dense()
 
     def embed(self, ids: torch.Tensor) -> torch.Tensor:
-        return self._weights.embedding[ids]
+        return self._embedding[ids]
 
     def logits(self, residual: torch.Tensor) -> torch.Tensor:
         normed = add_rms_norm(None, residual, self._weights.norm, self._weights.eps)

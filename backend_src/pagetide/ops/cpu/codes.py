@@ -1,0 +1,530 @@
+"""Quantized matrices on a CPU: how they are packed, and how rows of activations are rounded to be multiplied
+by them: each group of inputs has a scale of its own, and integers of 8 bits (as in llama.cpp), or of 16 bits
+in two digits.
+
+A packed matrix is bytes: for 32 outputs at a time, for each group of inputs, a record of 16 outputs and one
+of the next 16: [16 scales, 16 minima, codes], scales and minima bfloat16.
+
+   8 bits    no minima; codes [group / 4, 16, 4]
+   4 bits    codes [group / 8, 16, 4], the lower half of a byte is element 8 i + j, the upper 8 i + 4 + j
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from numba import prange
+
+from pagetide.ops.cpu.codes_tile import PANELS, SCALE_BYTES, STEP_BYTES, steps_of, tile_of_codes
+from pagetide.ops.cpu.compiled import device_function, kernel
+from pagetide.ops.cpu.encoding import encode_group, float_of_half
+from pagetide.ops.cpu.packing import GROUP, Packed
+from pagetide.ops.cpu.sync import take
+from pagetide.ops.cpu.tile_code import LANES
+from pagetide.ops.weights import GROUPS, QuantizedWeight
+
+CODE_ROWS = 6  # of a tile: as many as the registers hold sums and totals for
+WIDE_ROWS = 4  # of one that multiplies two digits
+_ENCODED_ROWS = 4  # of a task
+_START, _BITS, _INPUTS, IS_HALF, _DIGITS = range(5)  # columns of Packed.forms
+
+
+class Encoded(NamedTuple):
+    """Rows of activations as integers."""
+
+    codes: np.ndarray  # int8 [rows * digits * size]
+    scales: np.ndarray  # float32 [rows * groups * 2]: scale, and what the matrix's minima need
+
+
+def make_rounded(rows: int, size: int) -> Encoded:
+    """Room for so many rows of any groups."""
+    return Encoded(
+        np.zeros(rows * 2 * size, np.int8), np.zeros(rows * -(-size // GROUPS[-1]) * 2, np.float32)
+    )
+
+
+def pack_codes(weights: Sequence[QuantizedWeight]) -> Packed:
+    """One matrix of each layer."""
+    parts = [_packed(weight) for weight in weights]
+    starts = np.cumsum([0, *(len(part) for part in parts)])[:-1]
+    forms = [
+        (start, weight.bits, weight.group, weight.dtype is torch.bfloat16, weight.activation_bits // 8)
+        for start, weight in zip(starts, weights, strict=True)
+    ]
+    return Packed(torch.cat(parts).numpy(), np.array(forms, np.int64))
+
+
+def _packed(weight: QuantizedWeight) -> torch.Tensor:
+    """uint8, flat."""
+
+    def in_panels(values: torch.Tensor) -> torch.Tensor:
+        """[n, k] to [n / 32, groups, 2, 16, elements of a group]"""
+        filled = F.pad(values, (0, 0, 0, -len(values) % GROUP))
+        return (
+            filled.unflatten(1, (weight.scales.shape[1], -1))
+            .unflatten(0, (-1, PANELS, LANES))
+            .permute(0, 3, 1, 2, 4)
+        )
+
+    codes = in_panels(weight.codes).unflatten(4, (-1, steps_of(weight.bits))).transpose(3, 4)
+    if weight.bits == 4:
+        codes = codes[..., :4] | codes[..., 4:] << 4
+    halves = [weight.scales] if weight.bits == 8 else [weight.scales, weight.minima]
+    header = torch.stack([in_panels(half)[..., 0] for half in halves], 3).bfloat16()
+    return torch.cat([header.contiguous().view(torch.uint8).flatten(3), codes.flatten(3)], 3).flatten()
+
+
+@device_function
+def record_bytes(bits, group):  # type: ignore[no-untyped-def]
+    """Of 16 outputs and a group of inputs."""
+    return (SCALE_BYTES if bits == 8 else 2 * SCALE_BYTES) + group * bits // 32 * STEP_BYTES
+
+
+@device_function
+def encode_row(x, row, size, weight, layer, encoded):  # type: ignore[no-untyped-def]
+    """Rounds row `row` of x [m, size] to 8 bits, for a product with this layer's matrix."""
+    bits, group = weight.forms[layer, _BITS], weight.forms[layer, _INPUTS]
+    groups = size // group
+    digits = weight.forms[layer, _DIGITS]
+    for g in range(groups):
+        at = row * digits * size + g * group
+        upper_at = at + size if digits == 2 else -1
+        encode_group(
+            x,
+            row * size + g * group,
+            group,
+            bits == 8,
+            encoded.codes,
+            at,
+            upper_at,
+            encoded.scales,
+            (row * groups + g) * 2,
+        )
+
+
+@device_function
+def encode_rows(sync, phase, thread, x, num_rows, size, weight, layer, encoded):  # type: ignore[no-untyped-def]
+    """All rows, a few in each task."""
+    num_tasks = (num_rows + _ENCODED_ROWS - 1) // _ENCODED_ROWS
+    task = take(sync, phase, thread, num_tasks)
+    while task >= 0:
+        for row in range(task * _ENCODED_ROWS, min(task * _ENCODED_ROWS + _ENCODED_ROWS, num_rows)):
+            encode_row(x, row, size, weight, layer, encoded)
+        task = take(sync, phase, thread, num_tasks)
+
+
+@device_function
+def add_block(encoded, first, last, weight, layer, size, column, out, out_at, out_stride):  # type: ignore[no-untyped-def]
+    """out [rows, 32] += encoded rows [first, last) @ weight[column : column + 32].T; out_at: where out's
+    first row begins. Whole tiles are read and written.
+    """
+    bits, group = weight.forms[layer, _BITS], weight.forms[layer, _INPUTS]
+    groups = size // group
+    block = PANELS * groups * record_bytes(bits, group)
+    w_at = weight.forms[layer, _START] + column // GROUP * block
+    rows = CODE_ROWS if weight.forms[layer, _DIGITS] == 1 else WIDE_ROWS
+    for row in range(first, last, rows):
+        left, x_at, scales_at = min(last - row, rows), row * size, row * groups * 2
+        place = out_at + (row - first) * out_stride
+        if rows == WIDE_ROWS:
+            x_at *= 2
+        if bits == 8 and rows == CODE_ROWS:
+            _multiply_8_1(
+                left,
+                encoded,
+                x_at,
+                scales_at,
+                size,
+                weight.data,
+                w_at,
+                block,
+                groups,
+                group,
+                out,
+                place,
+                out_stride,
+            )
+        elif bits == 4 and rows == CODE_ROWS:
+            _multiply_4_1(
+                left,
+                encoded,
+                x_at,
+                scales_at,
+                size,
+                weight.data,
+                w_at,
+                block,
+                groups,
+                group,
+                out,
+                place,
+                out_stride,
+            )
+        elif bits == 8 and rows == WIDE_ROWS:
+            _multiply_8_2(
+                left,
+                encoded,
+                x_at,
+                scales_at,
+                size,
+                weight.data,
+                w_at,
+                block,
+                groups,
+                group,
+                out,
+                place,
+                out_stride,
+            )
+        else:
+            _multiply_4_2(
+                left,
+                encoded,
+                x_at,
+                scales_at,
+                size,
+                weight.data,
+                w_at,
+                block,
+                groups,
+                group,
+                out,
+                place,
+                out_stride,
+            )
+
+
+@device_function
+def _multiply_8_1(rows, x, x_at, scales_at, size, w, w_at, block, groups, group, out, out_at, out_stride):  # type: ignore[no-untyped-def]
+    """A tile of at most CODE_ROWS rows."""
+    per_row = groups * 2
+    if rows == 1:
+        tile_of_codes(
+            1,
+            8,
+            1,
+            x.codes,
+            x_at,
+            size,
+            x.scales,
+            scales_at,
+            per_row,
+            w,
+            w_at,
+            block,
+            groups,
+            group,
+            out,
+            out_at,
+            out_stride,
+        )
+    elif rows == 2:
+        tile_of_codes(
+            2,
+            8,
+            1,
+            x.codes,
+            x_at,
+            size,
+            x.scales,
+            scales_at,
+            per_row,
+            w,
+            w_at,
+            block,
+            groups,
+            group,
+            out,
+            out_at,
+            out_stride,
+        )
+    elif rows <= 4:
+        tile_of_codes(
+            4,
+            8,
+            1,
+            x.codes,
+            x_at,
+            size,
+            x.scales,
+            scales_at,
+            per_row,
+            w,
+            w_at,
+            block,
+            groups,
+            group,
+            out,
+            out_at,
+            out_stride,
+        )
+    else:
+        tile_of_codes(
+            6,
+            8,
+            1,
+            x.codes,
+            x_at,
+            size,
+            x.scales,
+            scales_at,
+            per_row,
+            w,
+            w_at,
+            block,
+            groups,
+            group,
+            out,
+            out_at,
+            out_stride,
+        )
+
+
+@device_function
+def _multiply_4_1(rows, x, x_at, scales_at, size, w, w_at, block, groups, group, out, out_at, out_stride):  # type: ignore[no-untyped-def]
+    """A tile of at most CODE_ROWS rows."""
+    per_row = groups * 2
+    if rows == 1:
+        tile_of_codes(
+            1,
+            4,
+            1,
+            x.codes,
+            x_at,
+            size,
+            x.scales,
+            scales_at,
+            per_row,
+            w,
+            w_at,
+            block,
+            groups,
+            group,
+            out,
+            out_at,
+            out_stride,
+        )
+    elif rows == 2:
+        tile_of_codes(
+            2,
+            4,
+            1,
+            x.codes,
+            x_at,
+            size,
+            x.scales,
+            scales_at,
+            per_row,
+            w,
+            w_at,
+            block,
+            groups,
+            group,
+            out,
+            out_at,
+            out_stride,
+        )
+    elif rows <= 4:
+        tile_of_codes(
+            4,
+            4,
+            1,
+            x.codes,
+            x_at,
+            size,
+            x.scales,
+            scales_at,
+            per_row,
+            w,
+            w_at,
+            block,
+            groups,
+            group,
+            out,
+            out_at,
+            out_stride,
+        )
+    else:
+        tile_of_codes(
+            6,
+            4,
+            1,
+            x.codes,
+            x_at,
+            size,
+            x.scales,
+            scales_at,
+            per_row,
+            w,
+            w_at,
+            block,
+            groups,
+            group,
+            out,
+            out_at,
+            out_stride,
+        )
+
+
+@device_function
+def _multiply_8_2(rows, x, x_at, scales_at, size, w, w_at, block, groups, group, out, out_at, out_stride):  # type: ignore[no-untyped-def]
+    """A tile of at most WIDE_ROWS rows."""
+    per_row = groups * 2
+    if rows == 1:
+        tile_of_codes(
+            1,
+            8,
+            2,
+            x.codes,
+            x_at,
+            size,
+            x.scales,
+            scales_at,
+            per_row,
+            w,
+            w_at,
+            block,
+            groups,
+            group,
+            out,
+            out_at,
+            out_stride,
+        )
+    elif rows == 2:
+        tile_of_codes(
+            2,
+            8,
+            2,
+            x.codes,
+            x_at,
+            size,
+            x.scales,
+            scales_at,
+            per_row,
+            w,
+            w_at,
+            block,
+            groups,
+            group,
+            out,
+            out_at,
+            out_stride,
+        )
+    else:
+        tile_of_codes(
+            4,
+            8,
+            2,
+            x.codes,
+            x_at,
+            size,
+            x.scales,
+            scales_at,
+            per_row,
+            w,
+            w_at,
+            block,
+            groups,
+            group,
+            out,
+            out_at,
+            out_stride,
+        )
+
+
+@device_function
+def _multiply_4_2(rows, x, x_at, scales_at, size, w, w_at, block, groups, group, out, out_at, out_stride):  # type: ignore[no-untyped-def]
+    """A tile of at most WIDE_ROWS rows."""
+    per_row = groups * 2
+    if rows == 1:
+        tile_of_codes(
+            1,
+            4,
+            2,
+            x.codes,
+            x_at,
+            size,
+            x.scales,
+            scales_at,
+            per_row,
+            w,
+            w_at,
+            block,
+            groups,
+            group,
+            out,
+            out_at,
+            out_stride,
+        )
+    elif rows == 2:
+        tile_of_codes(
+            2,
+            4,
+            2,
+            x.codes,
+            x_at,
+            size,
+            x.scales,
+            scales_at,
+            per_row,
+            w,
+            w_at,
+            block,
+            groups,
+            group,
+            out,
+            out_at,
+            out_stride,
+        )
+    else:
+        tile_of_codes(
+            4,
+            4,
+            2,
+            x.codes,
+            x_at,
+            size,
+            x.scales,
+            scales_at,
+            per_row,
+            w,
+            w_at,
+            block,
+            groups,
+            group,
+            out,
+            out_at,
+            out_stride,
+        )
+
+
+@kernel
+def _read_rows(rows, data, bits, group, out):  # type: ignore[no-untyped-def]
+    size = out.shape[1]
+    record = record_bytes(bits, group)
+    for i in prange(rows.shape[0]):
+        panel, lane = rows[i] // LANES, rows[i] % LANES
+        block = panel // PANELS * (size // group) * PANELS + panel % PANELS
+        for k in range(size):
+            at = (block + k // group * PANELS) * record
+            scale = float_of_half(data, at + 2 * lane)
+            j = k % group
+            if bits == 8:
+                code = data[at + SCALE_BYTES + j // 4 * STEP_BYTES + lane * 4 + j % 4]
+                out[i, k] = (np.float32(code) - np.float32(128)) * scale
+            else:
+                byte = data[at + 2 * SCALE_BYTES + j // 8 * STEP_BYTES + lane * 4 + j % 4]
+                code = byte & 15 if j % 8 < 4 else byte >> 4
+                out[i, k] = np.float32(code) * scale + float_of_half(data, at + SCALE_BYTES + 2 * lane)
+
+
+def read_code_rows(codes: Packed, size: int, rows: torch.Tensor) -> torch.Tensor:
+    """Rows of the first packed matrix [n, size] as float32 [len(rows), size]; rows int64."""
+    out = torch.empty((len(rows), size), dtype=torch.float32)
+    _, bits, group, _, _ = codes.forms[0]
+    _read_rows(rows.numpy(), codes.data, bits, group, out.numpy())
+    return out

@@ -1,0 +1,262 @@
+"""Quantized matrices: what rounding may cost, kernels against plain torch over random shapes and on older
+processors, and whole models.
+"""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from dataclasses import replace
+
+import pytest
+import torch
+from cases import random_layers, rotary_like, run_steps
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from llvmlite import binding as llvm
+from models import FAMILIES, write_model
+from numba import prange
+from pagetide.config import SettingsError
+from pagetide.llm import LLM
+from pagetide.models.config import UnsupportedModelError
+from pagetide.ops.attention import HeadShape
+from pagetide.ops.cpu.codes import CODE_ROWS, add_block, encode_row, make_rounded, pack_codes, read_code_rows
+from pagetide.ops.cpu.compiled import as_numpy, borrowed, kernel
+from pagetide.ops.cpu.embedding import CompiledEmbedding
+from pagetide.ops.cpu.layers import PHASES, CompiledLayers
+from pagetide.ops.layers import Affine, ComposedLayers, EmbeddingWeights, LayerShape, LayerWeights
+from pagetide.ops.plain import TORCH_LAYERS, TorchEmbedding
+from pagetide.ops.weights import DenseWeight, QuantizedWeight, quantize, stacked
+from pagetide.types import SamplingParams
+from quality import context_logprobs, divergence
+
+PROMPT = [11, 60, 7, 150, 33, 90, 14, 2, 71]
+relaxed = settings(max_examples=40, deadline=None)
+
+
+def values_of(weight: QuantizedWeight) -> torch.Tensor:
+    """What the codes stand for, not rounded."""
+    return replace(weight, dtype=torch.float32).dense()
+
+
+def rounded(x: torch.Tensor, weight: QuantizedWeight) -> torch.Tensor:
+    """Activations as a quantized matrix multiplies them."""
+    grouped = x.float().unflatten(1, (-1, weight.group))
+    scales = grouped.abs().amax(2, keepdim=True) / (127 if weight.activation_bits == 8 else 127 * 256)
+    return (torch.where(scales > 0, grouped / scales, 0).round() * scales).flatten(1)
+
+
+@relaxed
+@given(
+    st.sampled_from([4, 8]),
+    st.sampled_from([16, 48, 96, 192]),
+    st.sampled_from([1e-6, 0.02, 1.0, 3e4]),
+    st.sampled_from([-2.0, 0.0, 5.0]),
+    st.integers(0, 99),
+)
+def test_codes_are_the_nearest(bits, inputs, size, shift, seed):
+    torch.manual_seed(seed)
+    values = (torch.randn(7, inputs) + shift) * size
+    values[0], values[1] = 0, size
+    weight = quantize(values, bits)
+    error = (values_of(weight) - values).abs().unflatten(1, (-1, weight.group))
+    steps = weight.scales[..., None]
+    if bits == 8:
+        # Scales are rounded, so that the largest of a group may be cut off by 1/256 of itself.
+        assert (error <= steps * 0.51 + values.abs().amax() / 200).all()
+        assert (weight.minima == -128 * weight.scales).all()
+    else:
+        spread = values.unflatten(1, (-1, weight.group))
+        spread = spread.amax(2) - spread.amin(2)
+        limit = (spread / 15)[..., None].square() / 3 + (values.abs().amax() / 128).square()
+        assert (error.square().mean(2, keepdim=True) <= limit).all()
+    assert (weight.codes[0] == weight.codes[0, 0]).all(), "zeros stay zeros"
+    assert values_of(weight)[0].abs().max() == 0
+
+
+def test_a_matrix_without_groups_is_refused():
+    with pytest.raises(ValueError, match="40 inputs has no groups of 16"):
+        quantize(torch.randn(8, 40), 8)
+
+
+def test_one_matrix_of_several():
+    parts = [torch.randn(n, 64) for n in (8, 24, 40)]
+    together = stacked([quantize(part, 4) for part in parts])
+    assert isinstance(together, QuantizedWeight) and together.bits == 4
+    assert torch.equal(values_of(together), torch.cat([values_of(quantize(part, 4)) for part in parts]))
+    mixed = stacked([quantize(parts[0], 4), DenseWeight(parts[1]), quantize(parts[2], 8)])
+    assert isinstance(mixed, QuantizedWeight) and mixed.bits == 8
+    torch.testing.assert_close(values_of(mixed)[8:], torch.cat(parts[1:]), atol=0.03, rtol=0)
+    torch.testing.assert_close(values_of(mixed)[:8], values_of(quantize(parts[0], 4)), atol=0.03, rtol=0)
+
+
+@kernel
+def _product(x, num_rows, weight, layer, size, own, out):
+    for _ in prange(1):
+        for row in range(num_rows):
+            encode_row(x, row, size, weight, layer, own)
+        for column in range(0, out.shape[1], 32):
+            add_block(
+                borrowed(own), 0, num_rows, borrowed(weight), layer, size, column, out, column, out.shape[1]
+            )
+
+
+@relaxed
+@given(
+    st.sampled_from([4, 8]),
+    st.sampled_from([1, 32, 50, 96]),
+    st.sampled_from([16, 80, 96, 192, 576]),
+    st.integers(1, 2 * CODE_ROWS + 1),
+    st.sampled_from([torch.float32, torch.bfloat16]),
+    st.sampled_from([8, 16]),
+    st.integers(0, 99),
+)
+def test_products(bits, outputs, inputs, num_rows, dtype, activation_bits, seed):
+    """Of the second of two matrices of different formats; what is there is added to."""
+    torch.manual_seed(seed)
+    weights = [
+        quantize(torch.randn(outputs, inputs), 12 - bits),
+        quantize(torch.randn(outputs, inputs), bits),
+    ]
+    packed = pack_codes(weights)
+    x = torch.randn(num_rows + CODE_ROWS, inputs).to(dtype)
+    x[0, :16] = 0
+    out = torch.randn(num_rows + CODE_ROWS, -(-outputs // 32) * 32)
+    before = out.clone()
+    own = make_rounded(num_rows + CODE_ROWS, inputs)
+    _product(as_numpy(x), num_rows, packed, 1, inputs, own, out.numpy())
+    exact = rounded(x[:num_rows], weights[1]) @ values_of(weights[1]).T
+    found = (out - before)[:num_rows, :outputs]
+    torch.testing.assert_close(
+        found, exact, atol=(0.02 if activation_bits == 8 else 1e-4) * inputs**0.5, rtol=1e-3
+    )
+    assert torch.equal(out[num_rows + 1 :], before[num_rows + 1 :]), "a tile goes one row too far at most"
+    chosen = torch.tensor([outputs - 1, 0, outputs // 2])
+    for index, weight in enumerate(weights):
+        part = pack_codes(weights[index : index + 1])
+        torch.testing.assert_close(read_code_rows(part, inputs, chosen), values_of(weight)[chosen])
+
+
+def quantized_layers(layers: list[LayerWeights], bits: int, activation_bits: int = 16) -> list[LayerWeights]:
+    def affine(of: Affine) -> Affine:
+        return Affine(replace(quantize(of.weight.dense(), bits), activation_bits=activation_bits), of.bias)
+
+    return [
+        replace(layer, **{name: affine(getattr(layer, name)) for name in ("qkv", "out", "gate_up", "down")})
+        for layer in layers
+    ]
+
+
+@settings(max_examples=30, deadline=None)
+@given(
+    st.lists(
+        st.lists(st.sampled_from([0, 1, 1, 2, 3, 7, 17, 50]), min_size=3, max_size=3).filter(any),
+        min_size=1,
+        max_size=4,
+    ),
+    st.sampled_from([4, 8]),
+    st.sampled_from([8, 16]),
+    st.sampled_from([torch.float32, torch.bfloat16]),
+    st.booleans(),
+    st.integers(0, 99),
+)
+def test_quantized_layers(lengths, bits, activation_bits, dtype, has_bias, seed):
+    """Whole steps, against the same values multiplied by what torch has; how activations are rounded is all
+    that differs.
+    """
+    torch.manual_seed(seed)
+    shape = LayerShape(2, 64, 48, HeadShape(6, 2, 32), 16, 1e-5, rotary_like(400, 32))
+    weights = quantized_layers(random_layers(shape, dtype, 0, False, has_bias), bits, activation_bits)
+    expected = run_steps(ComposedLayers(TORCH_LAYERS, shape, weights), shape, lengths, 0.0, dtype)
+    found = run_steps(CompiledLayers(shape, weights), shape, lengths, torch.nan, dtype)
+    for own, right in zip(found, expected, strict=True):
+        assert own.isfinite().all()
+        limit = 0.03 if activation_bits == 8 or dtype is torch.bfloat16 else 2e-4
+        assert (own - right).norm() < limit * right.norm()
+
+
+def test_quantized_layers_take_the_phases_that_round():
+    shape = LayerShape(2, 64, 48, HeadShape(6, 2, 32), 16, 1e-5, rotary_like(400, 32))
+    layers = random_layers(shape, torch.float32, 0, False, False)
+    for weights, rounds in ((layers, False), (quantized_layers(layers, 8), True)):
+        compiled = CompiledLayers(shape, weights)
+        run_steps(compiled, shape, [[20, 5]], 0.0, torch.float32)
+        for name, ticks in zip(PHASES, compiled.ticks.T, strict=True):
+            assert (ticks > 0).all() == (name != "merge" and (rounds or name != "round"))
+
+
+@pytest.mark.parametrize("is_tied", [True, False])
+@pytest.mark.parametrize("bits", [4, 8])
+def test_quantized_embedding(bits, is_tied):
+    torch.manual_seed(1)
+    table, head = torch.randn(100, 96), quantize(torch.randn(100, 96), bits)
+    weights = EmbeddingWeights(
+        head if is_tied else DenseWeight(table), None if is_tied else head, torch.randn(96), 1e-5
+    )
+    expected, compiled = TorchEmbedding(weights), CompiledEmbedding(weights)
+    ids = torch.randint(0, 100, (9,))
+    torch.testing.assert_close(compiled.embed(ids), expected.embed(ids))
+    residual = torch.randn(9, 96)
+    for rows in (9, 1):
+        found, right = compiled.logits(residual[:rows]), expected.logits(residual[:rows])
+        assert found.shape == right.shape and (found - right).norm() < 0.02 * right.norm()
+
+
+@pytest.mark.parametrize("without", ["avx512", "avx512vnni"])
+def test_kernels_for_an_older_processor(without):
+    """The same tests, compiled for AVX2 only and for AVX512 without byte products, in a
+    process of its own.
+    """
+    features = {name for name, is_there in llvm.get_host_cpu_features().items() if is_there}
+    if not any(name.startswith(without) for name in features):
+        pytest.skip("this processor has none: the other tests show it")
+    older = ",".join(("-" if name.startswith(without) else "+") + name for name in sorted(features))
+    chosen = ["test_products"] if without == "avx512vnni" else ["test_products", "test_quantized_layers"]
+    tests = [f"{__file__}::{name}" for name in chosen]
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", *tests]
+    name = "haswell" if without == "avx512" else "skylake-avx512"
+    environment = {**os.environ, "NUMBA_CPU_NAME": name, "NUMBA_CPU_FEATURES": older}
+    result = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=500)
+    assert result.returncode == 0, result.stdout[-3000:] + result.stderr[-3000:]
+
+
+@pytest.mark.parametrize("family", ["llama-biases", "qwen3", "smollm2"])
+@pytest.mark.parametrize("quantization", ["w8a16", "w8a8", "w4a16", "w4a8"])
+def test_quantized_models(tmp_path, family, quantization):
+    """As plain torch has it with the same codes, but for how activations are rounded."""
+    write_model(tmp_path, FAMILIES[family])
+    settings = {"dtype": "float32", "num_blocks": 32, "allow_logits": True}
+    full, expected, own = (
+        context_logprobs(LLM(str(tmp_path), **settings, quantization=each, ops=ops), PROMPT)
+        for each, ops in (("none", "auto"), (quantization, "reference"), (quantization, "auto"))
+    )
+    assert divergence(expected, own).max() < (1e-6 if quantization.endswith("a16") else 0.1)
+    assert 1e-5 < divergence(full, own).max() < (0.2 if quantization.startswith("w8") else 5)
+
+
+def test_quantized_weights_are_kept_apart(tmp_path):
+    folder = tmp_path / "models" / "small"
+    write_model(folder, FAMILIES["llama2"])
+    params = SamplingParams(temperature=0, max_tokens=8)
+    first = {}
+    for _ in range(2):
+        for quantization in ("none", "w8a16", "w4a8"):
+            llm = LLM(str(folder), cache_dir=str(tmp_path), num_blocks=32, quantization=quantization)
+            tokens = llm.generate([[11, 60, 7]], params)[0].outputs[0].token_ids
+            assert first.setdefault(quantization, tokens) == tokens
+    kept = [path.name.rpartition("-")[0] for path in folder.glob("packed-*") if path.is_dir()]
+    assert sorted(kept) == sorted(
+        f"packed-{part}-bfloat16{form}" for part in ("head", "layers") for form in ("", "_w4a8", "_w8a16")
+    )
+
+
+def test_sizes_that_cannot_be_quantized_are_refused(tmp_path):
+    write_model(tmp_path, FAMILIES["sizes that no kernel takes"])
+    with pytest.raises(UnsupportedModelError, match="q_proj cannot be quantized: a matrix with 60 inputs"):
+        LLM(str(tmp_path), num_blocks=32, quantization="w8a16")
+
+
+def test_what_is_no_quantization_is_refused():
+    with pytest.raises(SettingsError, match="quantization"):
+        LLM("", quantization="w3a16")
