@@ -282,15 +282,18 @@ def _percentile(values: list[float], share: float = 0.99) -> float | None:
     return sorted(values)[min(len(values) - 1, int(share * len(values)))] if values else None
 
 
+QUANTIZATIONS = ("w8a16", "w8a8", "w4a16", "w4a8")
 PEERS = ROOT / ".peers"  # where scripts/peers.sh installs other engines
 
 
 def run_peer(
-    jobs_of: Callable[[str], list[Job]], names: Iterable[str], model: str, peer: str
+    jobs_of: Callable[[str], list[Job]], names: Iterable[str], model: str, peer: str, form: str = ""
 ) -> Iterator[tuple[str, Figures]]:
-    """Another engine, in the environment that scripts/peers.sh has made for it."""
+    """Another engine, in the environment that scripts/peers.sh has made for it; form: how the model is
+    quantized.
+    """
     with subprocess.Popen(
-        peer_command(peer, model),
+        peer_command(peer, model, form),
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
         text=True,
@@ -306,13 +309,14 @@ def run_peer(
         process.stdin.close()
 
 
-def peer_command(peer: str, model: str) -> list[str]:
+def peer_command(peer: str, model: str, form: str = "") -> list[str]:
     """Starts scripts/peer_engines.py for this engine."""
     from pagetide.models.source import find_model
 
     folder = find_model(model, Path(CACHE)).resolve()
     program = [str(PEERS / peer / "bin" / "python"), str(ROOT / "scripts" / "peer_engines.py")]
-    return [*program, peer, str(PEERS), "bfloat16", str(folder), name_for_peers(folder)]
+    name = name_for_peers(folder) + (f"-{form}" if form else "")
+    return [*program, peer, str(PEERS), "bfloat16", str(folder), name]
 
 
 def name_for_peers(folder: Path) -> str:
@@ -341,11 +345,15 @@ ENGINES: dict[str, Engine] = {
         run_pagetide, batching="static", kv_reservation="contiguous"
     ),
     "pagetide float32": partial(run_pagetide, dtype="float32"),
+    **{f"pagetide {form}": partial(run_pagetide, quantization=form) for form in QUANTIZATIONS},
     "transformers bfloat16": partial(run_transformers, dtype="bfloat16"),
     "transformers float32": partial(run_transformers, dtype="float32"),
     "openvino": partial(run_peer, peer="openvino"),
     "vllm": partial(run_peer, peer="vllm"),
     "llamacpp": partial(run_peer, peer="llamacpp"),
+    "openvino int8": partial(run_peer, peer="openvino", form="int8"),
+    "llamacpp Q8_0": partial(run_peer, peer="llamacpp", form="Q8_0"),
+    "llamacpp Q4_1": partial(run_peer, peer="llamacpp", form="Q4_1"),
     "pagetide through Triton, streams": partial(run_server, stream=True),
     "pagetide through Triton, whole answers": partial(run_server, stream=False),
 }

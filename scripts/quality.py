@@ -82,10 +82,10 @@ def run_one(setting: str, model: str, target: Path) -> None:
     answers = llm.generate(chats, SamplingParams(temperature=0, max_tokens=64))
     llm.close()
     del llm
-    rates = {
-        name: figures.tokens_per_s
-        for name, figures in run_pagetide(workload, ["single", "batch"], model, quantization=setting)
-    }
+    runs: dict[str, list[float]] = {}
+    for name, figures in run_pagetide(workload, ["single", "batch"] * 3, model, quantization=setting):
+        runs.setdefault(name, []).append(figures.tokens_per_s)
+    rates = {name: np.median(values) for name, values in runs.items()}
     padded = [(answer.outputs[0].token_ids + [-1] * 64)[:64] for answer in answers]
     np.savez(target, logprobs=logprobs, following=following, answers=padded, **rates)
 

@@ -46,7 +46,9 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
         Literal["none", "w8a16", "w8a8", "w4a16", "w4a8"],
         Meta(
             description="bits to which matrices (w) are rounded at load, in groups of 32 inputs with a scale "
-            "of their own, the head's always to 8; and bits of the activations (a) that they multiply"
+            "of their own, the head's always to 8; and bits of the activations (a) that they multiply. What "
+            "a GGUF file has in as many bits stays as it is. none: as the checkpoint is (GPTQ, AWQ, "
+            "compressed-tensors and FP8 are read), GGUF files as bfloat16"
         ),
     ] = "none"
     device: Annotated[Literal["auto", "cpu", "cuda"], Meta(description="auto: a GPU if there is one")] = (

@@ -22,7 +22,7 @@ from pagetide.kv_cache.store import make_store
 from pagetide.models.config import DecoderConfig
 from pagetide.models.decoder import Decoder, layer_shape
 from pagetide.models.families import read_model
-from pagetide.models.source import find_model, packed_folder
+from pagetide.models.source import find_codes, find_model, packed_folder
 from pagetide.models.weights import Checkpoint, QuantizedAtLoad, RandomTensors, Tensors
 from pagetide.ops.select import select_ops
 from pagetide.ops.table import Ops
@@ -48,6 +48,8 @@ def assemble(settings: Settings) -> Engine:
         # Rows beyond the tokenizer's are padding: whatever they say has no text.
         config = replace(config, vocab_size=min(config.vocab_size, len(vocabulary.full)))
     device = select_device(settings)
+    is_quantized = settings.quantization != "none" and settings.load_format != "dummy"
+    codes = find_codes(settings.model, model, settings.cache_path) if is_quantized else None
     settings = settings.sized_for(device.torch_device.type)
     dtype = _dtype(settings, device)
 
@@ -60,7 +62,7 @@ def assemble(settings: Settings) -> Engine:
         checkpoint: Tensors = (
             RandomTensors(family, config, dtype, device.torch_device)
             if settings.load_format == "dummy"
-            else Checkpoint(model, dtype, device.torch_device)
+            else Checkpoint(model, dtype, device.torch_device, codes)
         )
         if settings.quantization != "none":
             bits, activation_bits = settings.quantization.removeprefix("w").split("a")

@@ -46,11 +46,6 @@ def read_config(model: Path, has_qk_norm: bool) -> DecoderConfig:
     raw = read_json(model / "config.json")
     if raw.get("hidden_act", "silu") != "silu":
         raise UnsupportedModelError(f"hidden_act is {raw['hidden_act']}, only silu is supported")
-    if raw.get("quantization_config"):
-        raise UnsupportedModelError(
-            "the checkpoint is quantized (quantization_config); only unquantized weights and GGUF "
-            "are supported"
-        )
     heads = raw["num_attention_heads"]
     end_ids = _end_ids(model, raw)
     rope = _rope(raw)

@@ -18,11 +18,13 @@ from pagetide.models.config import UnsupportedModelError
 _REFUSED, _FAILED = "pagetide-refused: ", "pagetide-failed: "
 
 
-def convert(kind: str, source: Path, target: Path) -> None:
-    """Fills the folder target. Raises UnsupportedModelError, or OSError where there is no room."""
+def convert(kind: str, source: Path, target: Path, *more: Path) -> None:
+    """Fills the folder target; kind: gguf, tokenizer or codes (of which target is the file). Raises
+    UnsupportedModelError, or OSError where there is no room.
+    """
     package = str(Path(pagetide.__file__).parents[1])
     path = os.pathsep.join(filter(None, (package, os.environ.get("PYTHONPATH"))))
-    command = [sys.executable, "-m", "pagetide.models.convert", kind, str(source), str(target)]
+    command = [sys.executable, "-m", "pagetide.models.convert", kind, *map(str, (source, target, *more))]
     environment = {**os.environ, "PYTHONPATH": path}
     done = subprocess.run(command, stdout=subprocess.PIPE, text=True, env=environment, check=False)
     if done.returncode == 0:
@@ -52,6 +54,10 @@ def main() -> int:
             from pagetide.models.gguf import convert_gguf  # imports torch
 
             convert_gguf(source, target)
+        elif kind == "codes":
+            from pagetide.models.gguf_codes import convert_codes
+
+            convert_codes(source, Path(sys.argv[4]), target)
         else:
             convert_tokenizer(source, target)
     except UnsupportedModelError as error:

@@ -44,12 +44,9 @@ def convert_gguf(file: Path, target: Path) -> None:
     from gguf import GGUFReader  # only needed for GGUF files
 
     reader = GGUFReader(file)
-    architecture = _write_config(file, reader, target)
+    _write_config(file, reader, target)
     _write_tokenizer(file, reader, target)
-    tensors = {
-        name: tensor.to(torch.bfloat16).contiguous()
-        for name, tensor in _read_tensors(reader, architecture, target)
-    }
+    tensors = {name: tensor.to(torch.bfloat16).contiguous() for name, tensor in _read_tensors(reader, target)}
     save_file(tensors, target / "model.safetensors", metadata={"format": "pt"})
 
 
@@ -75,8 +72,8 @@ def _write_tokenizer(file: Path, reader: Any, target: Path) -> None:
         written.write_text(json.dumps(tokenizer, ensure_ascii=False), encoding="utf-8")
 
 
-def _write_config(file: Path, reader: Any, target: Path) -> str:
-    """Leaves most of GGUF's metadata to transformers; returns the GGUF architecture."""
+def _write_config(file: Path, reader: Any, target: Path) -> None:
+    """Leaves most of GGUF's metadata to transformers."""
     from transformers import AutoConfig
 
     config = AutoConfig.from_pretrained(str(file.parent), gguf_file=file.name).to_dict()
@@ -92,7 +89,6 @@ def _write_config(file: Path, reader: Any, target: Path) -> str:
     config["eos_token_id"] = _end_ids(reader)
     _add_rope_scaling(config, reader, _value(reader, "general.architecture"))
     (target / "config.json").write_text(json.dumps(config, indent=2, default=str))
-    return architecture
 
 
 def _end_ids(reader: Any) -> list[int]:
@@ -129,24 +125,33 @@ def _add_rope_scaling(config: dict[str, Any], reader: Any, architecture: str) ->
             config["rope_factors"] = dequantize(tensor.data, tensor.tensor_type).tolist()
 
 
-def _read_tensors(reader: Any, architecture: str, target: Path) -> Iterator[tuple[str, torch.Tensor]]:
-    """The tensors under Hugging Face's names, float32."""
-    from gguf import dequantize
-
-    config = json.loads((target / "config.json").read_bytes())
-    heads = {"attn_q": config["num_attention_heads"], "attn_k": config["num_key_value_heads"]}
+def named_tensors(reader: Any) -> Iterator[tuple[Any, str]]:
+    """The file's tensors with their names in a Hugging Face checkpoint."""
     for tensor in reader.tensors:
         match = re.fullmatch(r"(?:blk\.(\d+)\.)?(\w+)\.(weight|bias)", tensor.name)
         if match is None or match[2] not in _NAMES:
             continue  # tables that the decoder computes itself
         layer, name, part = match.groups()
-        values = torch.from_numpy(dequantize(tensor.data, tensor.tensor_type).copy())
-        if architecture == "llama" and name in heads:
-            values = _restore_rotary_order(values, heads[name])
         prefix = "" if layer is None else f"model.layers.{layer}."
-        yield f"{prefix}{_NAMES[name]}.{part}", values
+        yield tensor, f"{prefix}{_NAMES[name]}.{part}"
 
 
-def _restore_rotary_order(weight: torch.Tensor, num_heads: int) -> torch.Tensor:
-    """Undoes llama.cpp's order of a head's rows: it keeps the pairs that rotate together side by side."""
-    return weight.view(num_heads, -1, 2, *weight.shape[1:]).transpose(1, 2).reshape(weight.shape)
+def _read_tensors(reader: Any, target: Path) -> Iterator[tuple[str, torch.Tensor]]:
+    """The tensors under Hugging Face's names, float32."""
+    from gguf import dequantize
+
+    config = json.loads((target / "config.json").read_bytes())
+    for tensor, name in named_tensors(reader):
+        values = torch.from_numpy(dequantize(tensor.data, tensor.tensor_type).copy())
+        yield name, in_rotary_order(values, tensor.name, config)
+
+
+def in_rotary_order(values: torch.Tensor, name: str, config: dict[str, Any]) -> torch.Tensor:
+    """Undoes llama.cpp's order of a head's rows in Llama models: it keeps the pairs that rotate together side
+    by side. name: the tensor's in the file.
+    """
+    heads = {"attn_q": config["num_attention_heads"], "attn_k": config["num_key_value_heads"]}
+    kind = name.split(".")[-2]
+    if config["model_type"] != "llama" or kind not in heads:
+        return values
+    return values.view(heads[kind], -1, 2, *values.shape[1:]).transpose(1, 2).reshape(values.shape)

