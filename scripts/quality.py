@@ -9,7 +9,7 @@ tokens/s        of one sequence (128 in, 128 out) and of 32 (the benchmark's `si
 
 Each setting runs in a process of its own.
 
-python scripts/quality.py [--model DIR] [--settings w8a16 w4a16] [--json FILE] [--plot FILE]
+python scripts/quality.py [--model DIR] [--settings w8a16 w4a16+kv-int8] [--json FILE] [--plot FILE]
 """
 
 from __future__ import annotations
@@ -65,9 +65,19 @@ def divergence(full: np.ndarray, own: np.ndarray) -> np.ndarray:
     return (np.exp(full) * (full - own)).sum(1)
 
 
+def settings_of(name: str) -> dict[str, str]:
+    """Of a row: a quantization, a KV cache dtype, or both (`w4a8+kv-int8`)."""
+    settings = {}
+    for part in name.split("+"):
+        is_cache = part.startswith("kv-")
+        settings["kv_cache_dtype" if is_cache else "quantization"] = part.removeprefix("kv-")
+    return settings
+
+
 def run_one(setting: str, model: str, target: Path) -> None:
     """In a process of its own: what is looked at of one setting, into an .npz file."""
-    llm = LLM(model, cache_dir=CACHE, quantization=setting, allow_logits=True, num_blocks=300)
+    chosen = settings_of(setting)
+    llm = LLM(model, cache_dir=CACHE, allow_logits=True, num_blocks=300, **chosen)
     tokenizer = llm.get_tokenizer()
     ids = tokenizer(TEXT.read_text(encoding="utf-8")).input_ids
     windows = [ids[at : at + WINDOW] for at in range(0, len(ids), WINDOW)]
@@ -83,7 +93,7 @@ def run_one(setting: str, model: str, target: Path) -> None:
     llm.close()
     del llm
     runs: dict[str, list[float]] = {}
-    for name, figures in run_pagetide(workload, ["single", "batch"] * 3, model, quantization=setting):
+    for name, figures in run_pagetide(workload, ["single", "batch"] * 3, model, **chosen):
         runs.setdefault(name, []).append(figures.tokens_per_s)
     rates = {name: np.median(values) for name, values in runs.items()}
     padded = [(answer.outputs[0].token_ids + [-1] * 64)[:64] for answer in answers]
@@ -120,7 +130,7 @@ def measure(settings: list[str], model: str) -> dict[str, dict[str, float]]:
 def table(rows: dict[str, dict[str, float]]) -> str:
     full = rows["none"]
     lines = [
-        "| quantization | perplexity | divergence | same token | same answer | single | batch |",
+        "| setting | perplexity | divergence | same token | same answer | single | batch |",
         "| --- | --- | --- | --- | --- | --- | --- |",
     ]
     for name, row in rows.items():
@@ -162,7 +172,10 @@ def main() -> int:
     )
     parser.add_argument("--model", default="", help="a model directory; the embedded model if not given")
     parser.add_argument(
-        "--settings", nargs="+", default=["w8a16", "w8a8", "w4a16", "w4a8"], help="values of `quantization`"
+        "--settings",
+        nargs="+",
+        default=["kv-int8", "w8a16", "w8a8", "w4a16", "w4a8", "w4a8+kv-int8"],
+        help="values of `quantization`, kv-int8 for that `kv_cache_dtype`, or both with a +",
     )
     parser.add_argument("--json", type=Path, help="write the figures to this file")
     parser.add_argument("--plot", type=Path, help="draw a plot into this file")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import statistics
 from pathlib import Path
 
@@ -61,19 +62,34 @@ def rates(
     return "\n".join([*lines, "", *_comparisons(results, names, limits)])
 
 
+def _bits(engine: str) -> int:
+    """Of a weight, where it is quantized; 0 where it is not."""
+    found = re.search(r" (?:w|int|Q)(\d)", engine)
+    return int(found[1]) if found else 0
+
+
 def _comparisons(
     results: dict[str, dict[str, list[Figures]]], names: list[str], limits: dict[str, float]
 ) -> list[str]:
     """Pagetide beside the best other engine of each workload, and beside what the machine allows."""
-    others = [engine for engine in results if not engine.startswith("pagetide")]
     lines, ours = [], results.get("pagetide")
-    if ours and others:
+    for bits in (0, 8, 4):
+        alike = [engine for engine in results if _bits(engine) == bits]
+        own = [engine for engine in alike if engine.startswith("pagetide")]
+        others = [engine for engine in alike if engine not in own]
+        if not own or not others:
+            continue
+        if not bits and ours:
+            own = ["pagetide"]  # and not what it is compared with elsewhere
         ratios = []
         for name in names:
-            best = max(others, key=lambda engine: median_rate(results[engine][name]))
-            ratio = median_rate(ours[name]) / median_rate(results[best][name])
+            first, best = (
+                max(group, key=lambda engine: median_rate(results[engine][name])) for group in (own, others)
+            )
+            ratio = median_rate(results[first][name]) / median_rate(results[best][name])
             ratios.append(f"{name} {ratio:.2f}x ({best})")
-        lines.append(f"Pagetide against the best other engine: {', '.join(ratios)}.")
+        form = f" in {bits} bits" if bits else ""
+        lines.append(f"Pagetide{form} against the best other engine: {', '.join(ratios)}.")
     lines.append(
         f"Limits: memory read {limits['read_gb_s']:.0f} GB/s "
         f"({limits['best_read_gb_s']:.0f} at best), so at most "

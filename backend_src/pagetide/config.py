@@ -85,6 +85,13 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
         float,
         Meta(gt=0, le=1, description="share of a GPU's free memory that the KV cache takes after loading"),
     ] = 0.85
+    kv_cache_dtype: Annotated[
+        Literal["auto", "int8"],
+        Meta(
+            description="int8: on a CPU, keys and values are kept as 8-bit integers, with a scale for each "
+            "token and head, in half the memory; auto: as dtype"
+        ),
+    ] = "auto"
     swap_space_gb: Annotated[
         float,
         Meta(

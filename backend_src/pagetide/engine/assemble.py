@@ -51,7 +51,7 @@ def assemble(settings: Settings) -> Engine:
     is_quantized = settings.quantization != "none" and settings.load_format != "dummy"
     codes = find_codes(settings.model, model, settings.cache_path) if is_quantized else None
     settings = settings.sized_for(device.torch_device.type)
-    dtype = _dtype(settings, device)
+    dtype, rounds_kv = _dtype(settings, device), settings.kv_cache_dtype == "int8"
 
     # Nothing may compute on this thread: a second OpenMP pool would make the first one sleep between its
     # kernels.
@@ -67,11 +67,11 @@ def assemble(settings: Settings) -> Engine:
         if settings.quantization != "none":
             bits, activation_bits = settings.quantization.removeprefix("w").split("a")
             checkpoint = QuantizedAtLoad(checkpoint, int(bits), int(activation_bits))
-        shape = layer_shape(config, settings.block_size, max_len, device.torch_device)
+        shape = layer_shape(config, settings.block_size, max_len, device.torch_device, rounds_kv)
         return ops, Decoder(config, family, checkpoint, ops, shape, device.activation_dtype or dtype)
 
     ops, decoder = device.run(load, settings.max_model_len or config.max_position)
-    layout = decoder.kv_layout(dtype)
+    layout = decoder.kv_layout(torch.uint8 if rounds_kv else dtype)
     num_blocks = settings.num_blocks or device.kv_cache_bytes(settings) // layout.block_bytes
     max_len = _max_model_len(settings, config, num_blocks)
     num_host_blocks = device.host_cache_bytes(settings) // layout.block_bytes
@@ -121,6 +121,11 @@ def _dtype(settings: Settings, device: Device) -> torch.dtype:
     if settings.quantization != "none" and device.torch_device.type != "cpu":
         raise SettingsError(
             f"quantization is {settings.quantization}, which a CPU can multiply so far; on a GPU use none"
+        )
+    if settings.kv_cache_dtype == "int8" and (device.torch_device.type != "cpu" or settings.ops != "auto"):
+        raise SettingsError(
+            "kv_cache_dtype is int8, which only the CPU's kernels have so far; use auto, or device cpu with "
+            "ops auto"
         )
     if settings.dtype == "float16" and device.torch_device.type == "cpu":
         raise SettingsError("dtype is float16, which needs a GPU; on a CPU use bfloat16 or float32")

@@ -9,6 +9,8 @@ Each attention (ops/attention.py) says what a block of one layer looks like to i
                bfloat16                          float32
       keys     [head_dim / 2, 16, 2]             [head_dim, 16]
       values   [head_dim / 16, 8, 16, 2]         [head_dim / 16, 16, 16]      (the 16 in the middle: tokens)
+
+                       as 8-bit integers: bytes, a page's scales before its codes (ops/cpu/kv_tile.py)
 """
 
 from __future__ import annotations

@@ -93,7 +93,9 @@ class Decoder:
         )
 
 
-def layer_shape(config: DecoderConfig, block_size: int, max_len: int, device: torch.device) -> LayerShape:
+def layer_shape(
+    config: DecoderConfig, block_size: int, max_len: int, device: torch.device, rounds_kv: bool = False
+) -> LayerShape:
     """The sizes of a model's layers. max_len: the longest sequence, in tokens."""
     return LayerShape(
         num_layers=config.num_layers,
@@ -103,4 +105,5 @@ def layer_shape(config: DecoderConfig, block_size: int, max_len: int, device: to
         block_size=block_size,
         eps=config.norm_eps,
         cos_sin=rotary_table(config, max_len, device),
+        rounds_kv=rounds_kv,
     )

@@ -19,7 +19,9 @@ Tensor = torch.Tensor
 
 @dataclass(frozen=True)
 class LayerShape:
-    """Sizes that all layers share. cos_sin: as LayerAttention's."""
+    """Sizes that all layers share. cos_sin: as LayerAttention's. rounds_kv: the cache keeps keys and values
+    as 8-bit integers (a pool of uint8).
+    """
 
     num_layers: int
     hidden_size: int
@@ -28,6 +30,7 @@ class LayerShape:
     block_size: int
     eps: float
     cos_sin: Tensor
+    rounds_kv: bool = False
 
 
 @dataclass(frozen=True)

@@ -13,10 +13,13 @@ while its keys are multiplied, and the next span's keys while its values are.
 from __future__ import annotations
 
 import numpy as np
+from numba.core import types
 
 from pagetide.kv_cache.layout import PAGE
 from pagetide.ops.cpu.attention_tasks import SPAN
-from pagetide.ops.cpu.compiled import device_function, fast_exp, store
+from pagetide.ops.cpu.compiled import by_format, device_function, fast_exp, store
+from pagetide.ops.cpu.kv_tile import PAGE_HEADER
+from pagetide.ops.cpu.rounded_kv import add_rounded_values, round_queries, score_rounded
 from pagetide.ops.cpu.sync import take
 from pagetide.ops.cpu.tiles import TILE_ROWS, depth_of, tile, tile_of_pages
 from pagetide.ops.cpu.vectors import clear, copy, prefetch, scale, soften
@@ -29,7 +32,7 @@ _KEYS, _VALUES, _NEXT_KEYS = 0, 1, 2  # rows of Scratch.places
 def attend(sync, phase, thread, scratch, q, layer, kv, block_table, work, window, out):  # type: ignore[no-untyped-def]
     """Each query against its sequence's tokens up to itself, at most `window` of them (0: all).
 
-    q [t, H, D], scaled; kv [layers, blocks, 2, K, block_size * D]; out [t, H * D], in its own type.
+    q [t, H, D], scaled; kv [layers, blocks, 2, K, pages * page_size]; out [t, H * D], in its own type.
     """
     head_dim = q.shape[2]
     num_kv_heads = kv.shape[3]
@@ -55,12 +58,13 @@ def attend(sync, phase, thread, scratch, q, layer, kv, block_table, work, window
             token, own = first + row // group, head * group + row % group
             copy(q, (token * q.shape[1] + own) * head_dim, head_dim, queries, row * head_dim)
             peaks[row], totals[row] = _MINUS_INFINITY, 0
+        _prepare_queries(rows, queries, kv, scratch, thread)
         clear(sums, 0, (rows + TILE_ROWS - 1) // TILE_ROWS * TILE_ROWS * head_dim)
         if window > 0:
             begin = max(begin, max(0, start - window + 1) // PAGE * PAGE)
         _find_pages(layer, kv, 0, head, block_table, sequence, begin, last, head_dim, places, _KEYS)
         for key in range(begin, min(begin + SPAN, last), PAGE):
-            prefetch(kv, places[_KEYS, (key - begin) // PAGE], PAGE * head_dim)
+            prefetch(kv, places[_KEYS, (key - begin) // PAGE], page_size(kv, head_dim))
         for at in range(begin, last, SPAN):
             end = min(at + SPAN, last)
             _find_pages(layer, kv, 0, head, block_table, sequence, at, last, head_dim, places, _KEYS)
@@ -68,9 +72,9 @@ def attend(sync, phase, thread, scratch, q, layer, kv, block_table, work, window
             _find_pages(
                 layer, kv, 0, head, block_table, sequence, at + SPAN, last, head_dim, places, _NEXT_KEYS
             )
-            _score(rows, queries, kv, places, end - at, scores)
+            _score(rows, queries, kv, places, end - at, scratch, thread, scores)
             _weigh(rows, group, scores, at, end, start, window, peaks, totals, weights, sums)
-            _add_values(rows, weights, kv, places, end - at, sums)
+            _add_values(rows, weights, kv, places, end - at, scratch, thread, sums)
         for row in range(rows):
             if part >= 0:
                 copy(sums, row * head_dim, head_dim, work.parts, (part * group + row) * (head_dim + 2))
@@ -117,14 +121,13 @@ def _find_pages(layer, kv, which, head, block_table, sequence, begin, last, head
     """places[row] = the elements of the whole pool at which the pages of a span's keys (which 0) or values
     (1) begin; a page that the sequence does not have yet stands where the one before does.
     """
+    size = page_size(kv, head_dim)
     for page in range(places.shape[1]):
         key = begin + page * PAGE
         if key < last:
-            block, offset = key, 0
-            if kv.shape[4] == PAGE * head_dim:
-                block = key // PAGE
-            else:
-                block, offset = key * head_dim // kv.shape[4], key * head_dim % kv.shape[4]
+            block, offset = key // PAGE, 0
+            if kv.shape[4] != size:
+                block, offset = block * size // kv.shape[4], block * size % kv.shape[4]
             place = ((layer * kv.shape[1] + block_table[sequence, block]) * 2 + which) * kv.shape[3] + head
             places[row, page] = place * kv.shape[4] + offset
         else:
@@ -132,7 +135,7 @@ def _find_pages(layer, kv, which, head, block_table, sequence, begin, last, head
 
 
 @device_function
-def _score(rows, queries, kv, places, num_keys, scores):  # type: ignore[no-untyped-def]
+def _score_dense(rows, queries, kv, places, num_keys, scores):  # type: ignore[no-untyped-def]
     """scores[row, key] of a span's keys, and of what fills up its last two pages."""
     head_dim = queries.shape[1]
     for page in range(0, (num_keys + PAGE - 1) // PAGE, 2):
@@ -175,7 +178,7 @@ def _weigh(rows, group, scores, begin, end, start, window, peaks, totals, weight
 
 
 @device_function
-def _add_values(rows, weights, kv, places, num_keys, sums):  # type: ignore[no-untyped-def]
+def _add_dense_values(rows, weights, kv, places, num_keys, sums):  # type: ignore[no-untyped-def]
     """sums[row] += weights[row, key] * values of all keys of a span."""
     depth, whole = depth_of(kv), num_keys // PAGE
     _add_pages(rows, weights, 0, kv, places, 0, whole, PAGE, sums)
@@ -277,3 +280,60 @@ def _add_two(rows, looks_ahead, weights, x_at, kv, places, p, ahead, pages, at, 
             to,
             d,
         )
+
+
+def page_size(kv, head_dim):  # type: ignore[no-untyped-def]
+    """Elements of 16 tokens' keys or values."""
+
+
+def _prepare_queries(rows, queries, kv, scratch, thread):  # type: ignore[no-untyped-def]
+    """Makes them ready to be multiplied by keys, if the cache's form needs that."""
+
+
+def _score(rows, queries, kv, places, num_keys, scratch, thread, scores):  # type: ignore[no-untyped-def]
+    """scores[row, key] of a span's keys, and of what fills up its last two pages."""
+
+
+def _add_values(rows, weights, kv, places, num_keys, scratch, thread, sums):  # type: ignore[no-untyped-def]
+    """sums[row] += weights[row, key] * values of all keys of a span."""
+
+
+@by_format(page_size)
+def _choose_page_size(kv, head_dim):  # type: ignore[no-untyped-def]
+    if kv.dtype == types.uint8:
+        return lambda kv, head_dim: PAGE_HEADER + PAGE * head_dim
+    return lambda kv, head_dim: PAGE * head_dim
+
+
+@by_format(_prepare_queries)
+def _choose_preparation(rows, queries, kv, scratch, thread):  # type: ignore[no-untyped-def]
+    def nothing(rows, queries, kv, scratch, thread):  # type: ignore[no-untyped-def]
+        pass
+
+    def rounded(rows, queries, kv, scratch, thread):  # type: ignore[no-untyped-def]
+        round_queries(rows, queries, scratch, thread)
+
+    return rounded if kv.dtype == types.uint8 else nothing
+
+
+@by_format(_score)
+def _choose_score(rows, queries, kv, places, num_keys, scratch, thread, scores):  # type: ignore[no-untyped-def]
+    def dense(rows, queries, kv, places, num_keys, scratch, thread, scores):  # type: ignore[no-untyped-def]
+        _score_dense(rows, queries, kv, places, num_keys, scores)
+
+    def rounded(rows, queries, kv, places, num_keys, scratch, thread, scores):  # type: ignore[no-untyped-def]
+        d = queries.shape[1]
+        score_rounded(rows, d, kv, places, _KEYS, _VALUES, num_keys, scratch, thread, scores)
+
+    return rounded if kv.dtype == types.uint8 else dense
+
+
+@by_format(_add_values)
+def _choose_values(rows, weights, kv, places, num_keys, scratch, thread, sums):  # type: ignore[no-untyped-def]
+    def dense(rows, weights, kv, places, num_keys, scratch, thread, sums):  # type: ignore[no-untyped-def]
+        _add_dense_values(rows, weights, kv, places, num_keys, sums)
+
+    def rounded(rows, weights, kv, places, num_keys, scratch, thread, sums):  # type: ignore[no-untyped-def]
+        add_rounded_values(rows, weights, kv, places, _NEXT_KEYS, _VALUES, num_keys, scratch, thread, sums)
+
+    return rounded if kv.dtype == types.uint8 else dense

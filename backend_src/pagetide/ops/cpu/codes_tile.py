@@ -162,7 +162,7 @@ class _Tile:
                         own = self._pointer(self.x, builder.add(place, int_constant(4 * half)), WORD)
                         four = spread(builder, builder.load(own, align=1))
                         for p, panel in enumerate(row):
-                            total = self._dot(builder.load(panel[digit]), codes[p][half], four)
+                            total = byte_dot(builder, builder.load(panel[digit]), codes[p][half], four)
                             builder.store(total, panel[digit])
 
     def _add_group(
@@ -180,21 +180,13 @@ class _Tile:
             for r in range(self._rows):
                 own = self._scale(r, group)
                 factor = builder.fmul(scale, spread(builder, builder.load(own)), flags=FAST)
-                product = builder.fmul(builder.sitofp(self._whole(sums[r][p]), FLOATS), factor, flags=FAST)
+                whole = joined_digits(builder, [builder.load(digit) for digit in sums[r][p]])
+                product = builder.fmul(builder.sitofp(whole, FLOATS), factor, flags=FAST)
                 total = builder.fadd(builder.load(totals[r][p]), product, flags=FAST)
                 if minimum is not None:
                     sum_of_x = spread(builder, builder.load(builder.gep(own, [int_constant(1)])))
                     total = builder.fadd(total, builder.fmul(minimum, sum_of_x, flags=FAST), flags=FAST)
                 builder.store(total, totals[r][p])
-
-    def _whole(self, digits: list[ir.Value]) -> ir.Value:
-        """The sum of one group, of its digits' sums: the second is worth 256 times the first."""
-        builder = self._builder
-        total = builder.load(digits[0])
-        if len(digits) == 1:
-            return total
-        upper = builder.shl(builder.load(digits[1]), ir.Constant(WORDS, [8] * LANES))
-        return builder.add(total, upper)
 
     def _scale(self, r: int, group: ir.Value) -> ir.Value:
         """Where the two floats of row r's group are."""
@@ -222,41 +214,40 @@ class _Tile:
         upper = builder.lshr(words, ir.Constant(WORDS, [4] * LANES))
         return [builder.and_(words, mask), builder.and_(upper, mask)]
 
-    def _dot(self, total: ir.Value, codes: ir.Value, x: ir.Value) -> ir.Value:
-        """total + the four products of each lane's unsigned codes and signed x."""
-        builder = self._builder
-        if HAS_BYTE_DOT:
-            kind = ir.FunctionType(WORDS, [WORDS, WORDS, WORDS])
-            name = "llvm.x86.avx512.vpdpbusd.512"
-            return builder.call(
-                cgutils.get_or_insert_function(builder.module, name=name, fnty=kind), [total, codes, x]
-            )
-        eight = ir.Constant(_SHORTS, [8] * 2 * LANES)
-        codes, x = builder.bitcast(codes, _SHORTS), builder.bitcast(x, _SHORTS)
-        even = self._dot_of_halves(
-            builder.and_(codes, ir.Constant(_SHORTS, [0xFF] * 2 * LANES)),
-            builder.ashr(builder.shl(x, eight), eight),
-        )
-        odd = self._dot_of_halves(builder.lshr(codes, eight), builder.ashr(x, eight))
-        return builder.add(total, builder.add(even, odd))
 
-    def _dot_of_halves(self, a: ir.Value, b: ir.Value) -> ir.Value:
-        """The sum of each lane's two products of 16-bit integers."""
-        builder = self._builder
-        lanes = LANES if HAS_WIDE_SHORTS else LANES // 2
-        name = "llvm.x86.avx512.pmaddw.d.512" if lanes == LANES else "llvm.x86.avx2.pmadd.wd"
-        words, shorts = ir.VectorType(WORD, lanes), ir.VectorType(HALF, 2 * lanes)
-        function = cgutils.get_or_insert_function(
-            builder.module, ir.FunctionType(words, [shorts, shorts]), name
-        )
-        if lanes == LANES:
-            return builder.call(function, [a, b])
-        parts = [
-            builder.call(function, [self._part(value, start, 2 * lanes) for value in (a, b)])
-            for start in (0, 2 * lanes)
-        ]
-        return builder.shuffle_vector(*parts, ir.Constant(WORDS, list(range(LANES))))
+def byte_dot(builder: ir.IRBuilder, total: ir.Value, codes: ir.Value, x: ir.Value) -> ir.Value:
+    """total + the four products of each lane's unsigned codes and signed x."""
+    if HAS_BYTE_DOT:
+        kind = ir.FunctionType(WORDS, [WORDS, WORDS, WORDS])
+        name = "llvm.x86.avx512.vpdpbusd.512"
+        return builder.call(cgutils.get_or_insert_function(builder.module, kind, name), [total, codes, x])
+    eight = ir.Constant(_SHORTS, [8] * 2 * LANES)
+    codes, x = builder.bitcast(codes, _SHORTS), builder.bitcast(x, _SHORTS)
+    low = builder.and_(codes, ir.Constant(_SHORTS, [0xFF] * 2 * LANES))
+    even = _dot_of_halves(builder, low, builder.ashr(builder.shl(x, eight), eight))
+    odd = _dot_of_halves(builder, builder.lshr(codes, eight), builder.ashr(x, eight))
+    return builder.add(total, builder.add(even, odd))
 
-    def _part(self, vector: ir.Value, start: int, count: int) -> ir.Value:
-        places = ir.Constant(ir.VectorType(WORD, count), list(range(start, start + count)))
-        return self._builder.shuffle_vector(vector, ir.Constant(vector.type, ir.Undefined), places)
+
+def _dot_of_halves(builder: ir.IRBuilder, a: ir.Value, b: ir.Value) -> ir.Value:
+    """The sum of each lane's two products of 16-bit integers."""
+    lanes = LANES if HAS_WIDE_SHORTS else LANES // 2
+    name = "llvm.x86.avx512.pmaddw.d.512" if lanes == LANES else "llvm.x86.avx2.pmadd.wd"
+    words, shorts = ir.VectorType(WORD, lanes), ir.VectorType(HALF, 2 * lanes)
+    function = cgutils.get_or_insert_function(builder.module, ir.FunctionType(words, [shorts, shorts]), name)
+    if lanes == LANES:
+        return builder.call(function, [a, b])
+
+    def part(vector: ir.Value, start: int) -> ir.Value:
+        places = ir.Constant(ir.VectorType(WORD, 2 * lanes), list(range(start, start + 2 * lanes)))
+        return builder.shuffle_vector(vector, ir.Constant(vector.type, ir.Undefined), places)
+
+    parts = [builder.call(function, [part(a, start), part(b, start)]) for start in (0, 2 * lanes)]
+    return builder.shuffle_vector(*parts, ir.Constant(WORDS, list(range(LANES))))
+
+
+def joined_digits(builder: ir.IRBuilder, digits: list[ir.Value]) -> ir.Value:
+    """The sum that two digits' sums make, of which the second is worth 256 times the first; or the one."""
+    if len(digits) == 1:
+        return digits[0]
+    return builder.add(digits[0], builder.shl(digits[1], ir.Constant(WORDS, [8] * LANES)))

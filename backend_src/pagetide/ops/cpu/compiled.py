@@ -18,7 +18,7 @@ import torch
 from llvmlite import binding as llvm
 from llvmlite import ir
 from numba.core import types
-from numba.extending import intrinsic
+from numba.extending import intrinsic, overload
 
 
 def _has_openmp() -> bool:
@@ -79,6 +79,12 @@ def device_function(function: Callable[..., Any]) -> Any:
     return numba.njit(fastmath=FAST_MATH, nogil=True, cache=True, error_model="numpy", boundscheck=False)(
         function
     )
+
+
+def by_format(function: Callable[..., Any]) -> Callable[..., Any]:
+    """Numba asks the decorated for the implementation of `function`, given the arguments' types."""
+    options: Any = {"fastmath": FAST_MATH, "nogil": True, "error_model": "numpy", "boundscheck": False}
+    return overload(function, jit_options=options)
 
 
 @intrinsic

@@ -27,12 +27,14 @@ import torch
 import torch.nn.functional as F
 from numba import prange
 
+from pagetide.kv_cache.layout import PAGE
 from pagetide.ops.batch import Batch
 from pagetide.ops.cpu.attention import attend, merge
 from pagetide.ops.cpu.attention_tasks import MAX_ROWS, plan_tasks
 from pagetide.ops.cpu.codes import IS_HALF, make_rounded, pack_codes
 from pagetide.ops.cpu.compiled import HAS_BF16_DOT, as_numpy, borrowed, device_function, kernel
 from pagetide.ops.cpu.kept import Keeper, no_keeper
+from pagetide.ops.cpu.kv_tile import PAGE_HEADER
 from pagetide.ops.cpu.matmul import prepare_rows, project, project_gated
 from pagetide.ops.cpu.norm import normalize
 from pagetide.ops.cpu.packing import GROUP, Packed, pack, packed_dense
@@ -215,13 +217,15 @@ class CompiledLayers:
             self._num_threads,
             shape.heads.head_dim,
             activation_type(Packed(self._weights.qkv, self._weights.qkv_forms)),
+            shape.rounds_kv,
         )
 
     @property
     def block_shape(self) -> tuple[int, ...]:
-        """[keys and values, KV heads, tokens x head size]: each head's panel as attention's tiles take it."""
-        heads = self._shape.heads
-        return (2, heads.num_kv_heads, self._shape.block_size * heads.head_dim)
+        """[keys and values, KV heads, pages]: each head's tokens as attention's tiles take them."""
+        heads, block_size = self._shape.heads, self._shape.block_size
+        header = PAGE_HEADER * (block_size // PAGE) if self._shape.rounds_kv else 0
+        return (2, heads.num_kv_heads, block_size * heads.head_dim + header)
 
     @property
     def ticks(self) -> np.ndarray:

@@ -9,15 +9,11 @@ A quantized weight (codes.py) multiplies the rows of x that prepare_row or prepa
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any
-
 import numpy as np
 from numba.core import types
-from numba.extending import overload
 
 from pagetide.ops.cpu.codes import CODE_ROWS, add_block, encode_row, encode_rows
-from pagetide.ops.cpu.compiled import FAST_MATH, device_function
+from pagetide.ops.cpu.compiled import by_format, device_function
 from pagetide.ops.cpu.packing import GROUP
 from pagetide.ops.cpu.sync import take
 from pagetide.ops.cpu.tile_code import LANES
@@ -112,12 +108,6 @@ def _is_dense(weight: types.NamedTuple) -> bool:
     return weight.types[0].dtype != types.uint8
 
 
-def _by_format(function: Callable[..., Any]) -> Callable[..., Any]:
-    """Numba asks the decorated for the implementation of `function`, given the arguments' types."""
-    options: Any = {"fastmath": FAST_MATH, "nogil": True, "error_model": "numpy", "boundscheck": False}
-    return overload(function, jit_options=options)
-
-
 def _tile_rows(weight):  # type: ignore[no-untyped-def]
     """Of the tiles that multiply this matrix."""
 
@@ -136,13 +126,13 @@ def prepare_rows(sync, phase, thread, x, num_rows, size, weight, layer, rounded)
     """All rows, as a phase of its own. Returns whether there was anything to do."""
 
 
-@_by_format(_tile_rows)
+@by_format(_tile_rows)
 def _choose_tile_rows(weight):  # type: ignore[no-untyped-def]
     rows = TILE_ROWS if _is_dense(weight) else CODE_ROWS
     return lambda weight: rows
 
 
-@_by_format(_multiply_block)
+@by_format(_multiply_block)
 def _choose_block(x, rounded, first, last, weight, layer, size, column, keeps, out, out_at, out_stride):  # type: ignore[no-untyped-def]
     def dense(x, rounded, first, last, weight, layer, size, column, keeps, out, out_at, out_stride):  # type: ignore[no-untyped-def]
         _multiply_dense(x, first, last, weight, layer, size, column, keeps, out, out_at, out_stride)
@@ -156,7 +146,7 @@ def _choose_block(x, rounded, first, last, weight, layer, size, column, keeps, o
     return dense if _is_dense(weight) else quantized
 
 
-@_by_format(prepare_row)
+@by_format(prepare_row)
 def _choose_row(x, row, size, weight, layer, rounded):  # type: ignore[no-untyped-def]
     def nothing(x, row, size, weight, layer, rounded):  # type: ignore[no-untyped-def]
         pass
@@ -167,7 +157,7 @@ def _choose_row(x, row, size, weight, layer, rounded):  # type: ignore[no-untype
     return nothing if _is_dense(weight) else quantized
 
 
-@_by_format(prepare_rows)
+@by_format(prepare_rows)
 def _choose_rows(sync, phase, thread, x, num_rows, size, weight, layer, rounded):  # type: ignore[no-untyped-def]
     def nothing(sync, phase, thread, x, num_rows, size, weight, layer, rounded):  # type: ignore[no-untyped-def]
         return False

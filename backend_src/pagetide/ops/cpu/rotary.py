@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import numpy as np
+from numba.core import types
 
 from pagetide.kv_cache.layout import PAGE
-from pagetide.ops.cpu.compiled import device_function, store
+from pagetide.ops.cpu.attention import page_size
+from pagetide.ops.cpu.compiled import by_format, device_function, store
 from pagetide.ops.cpu.rotate import rotate
+from pagetide.ops.cpu.rounded_kv import write_rounded_key, write_rounded_value
 from pagetide.ops.cpu.sync import take
 from pagetide.ops.cpu.tile_code import LANES
 from pagetide.ops.cpu.tiles import depth_of
@@ -18,12 +21,13 @@ _TOKENS = 4  # of a task
 @device_function
 def write(sync, phase, thread, scratch, qkv, layer, kv, places, norms, eps, scale, q):  # type: ignore[no-untyped-def]
     """qkv float32 [t, (H + 2K) * D]: queries, times scale, go to q [t, H, D]; keys and values to kv
-    [layers, blocks, 2, K, block_size * D].
+    [layers, blocks, 2, K, pages * page_size].
 
     places: layers.Places; norms: weights of queries and keys float32 [D], or empty.
     """
     num_heads, head_dim = q.shape[1], q.shape[2]
-    num_kv_heads, block_size = kv.shape[3], kv.shape[4] // head_dim
+    num_kv_heads, size = kv.shape[3], page_size(kv, head_dim)
+    block_size = kv.shape[4] // size * PAGE
     width = qkv.shape[1]
     slots, positions, turns = places.slots, places.positions, places.cos_sin
     num_tokens = len(slots)
@@ -34,7 +38,7 @@ def write(sync, phase, thread, scratch, qkv, layer, kv, places, norms, eps, scal
         for token in range(task * _TOKENS, min(task * _TOKENS + _TOKENS, num_tokens)):
             slot, position = slots[token], positions[token]
             block, offset = slot // block_size, slot % block_size
-            page, line = offset // PAGE * PAGE * head_dim, offset % PAGE
+            page, line = offset // PAGE * size, offset % PAGE
             for head in range(num_heads):
                 own, target = token * width + head * head_dim, (token * num_heads + head) * head_dim
                 _rotate(qkv, own, turns, position, norms[0], eps, scale, scratch.sums[thread, 1], q, target)
@@ -56,7 +60,7 @@ def write(sync, phase, thread, scratch, qkv, layer, kv, places, norms, eps, scal
                     rotated,
                     0,
                 )
-                _write_key(kv, keys, line, rotated)
+                _write_key(kv, keys, line, rotated, scratch, thread)
                 _write_value(
                     kv,
                     values,
@@ -66,12 +70,14 @@ def write(sync, phase, thread, scratch, qkv, layer, kv, places, norms, eps, scal
                     head_dim,
                     follows,
                     is_followed,
+                    scratch,
+                    thread,
                 )
         task = take(sync, phase, thread, num_tasks)
 
 
 @device_function
-def _write_key(kv, page, line, key):  # type: ignore[no-untyped-def]
+def _write_dense_key(kv, page, line, key):  # type: ignore[no-untyped-def]
     """page: the element of the whole pool at which the keys of a page begin."""
     if depth_of(kv) == 2:
         for i in range(0, key.shape[0], 2):
@@ -82,7 +88,7 @@ def _write_key(kv, page, line, key):  # type: ignore[no-untyped-def]
 
 
 @device_function
-def _write_value(kv, page, line, rows, at, size, follows, is_followed):  # type: ignore[no-untyped-def]
+def _write_dense_value(kv, page, line, rows, at, size, follows, is_followed):  # type: ignore[no-untyped-def]
     """rows' elements `at` and on.
 
     In bfloat16 two tokens of the step that make a pair are written together, when the first one's turn
@@ -117,3 +123,36 @@ def _rotate(rows, at, turns, position, norm, eps, factor, head, out, out_at):  #
         rotate(head, 0, turns, position * size, size // 2, factor, out, out_at)
     else:
         rotate(rows, at, turns, position * size, size // 2, factor, out, out_at)
+
+
+def _write_key(kv, page, line, key, scratch, thread):  # type: ignore[no-untyped-def]
+    """page: the element of the whole pool at which the keys of a page begin."""
+
+
+def _write_value(kv, page, line, rows, at, size, follows, is_followed, scratch, thread):  # type: ignore[no-untyped-def]
+    """rows' elements `at` and on; follows, is_followed: whether the step writes the other token of its pair
+    too.
+    """
+
+
+@by_format(_write_key)
+def _choose_key(kv, page, line, key, scratch, thread):  # type: ignore[no-untyped-def]
+    def dense(kv, page, line, key, scratch, thread):  # type: ignore[no-untyped-def]
+        _write_dense_key(kv, page, line, key)
+
+    def rounded(kv, page, line, key, scratch, thread):  # type: ignore[no-untyped-def]
+        write_rounded_key(kv, page, line, key, scratch.query_codes[thread], scratch.query_scales[thread])
+
+    return rounded if kv.dtype == types.uint8 else dense
+
+
+@by_format(_write_value)
+def _choose_value(kv, page, line, rows, at, size, follows, is_followed, scratch, thread):  # type: ignore[no-untyped-def]
+    def dense(kv, page, line, rows, at, size, follows, is_followed, scratch, thread):  # type: ignore[no-untyped-def]
+        _write_dense_value(kv, page, line, rows, at, size, follows, is_followed)
+
+    def rounded(kv, page, line, rows, at, size, follows, is_followed, scratch, thread):  # type: ignore[no-untyped-def]
+        codes, scales = scratch.query_codes[thread], scratch.query_scales[thread]
+        write_rounded_value(kv, page, line, rows, at, size, codes, scales)
+
+    return rounded if kv.dtype == types.uint8 else dense

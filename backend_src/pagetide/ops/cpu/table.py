@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from functools import partial
 
+from pagetide.config import SettingsError
 from pagetide.ops import reference
 from pagetide.ops.cpu.embedding import CompiledEmbedding
 from pagetide.ops.cpu.gather import gather
@@ -42,7 +43,12 @@ def make_embedding(keep: Keeper, weights: EmbeddingWeights) -> Embedding:
 
 
 def make_layers(keep: Keeper, shape: LayerShape, layers: Iterable[LayerWeights]) -> Layers:
-    """Compiled where the sizes allow it, plain torch otherwise."""
-    return (
-        CompiledLayers(shape, layers, keep) if can_run(shape) else ComposedLayers(TORCH_LAYERS, shape, layers)
-    )
+    """Compiled where the sizes allow it, plain torch otherwise. Raises SettingsError."""
+    if can_run(shape):
+        return CompiledLayers(shape, layers, keep)
+    if shape.rounds_kv:
+        raise SettingsError(
+            "kv_cache_dtype is int8, which needs a block_size in whole 16s and a model whose sizes the CPU's "
+            "kernels take; use auto"
+        )
+    return ComposedLayers(TORCH_LAYERS, shape, layers)

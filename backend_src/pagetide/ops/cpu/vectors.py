@@ -254,7 +254,7 @@ def prefetch(typing_context, array, at, size):  # type: ignore[no-untyped-def]
 
     def generate(context, builder, signature, args):  # type: ignore[no-untyped-def]
         data = context.make_array(signature.args[0])(context, builder, args[0]).data
-        step = _LINE_BYTES // (2 if data.type.pointee == HALF else 4)
+        step = _LINE_BYTES // context.get_abi_sizeof(data.type.pointee)
         with cgutils.for_range_slice(builder, int_constant(0), args[2], int_constant(step), INDEX) as (i, _):
             emit_prefetch(builder, builder.gep(data, [builder.add(args[1], i)]))
         return context.get_dummy_value()

@@ -1,0 +1,151 @@
+"""Keys and values in the cache as 8-bit integers, each token and head with a scale of its own (the pages of
+kv_tile.py): half the memory of bfloat16. Queries, and the weights of values, are rounded to 16 bits.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+
+from pagetide.kv_cache.layout import PAGE
+from pagetide.ops.cpu.attention_tasks import SPAN
+from pagetide.ops.cpu.compiled import device_function
+from pagetide.ops.cpu.encoding import encode_group
+from pagetide.ops.cpu.kv_tile import PAGE_HEADER, put_float, scale_by_tokens, tile_of_rounded_pages
+from pagetide.ops.cpu.vectors import prefetch
+
+_ROWS = 4  # of a tile
+_PANEL_BYTES = PAGE * PAGE  # 16 elements of a page's values
+
+
+@device_function
+def round_queries(rows, queries, scratch, thread):  # type: ignore[no-untyped-def]
+    """Makes a task's queries [rows, D] ready to be multiplied."""
+    head_dim = queries.shape[1]
+    codes, scales = scratch.query_codes[thread], scratch.query_scales[thread]
+    for row in range(rows):
+        at = row * 2 * head_dim
+        encode_group(queries, row * head_dim, head_dim, True, codes, at, at + head_dim, scales, row * 2)
+
+
+@device_function
+def score_rounded(rows, head_dim, kv, places, keys, values, num_keys, scratch, thread, scores):  # type: ignore[no-untyped-def]
+    """attention._score; keys, values: rows of places."""
+    x, scales = scratch.query_codes[thread], scratch.query_scales[thread]
+    steps = head_dim // 4
+    for page in range(0, (num_keys + PAGE - 1) // PAGE, 2):
+        at, apart = keys * places.shape[1] + page, places[keys, page + 1] - places[keys, page]
+        prefetch(kv, places[values, page], PAGE_HEADER + PAGE * head_dim)
+        prefetch(kv, places[values, page + 1], PAGE_HEADER + PAGE * head_dim)
+        for row in range(0, rows, _ROWS):
+            x_at, to = row * 2 * head_dim, row * SPAN + page * PAGE
+            if rows - row == 1:
+                tile_of_rounded_pages(
+                    1, 2, True, x, x_at, head_dim, scales, row * 2, kv, places, at, 1, PAGE_HEADER, apart,
+                    steps, scores, to, SPAN,
+                )  # fmt: skip
+            elif rows - row == 2:
+                tile_of_rounded_pages(
+                    2, 2, True, x, x_at, head_dim, scales, row * 2, kv, places, at, 1, PAGE_HEADER, apart,
+                    steps, scores, to, SPAN,
+                )  # fmt: skip
+            elif rows - row == 3:
+                tile_of_rounded_pages(
+                    3, 2, True, x, x_at, head_dim, scales, row * 2, kv, places, at, 1, PAGE_HEADER, apart,
+                    steps, scores, to, SPAN,
+                )  # fmt: skip
+            else:
+                tile_of_rounded_pages(
+                    4, 2, True, x, x_at, head_dim, scales, row * 2, kv, places, at, 1, PAGE_HEADER, apart,
+                    steps, scores, to, SPAN,
+                )  # fmt: skip
+
+
+@device_function
+def add_rounded_values(rows, weights, kv, places, keys, values, num_keys, scratch, thread, sums):  # type: ignore[no-untyped-def]
+    """attention._add_values; keys, values: rows of places, the keys' of the next span. weights float32, not
+    needed any more afterwards.
+    """
+    head_dim = sums.shape[1]
+    x, scales = scratch.weight_codes[thread], scratch.weight_scales[thread]
+    pages = (num_keys + PAGE - 1) // PAGE
+    for page in range(pages):
+        prefetch(kv, places[keys, page], PAGE_HEADER + PAGE * head_dim)
+    for row in range(rows):
+        for page in range(pages):
+            scale_by_tokens(weights, row * SPAN + page * PAGE, kv, places[values, page])
+        at = row * 2 * SPAN
+        encode_group(weights, row * SPAN, pages * PAGE, True, x, at, at + SPAN, scales, row * 2)
+    for row in range(0, rows, _ROWS):
+        panel = 0
+        while panel < head_dim // PAGE:
+            num_panels = 2 if head_dim // PAGE - panel >= 2 else 1
+            _add_panels(
+                min(rows - row, _ROWS),
+                num_panels,
+                x,
+                row,
+                scales,
+                kv,
+                places,
+                values * places.shape[1],
+                pages,
+                PAGE_HEADER + panel * _PANEL_BYTES,
+                sums,
+                row * head_dim + panel * PAGE,
+            )
+            panel += num_panels
+
+
+@device_function
+def _add_panels(rows, panels, x, row, scales, kv, places, places_at, pages, at, sums, to):  # type: ignore[no-untyped-def]
+    """One or two panels of values, for at most 4 rows."""
+    x_at, d, apart, steps = row * 2 * SPAN, sums.shape[1], _PANEL_BYTES, PAGE // 4
+    if panels == 1:
+        tile_of_rounded_pages(
+            4, 1, False, x, x_at, SPAN, scales, row * 2, kv, places, places_at, pages, at, apart, steps, sums,
+            to, d,
+        )  # fmt: skip
+    elif rows == 1:
+        tile_of_rounded_pages(
+            1, 2, False, x, x_at, SPAN, scales, row * 2, kv, places, places_at, pages, at, apart, steps, sums,
+            to, d,
+        )  # fmt: skip
+    elif rows == 2:
+        tile_of_rounded_pages(
+            2, 2, False, x, x_at, SPAN, scales, row * 2, kv, places, places_at, pages, at, apart, steps, sums,
+            to, d,
+        )  # fmt: skip
+    elif rows == 3:
+        tile_of_rounded_pages(
+            3, 2, False, x, x_at, SPAN, scales, row * 2, kv, places, places_at, pages, at, apart, steps, sums,
+            to, d,
+        )  # fmt: skip
+    else:
+        tile_of_rounded_pages(
+            4, 2, False, x, x_at, SPAN, scales, row * 2, kv, places, places_at, pages, at, apart, steps, sums,
+            to, d,
+        )  # fmt: skip
+
+
+@device_function
+def write_rounded_key(kv, page, line, key, codes, scales):  # type: ignore[no-untyped-def]
+    """One token's key [D]; page: the byte of the whole pool at which the keys of a page begin; codes int8
+    [D], scales float32 [2]: scratch memory.
+    """
+    size = key.shape[0]
+    encode_group(key, 0, size, True, codes, 0, -1, scales, 0)
+    put_float(kv, page + 4 * line, scales[0])
+    data = kv.reshape(-1)
+    for i in range(size):
+        data[page + PAGE_HEADER + i // 4 * 4 * PAGE + line * 4 + i % 4] = np.uint8(codes[i]) ^ np.uint8(128)
+
+
+@device_function
+def write_rounded_value(kv, page, line, rows, at, size, codes, scales):  # type: ignore[no-untyped-def]
+    """The same of a value: rows' elements `at` and on."""
+    encode_group(rows, at, size, True, codes, 0, -1, scales, 0)
+    put_float(kv, page + 4 * line, scales[0])
+    data = kv.reshape(-1)
+    first = page + PAGE_HEADER + line // 4 * 4 * PAGE + line % 4
+    for i in range(size):
+        data[first + i // PAGE * _PANEL_BYTES + i % PAGE * 4] = np.uint8(codes[i]) ^ np.uint8(128)
