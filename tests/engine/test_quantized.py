@@ -20,8 +20,17 @@ from numba import prange
 from pagetide.config import SettingsError
 from pagetide.llm import LLM
 from pagetide.models.config import UnsupportedModelError
+from pagetide.ops import weights as weights_module
 from pagetide.ops.attention import HeadShape
-from pagetide.ops.cpu.codes import CODE_ROWS, add_block, encode_row, make_rounded, pack_codes, read_code_rows
+from pagetide.ops.cpu.codes import (
+    CODE_ROWS,
+    add_block,
+    encode_row,
+    join_codes,
+    make_rounded,
+    pack_codes,
+    read_code_rows,
+)
 from pagetide.ops.cpu.compiled import as_numpy, borrowed, kernel
 from pagetide.ops.cpu.embedding import CompiledEmbedding
 from pagetide.ops.cpu.layers import PHASES, CompiledLayers
@@ -119,7 +128,7 @@ def test_products(bits, outputs, inputs, num_rows, dtype, activation_bits, seed)
         quantize(torch.randn(outputs, inputs), 12 - bits),
         quantize(torch.randn(outputs, inputs), bits),
     ]
-    packed = pack_codes(weights)
+    packed = join_codes([pack_codes(weight) for weight in weights])
     x = torch.randn(num_rows + CODE_ROWS, inputs).to(dtype)
     x[0, :16] = 0
     out = torch.randn(num_rows + CODE_ROWS, -(-outputs // 32) * 32)
@@ -133,9 +142,30 @@ def test_products(bits, outputs, inputs, num_rows, dtype, activation_bits, seed)
     )
     assert torch.equal(out[num_rows + 1 :], before[num_rows + 1 :]), "a tile goes one row too far at most"
     chosen = torch.tensor([outputs - 1, 0, outputs // 2])
-    for index, weight in enumerate(weights):
-        part = pack_codes(weights[index : index + 1])
+    for weight in weights:
+        part = join_codes([pack_codes(weight)])
         torch.testing.assert_close(read_code_rows(part, inputs, chosen), values_of(weight)[chosen])
+
+
+@pytest.mark.parametrize("bits", [4, 8])
+@pytest.mark.parametrize("value", [torch.nan, torch.inf, -torch.inf])
+def test_what_is_no_number_stays_none(bits, value):
+    """A row of a broken model must be seen, and only that row."""
+    weight = quantize(torch.randn(32, 64), bits)
+    x = torch.randn(3 + CODE_ROWS, 64)
+    x[1, 40] = value
+    out, own = torch.zeros(3 + CODE_ROWS, 32), make_rounded(3 + CODE_ROWS, 64)
+    _product(as_numpy(x), 3, join_codes([pack_codes(weight)]), 0, 64, own, out.numpy())
+    assert not out[1].isfinite().any() and out[[0, 2]].isfinite().all()
+
+
+def test_large_matrices_are_rounded_in_parts(monkeypatch):
+    values = torch.randn(50, 64)
+    whole = [quantize(values, bits) for bits in (4, 8)]
+    monkeypatch.setattr(weights_module, "_QUANTIZED_TOGETHER", 700)
+    for before in whole:
+        now = quantize(values, before.bits)
+        assert torch.equal(now.codes, before.codes) and torch.equal(now.minima, before.minima)
 
 
 def quantized_layers(layers: list[LayerWeights], bits: int, activation_bits: int = 16) -> list[LayerWeights]:
@@ -179,8 +209,8 @@ def test_quantized_layers(lengths, bits, activation_bits, dtype, has_bias, seed)
 def test_quantized_layers_take_the_phases_that_round():
     shape = LayerShape(2, 64, 48, HeadShape(6, 2, 32), 16, 1e-5, rotary_like(400, 32))
     layers = random_layers(shape, torch.float32, 0, False, False)
-    for weights, rounds in ((layers, False), (quantized_layers(layers, 8), True)):
-        compiled = CompiledLayers(shape, weights)
+    for chosen, rounds in ((layers, False), (quantized_layers(layers, 8), True)):
+        compiled = CompiledLayers(shape, chosen)
         run_steps(compiled, shape, [[20, 5]], 0.0, torch.float32)
         for name, ticks in zip(PHASES, compiled.ticks.T, strict=True):
             assert (ticks > 0).all() == (name != "merge" and (rounds or name != "round"))

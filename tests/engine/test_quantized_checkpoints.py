@@ -19,8 +19,9 @@ from pagetide.llm import LLM
 from pagetide.models.config import UnsupportedModelError, read_json
 from pagetide.models.convert import convert
 from pagetide.models.gguf_codes import _KINDS
+from pagetide.models.quantized import Scheme, read_matrix
 from pagetide.models.source import find_codes, find_model
-from pagetide.models.weights import Checkpoint
+from pagetide.models.weights import Checkpoint, QuantizedAtLoad
 from pagetide.ops.weights import DenseWeight, QuantizedWeight
 from quality import context_logprobs, divergence
 from safetensors.torch import load_file, save_file
@@ -167,14 +168,18 @@ def test_codes_stay_as_they_are(tmp_path, form):
     weight = checkpoint.read_weight(("model.layers.0.mlp.gate_proj", "model.layers.0.mlp.up_proj"))
     assert isinstance(weight, QuantizedWeight)
     assert (weight.bits, weight.group, weight.activation_bits) == (4, GROUP, 16)
-    left = checkpoint.read_weight(("model.layers.1.mlp.down_proj",))
-    assert isinstance(left, QuantizedWeight) and left.bits == 8
+    left = ("model.layers.1.mlp.down_proj",)
+    assert isinstance(checkpoint.read_weight(left), DenseWeight)
     assert isinstance(checkpoint.read_table("lm_head", 50, is_head=True), DenseWeight)
+    uniform = QuantizedAtLoad(checkpoint, 8, None, rounds_head=False)
+    rounded = uniform.read_weight(left)
+    assert isinstance(rounded, QuantizedWeight) and rounded.bits == 8
+    assert isinstance(uniform.read_table("lm_head", 50, is_head=True), DenseWeight)
 
 
 def test_a_setting_says_how_activations_are_rounded(tmp_path):
     write_quantized(tmp_path, "mistral", "gptq")
-    exact = own_logprobs(tmp_path, ops="reference")
+    exact = own_logprobs(tmp_path, ops="reference", quantization="w4a16")
     wide, narrow = (
         divergence(exact, own_logprobs(tmp_path, quantization=each)).max() for each in ("w4a16", "w4a8")
     )
@@ -207,11 +212,116 @@ def test_fp8_checkpoints(tmp_path):
     assert divergence(expected_logprobs(model), own_logprobs(tmp_path)).max() < 0.02
 
 
+@pytest.mark.parametrize("form", ["gptq", "compressed"])
+def test_a_quantized_head_is_read(tmp_path, form):
+    """It has no tensor called lm_head.weight, which is no sign of a head that is the embedding."""
+    model = write_quantized(tmp_path, "mistral", form)
+    tensors = load_file(tmp_path / "model.safetensors")
+    size = tensors.pop("lm_head.weight").shape  # 199 tokens do not fill the packed words of GPTQ
+    codes, scales = torch.randint(0, 16, (200, size[1])), torch.full((200, size[1] // GROUP), 2.0**-5)
+    index, zeros = torch.arange(size[1]) // GROUP, torch.full_like(scales, 8, dtype=torch.int64)
+    own = FORMS[form][3](codes, zeros, scales, index)
+    save_file(
+        {**tensors, **{f"lm_head.{p}": t.contiguous() for p, t in own.items()}},
+        tmp_path / "model.safetensors",
+    )
+    with torch.no_grad():
+        model.lm_head.weight.copy_(((codes - 8) * 2.0**-5)[:199])
+    assert divergence(expected_logprobs(model), own_logprobs(tmp_path)).max() < 2e-3
+
+
+def test_dense_matrices_become_what_was_asked_for(tmp_path):
+    """Also where others of the checkpoint are codes, and where its values are FP8."""
+    write_quantized(tmp_path, "mistral", "gptq")
+    checkpoint = Checkpoint(tmp_path, torch.bfloat16, torch.device("cpu"))
+    four = QuantizedAtLoad(checkpoint, 4, 8, rounds_head=True)
+    for name, bits in (("model.layers.1.mlp.down_proj", 4), ("model.layers.0.mlp.down_proj", 4)):
+        found = four.read_weight((name,))
+        assert isinstance(found, QuantizedWeight) and (found.bits, found.activation_bits) == (bits, 8)
+    head = four.read_table("lm_head", 50, is_head=True)
+    assert isinstance(head, QuantizedWeight) and head.bits == 8
+    eight = QuantizedAtLoad(checkpoint, 8, 16, rounds_head=True).read_weight(
+        ("model.layers.0.mlp.down_proj",)
+    )
+    assert isinstance(eight, QuantizedWeight) and eight.bits == 8
+
+
+def raw_of(tensors: Tensors) -> Any:
+    class Raw(dict):
+        def raw(self, name: str) -> torch.Tensor:
+            return self[name]
+
+    return Raw({f"m.{name}": tensor for name, tensor in tensors.items()})
+
+
+def test_zero_points_of_older_and_of_8_bit_compressed_tensors():
+    codes, zeros = torch.randint(0, 16, (24, 64)), torch.randint(3, 12, (24, 2))
+    scales = torch.full((24, 2), 0.25)
+    packed = compressed(4, True)(codes, zeros, scales, torch.arange(64) // 32)
+    older = raw_of({**packed, "weight_zero_point": (zeros - 8).to(torch.int8)})
+    found = read_matrix(older, "m", Scheme("compressed-tensors"), torch.float32).dense()
+    assert torch.equal(found, (codes - zeros.repeat_interleave(32, 1)) * 0.25)
+    signed, point = torch.randint(-128, 128, (24, 64)), torch.randint(-9, 9, (24, 1))
+    tensors = {
+        "weight": signed.to(torch.int8),
+        "weight_scale": torch.full((24, 1), 0.25),
+        "weight_zero_point": point.to(torch.int8),
+    }
+    found = read_matrix(raw_of(tensors), "m", Scheme("compressed-tensors"), torch.float32).dense()
+    assert torch.equal(found, (signed - point) * 0.25)
+
+
+def test_scales_next_to_dense_matrices_are_not_used_again():
+    values = torch.randn(8, 32).bfloat16()
+    raw = raw_of({"weight": values, "weight_scale": torch.full((1,), 0.01)})
+    for method in ("compressed-tensors", "fp8"):
+        assert torch.equal(read_matrix(raw, "m", Scheme(method), torch.bfloat16).dense(), values)
+
+
+def test_one_scale_for_all_packed_codes():
+    codes = torch.randint(0, 16, (24, 64))
+    tensors = compressed(4, True)(codes, codes, torch.ones(24, 2), -torch.ones(64))
+    tensors["weight_scale"] = torch.tensor([0.5])
+    found = read_matrix(raw_of(tensors), "m", Scheme("compressed-tensors"), torch.float32).dense()
+    assert torch.equal(found, (codes - 8) * 0.5)
+
+
+def test_a_layout_that_does_not_fit_is_told():
+    tensors = gptq(4)(torch.zeros(16, 40).int(), torch.zeros(16, 3).int(), torch.ones(16, 3), torch.zeros(40))
+    del tensors["g_idx"]
+    with pytest.raises(UnsupportedModelError, match="m is not laid out as in gptq checkpoints: 40 inputs"):
+        read_matrix(raw_of(tensors), "m", Scheme("gptq"), torch.float32)
+
+
+def test_the_older_file_of_settings_is_read(tmp_path):
+    model = write_quantized(tmp_path, "mistral", "gptq")
+    config = read_json(tmp_path / "config.json")
+    settings = config.pop("quantization_config")
+    del settings["quant_method"]
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    (tmp_path / "quantize_config.json").write_text(json.dumps(settings))
+    assert divergence(expected_logprobs(model), own_logprobs(tmp_path)).max() < 2e-3
+
+
+def test_bytes_that_nobody_explains_are_refused(tmp_path):
+    write_model(tmp_path, FAMILIES["mistral"])
+    tensors = load_file(tmp_path / "model.safetensors")
+    name = "model.layers.0.self_attn.o_proj.weight"
+    save_file({**tensors, name: tensors[name].to(torch.float8_e4m3fn)}, tmp_path / "model.safetensors")
+    with pytest.raises(
+        UnsupportedModelError, match=r"o_proj\.weight is of type float8_e4m3fn, and the checkpoint"
+    ):
+        LLM(str(tmp_path), num_blocks=32)
+
+
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"quant_method": "bitsandbytes"}, "quantized by bitsandbytes; known: gptq, awq, compressed-tensors"),
-        ({"quant_method": "awq", "version": "gemv"}, "AWQ's version gemv; known: gemm"),
+        ({"quant_method": "bitsandbytes"}, "quantized by bitsandbytes; known: awq, compressed-tensors, fp8"),
+        ({"quant_method": "awq", "version": "gemv"}, "awq version is gemv; known: gemm"),
+        ({"quant_method": "gptq", "checkpoint_format": "marlin"}, "gptq checkpoint_format is marlin; known"),
+        ({"quant_method": "compressed-tensors", "format": "marlin-24"}, "format is marlin-24; known: pack-q"),
+        ({"quant_method": "compressed-tensors", "transform_config": {"a": 1}}, "rotates activations"),
         ({"bits": 4}, "quantized by an unnamed method"),
     ],
 )

@@ -8,6 +8,7 @@ from __future__ import annotations
 import gc
 import sys
 from dataclasses import replace
+from pathlib import Path
 
 import torch
 
@@ -21,7 +22,7 @@ from pagetide.engine.scheduler import Scheduler
 from pagetide.kv_cache.store import make_store
 from pagetide.models.config import DecoderConfig
 from pagetide.models.decoder import Decoder, layer_shape
-from pagetide.models.families import read_model
+from pagetide.models.families import Family, read_model
 from pagetide.models.source import find_codes, find_model, packed_folder
 from pagetide.models.weights import Checkpoint, QuantizedAtLoad, RandomTensors, Tensors
 from pagetide.ops.select import select_ops
@@ -48,10 +49,9 @@ def assemble(settings: Settings) -> Engine:
         # Rows beyond the tokenizer's are padding: whatever they say has no text.
         config = replace(config, vocab_size=min(config.vocab_size, len(vocabulary.full)))
     device = select_device(settings)
-    is_quantized = settings.quantization != "none" and settings.load_format != "dummy"
-    codes = find_codes(settings.model, model, settings.cache_path) if is_quantized else None
     settings = settings.sized_for(device.torch_device.type)
     dtype, rounds_kv = _dtype(settings, device), settings.kv_cache_dtype == "int8"
+    codes = find_codes(settings.model, model, settings.cache_path) if _reads_codes(settings) else None
 
     # Nothing may compute on this thread: a second OpenMP pool would make the first one sleep between its
     # kernels.
@@ -59,14 +59,7 @@ def assemble(settings: Settings) -> Engine:
         keeps = settings.keep_packed_weights and settings.load_format != "dummy"
         folder = packed_folder(model, settings.cache_path) if keeps else None
         ops = select_ops(device.torch_device, settings, dtype, model, folder)
-        checkpoint: Tensors = (
-            RandomTensors(family, config, dtype, device.torch_device)
-            if settings.load_format == "dummy"
-            else Checkpoint(model, dtype, device.torch_device, codes)
-        )
-        if settings.quantization != "none":
-            bits, activation_bits = settings.quantization.removeprefix("w").split("a")
-            checkpoint = QuantizedAtLoad(checkpoint, int(bits), int(activation_bits))
+        checkpoint = _read_checkpoint(settings, model, codes, dtype, device, family, config)
         shape = layer_shape(config, settings.block_size, max_len, device.torch_device, rounds_kv)
         return ops, Decoder(config, family, checkpoint, ops, shape, device.activation_dtype or dtype)
 
@@ -115,6 +108,36 @@ def assemble(settings: Settings) -> Engine:
     gc.collect()
     gc.freeze()
     return Engine(info, scheduler, runner, device.overlaps, settings.check_integrity)
+
+
+def _reads_codes(settings: Settings) -> bool:
+    return settings.quantization != "none" and settings.load_format != "dummy"
+
+
+def _read_checkpoint(
+    settings: Settings,
+    model: Path,
+    codes: Path | None,
+    dtype: torch.dtype,
+    device: Device,
+    family: Family,
+    config: DecoderConfig,
+) -> Tensors:
+    """The tensors that the decoder is made of; codes: of a GGUF file."""
+    place = device.torch_device
+    if settings.load_format == "dummy":
+        tensors: Tensors = RandomTensors(family, config, dtype, place)
+        is_quantized = False
+    else:
+        tensors = checkpoint = Checkpoint(model, dtype, place, codes)
+        is_quantized = checkpoint.is_quantized
+    if settings.quantization != "none":
+        bits, activation_bits = settings.quantization.removeprefix("w").split("a")
+        return QuantizedAtLoad(tensors, int(bits), int(activation_bits), rounds_head=True)
+    if is_quantized and place.type == "cpu" and settings.ops == "auto":
+        # One kernel has all layers: what the checkpoint has left dense becomes finer than what it has not.
+        return QuantizedAtLoad(tensors, 8, None, rounds_head=False)
+    return tensors
 
 
 def _dtype(settings: Settings, device: Device) -> torch.dtype:

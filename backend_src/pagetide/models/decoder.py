@@ -55,7 +55,7 @@ class Decoder:
 
     def _read_embedding(self) -> EmbeddingWeights:
         family = self._family
-        is_tied = self._config.tie_embeddings or f"{family.head}.weight" not in self._checkpoint
+        is_tied = self._config.tie_embeddings or not self._checkpoint.has(family.head)
         size = self._config.vocab_size  # the checkpoint's matrices may be padded beyond it
         return EmbeddingWeights(
             embedding=self._checkpoint.read_table(family.embedding, size, is_head=is_tied),

@@ -2,19 +2,20 @@
 (arXiv:2306.00978), compressed-tensors and FP8 checkpoints as Hugging Face's hub has them, and in the one that
 gguf_codes.py writes.
 
-What no kernel has codes for becomes codes of 8 bits, which are finer than any of it.
+What no kernel has codes for is read as what it stands for.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from typing import Any, Protocol
+from pathlib import Path
+from typing import Protocol
 
 import torch
 
-from pagetide.models.config import UnsupportedModelError
-from pagetide.ops.weights import DenseWeight, QuantizedWeight, Weight, quantize
+from pagetide.models.config import UnsupportedModelError, read_json
+from pagetide.ops.weights import DenseWeight, QuantizedWeight, Weight
 
 _MOST_INPUTS = 128  # that may share a scale: those of larger groups are given several
 _AWQ_ORDER = (0, 4, 1, 5, 2, 6, 3, 7)  # where the outputs of a word's nibbles stand
@@ -42,70 +43,89 @@ class Scheme:
     activation_bits: int = 16
 
 
-def read_scheme(raw: dict[str, Any]) -> Scheme | None:
-    """From a model's config.json; None where nothing is quantized. Raises UnsupportedModelError."""
-    settings = raw.get("quantization_config") or raw.get("compression_config")
+def read_scheme(model: Path) -> Scheme | None:
+    """From the files of a model directory; None where nothing is quantized. Raises UnsupportedModelError."""
+    config = read_json(model / "config.json")
+    settings = config.get("quantization_config") or config.get("compression_config")
+    if not settings and (older := read_json(model / "quantize_config.json")):  # AutoGPTQ's own file
+        settings = {"quant_method": "gptq", **older}
     if not settings:
         return None
     method = settings.get("quant_method", "")
-    if method not in _READERS:
+    known = _READERS.keys() - {"codes"}
+    if method not in known:
         raise UnsupportedModelError(
-            f"the checkpoint is quantized by {method or 'an unnamed method'}; known: {', '.join(_READERS)}, "
-            "and GGUF files"
+            f"the checkpoint is quantized by {method or 'an unnamed method'}; known: "
+            f"{', '.join(sorted(known))}, and GGUF files"
         )
-    if method == "awq" and settings.get("version", "gemm") != "gemm":
-        raise UnsupportedModelError(f"the checkpoint is AWQ's version {settings['version']}; known: gemm")
+    for key, values in _VARIANTS.get(method, {}).items():
+        if str(settings.get(key) or values[0]).lower() not in values:
+            raise UnsupportedModelError(
+                f"the checkpoint's {method} {key} is {settings[key]}; known: {', '.join(values)}"
+            )
+    if settings.get("transform_config"):
+        raise UnsupportedModelError("the checkpoint rotates activations (transform_config): not supported")
     groups = (settings.get("config_groups") or {}).values()
     blocks = [
         settings.get("weight_block_size"),
         *((group.get("weights") or {}).get("block_structure") for group in groups),
     ]
-    block = next((tuple(each) for each in blocks if each), None)
-    rounds_activations = any(
-        (group.get("input_activations") or {}).get("num_bits") == 8
-        and group["input_activations"].get("type", "int") == "int"
-        for group in groups
+    activations = [group.get("input_activations") or {} for group in groups]
+    rounds_all = bool(activations) and all(
+        each.get("num_bits") == 8 and each.get("type", "int") == "int" for each in activations
     )
     return Scheme(
         method,
         zero_shift=0 if settings.get("checkpoint_format") == "gptq_v2" else 1,
-        block=block,
-        activation_bits=8 if rounds_activations else 16,
+        block=next(((int(each[0]), int(each[1])) for each in blocks if each), None),
+        activation_bits=8 if rounds_all else 16,
     )
 
 
+# What may stand in a checkpoint's settings, the first where they say nothing.
+_VARIANTS = {
+    "gptq": {"checkpoint_format": ("gptq", "gptq_v2")},
+    "awq": {"version": ("gemm",)},
+    "compressed-tensors": {
+        "format": ("pack-quantized", "int-quantized", "naive-quantized", "float-quantized", "dense")
+    },
+}
+
+
 def read_matrix(checkpoint: Raw, name: str, scheme: Scheme, dtype: torch.dtype) -> Weight:
-    """The matrix of a module: quantized, or dense where the checkpoint has left it so. dtype: of what it
-    stands for. Raises UnsupportedModelError.
+    """The matrix of a module: codes where kernels have such, and else dense. dtype: of what it stands for.
+    Raises UnsupportedModelError.
     """
-    found = _READERS[scheme.method](checkpoint, name, scheme)
+    try:
+        found = _READERS[scheme.method](checkpoint, name, scheme)
+    except (RuntimeError, IndexError, ValueError) as error:
+        if isinstance(error, UnsupportedModelError):
+            raise
+        raise UnsupportedModelError(
+            f"{name} is not laid out as in {scheme.method} checkpoints: {error}"
+        ) from error
     if found is None:
         return DenseWeight(checkpoint.raw(f"{name}.weight").to(dtype))
     if isinstance(found, torch.Tensor):
-        found = quantized_to_8(found, name)
+        return DenseWeight(found.to(dtype))
     return replace(found, dtype=dtype, activation_bits=scheme.activation_bits)
 
 
-def quantized_to_8(values: torch.Tensor, name: str) -> QuantizedWeight:
-    """Codes of 8 bits of any matrix. Raises UnsupportedModelError."""
-    try:
-        return quantize(values, 8)
-    except ValueError as error:
-        raise UnsupportedModelError(f"{name} cannot be quantized: {error}") from error
-
-
-# What a reader returns: codes, values that become codes of 8 bits, or nothing where the module is not
+# What a reader returns: codes, values where no kernel has such codes, or nothing where the module is not
 # quantized.
 _Found = QuantizedWeight | torch.Tensor | None
 
 
 def from_groups(codes: torch.Tensor, scales: torch.Tensor, zeros: torch.Tensor, bits: int) -> _Found:
     """(code - zero) * scale of codes [out, in] in groups; scales, zeros [out, groups]."""
-    return from_minima(codes, scales.float(), -zeros.float() * scales.float(), bits)
+    scales = scales.bfloat16().float()  # as it is kept, so that what is zero stays near it
+    return from_minima(codes, scales, -zeros.float() * scales, bits)
 
 
 def from_minima(codes: torch.Tensor, scales: torch.Tensor, minima: torch.Tensor, bits: int) -> _Found:
     """code * scale + minimum, as codes that kernels have, or else as values."""
+    if codes.shape[1] % scales.shape[1]:
+        raise ValueError(f"{codes.shape[1]} inputs are no {scales.shape[1]} groups")
     group = codes.shape[1] // scales.shape[1]
     is_symmetric = bits == 8 and torch.equal(minima, -128 * scales)
     fits = next((size for size in (_MOST_INPUTS, 64, 32, 16) if group % size == 0), None)
@@ -119,6 +139,13 @@ def from_minima(codes: torch.Tensor, scales: torch.Tensor, minima: torch.Tensor,
     scales = kept(scales)
     minima = -128 * scales if bits == 8 else kept(minima)
     return QuantizedWeight(codes, scales, minima, bits, torch.float32)
+
+
+def _of_outputs(scales: torch.Tensor, outputs: int) -> torch.Tensor:
+    """Scales of all, of each output or of groups: [outputs, groups]."""
+    scales = scales.float()
+    scales = scales.reshape(-1, 1) if scales.dim() < 2 else scales
+    return scales.expand(outputs, -1) if len(scales) == 1 else scales
 
 
 def _nibbles(words: torch.Tensor, bits: int = 4) -> torch.Tensor:
@@ -139,8 +166,9 @@ def _act_order(checkpoint: Raw, name: str, groups: int) -> torch.Tensor | None:
     if name not in checkpoint or groups == 1:
         return None
     index = checkpoint.raw(name).long()
-    in_order = torch.arange(len(index), device=index.device) // (len(index) // groups)
-    return None if torch.equal(index, in_order) else index
+    in_order = torch.arange(len(index), device=index.device) // max(len(index) // groups, 1)
+    is_unused = bool((index < 0).any())
+    return None if is_unused or torch.equal(index, in_order) else index
 
 
 def _read_gptq(checkpoint: Raw, name: str, scheme: Scheme) -> _Found:
@@ -180,16 +208,25 @@ def _read_compressed(checkpoint: Raw, name: str, scheme: Scheme) -> _Found:
     if f"{name}.weight_packed" not in checkpoint:
         return _read_scaled(checkpoint, name, scheme)
     outputs, inputs = checkpoint.raw(f"{name}.weight_shape").tolist()
-    words, scales = checkpoint.raw(f"{name}.weight_packed"), checkpoint.raw(f"{name}.weight_scale").float()
+    words = checkpoint.raw(f"{name}.weight_packed")
+    scales = _of_outputs(checkpoint.raw(f"{name}.weight_scale"), outputs)
     bits = _bits_of(checkpoint, name, words.shape[1], inputs)
     codes = _nibbles(words, bits)[:, :inputs].contiguous()
-    zeros = torch.full_like(scales, 2 ** (bits - 1))
-    if f"{name}.weight_zero_point" in checkpoint:
-        zeros = _nibbles(checkpoint.raw(f"{name}.weight_zero_point").T, bits)[:, :outputs].T.float()
+    zeros = _compressed_zeros(checkpoint, name, scales, bits)
     index = _act_order(checkpoint, f"{name}.weight_g_idx", scales.shape[1])
     if index is not None:
         return (codes.float() - zeros[:, index]) * scales[:, index]
     return from_groups(codes, scales, zeros, bits)
+
+
+def _compressed_zeros(checkpoint: Raw, name: str, scales: torch.Tensor, bits: int) -> torch.Tensor:
+    """As large as scales, for codes from 0 on: packed along the outputs, or signed (before version 0.9.3)."""
+    if f"{name}.weight_zero_point" not in checkpoint:
+        return torch.full_like(scales, 2 ** (bits - 1))
+    zeros = checkpoint.raw(f"{name}.weight_zero_point")
+    if zeros.dtype is torch.int32 and zeros.shape != scales.shape:
+        return _nibbles(zeros.T, bits)[:, : len(scales)].T.float()
+    return _of_outputs(zeros, len(scales)) + 2 ** (bits - 1)
 
 
 def _read_scaled(checkpoint: Raw, name: str, scheme: Scheme) -> _Found:
@@ -198,18 +235,21 @@ def _read_scaled(checkpoint: Raw, name: str, scheme: Scheme) -> _Found:
     """
     values = checkpoint.raw(f"{name}.weight")
     part = next((p for p in ("weight_scale", "weight_scale_inv") if f"{name}.{p}" in checkpoint), None)
-    if part is None:
+    if part is None or values.dtype.itemsize > 1:  # of a module that is dense, or made dense again
         return None
-    scales = checkpoint.raw(f"{name}.{part}").float()
-    scales = scales.reshape(-1, 1) if scales.dim() < 2 else scales
-    if values.dtype is torch.int8 and len(scales) in (1, len(values)):
-        scales = scales.expand(len(values), -1)
-        return from_groups(values.view(torch.uint8) ^ 128, scales, torch.full_like(scales, 128), 8)
     outputs, inputs = values.shape
-    rows, columns = -(-outputs // len(scales)), -(-inputs // scales.shape[1])
-    if scheme.block and scales.numel() > 1:
+    scales = checkpoint.raw(f"{name}.{part}")
+    if values.dtype is torch.int8:
+        scales = _of_outputs(scales, outputs)
+        return from_groups(
+            values.view(torch.uint8) ^ 128, scales, _compressed_zeros(checkpoint, name, scales, 8), 8
+        )
+    if scheme.block and scales.shape == (-(-outputs // scheme.block[0]), -(-inputs // scheme.block[1])):
         rows, columns = scheme.block
-    whole = scales.repeat_interleave(rows, 0)[:outputs].repeat_interleave(columns, 1)[:, :inputs]
+    else:
+        scales = _of_outputs(scales, outputs) if scales.dim() < 2 or len(scales) == 1 else scales
+        rows, columns = -(-outputs // len(scales)), -(-inputs // scales.shape[1])
+    whole = scales.float().repeat_interleave(rows, 0)[:outputs].repeat_interleave(columns, 1)[:, :inputs]
     return values.float() * whole
 
 

@@ -62,12 +62,18 @@ def find_codes(name: str, model: Path, cache: Path) -> Path | None:
     if path.suffix != ".gguf":
         return None
     folder = _made_once(
-        f"{_folder_name(path)}-codes",
+        f"{_folder_name(path)}-codes-{_code_of_codes()}",
         cache,
         lambda target: convert("codes", path, target / CODES_FILE, model / "config.json"),
         lambda folder: (folder / CODES_FILE).exists(),
     )
     return folder / CODES_FILE
+
+
+def _code_of_codes() -> str:
+    """Changes with the code that takes GGUF files apart."""
+    sources = [Path(__file__).with_name(name) for name in ("gguf.py", "gguf_codes.py")]
+    return hashlib.blake2b(b"".join(source.read_bytes() for source in sources), digest_size=4).hexdigest()
 
 
 def _with_tokenizer_file(model: Path, cache: Path) -> Path:

@@ -13,7 +13,7 @@ from safetensors import safe_open
 
 from pagetide.models.config import DecoderConfig, UnsupportedModelError, read_json
 from pagetide.models.families import Family
-from pagetide.models.quantized import Scheme, quantized_to_8, read_matrix, read_scheme
+from pagetide.models.quantized import Scheme, read_matrix, read_scheme
 from pagetide.ops.weights import DenseWeight, QuantizedWeight, Weight, quantize, rearranged, stacked
 
 
@@ -43,7 +43,8 @@ def _files(model: Path) -> list[Path]:
 class Tensors(Protocol):
     """What a decoder asks for while it is made; names as in a Hugging Face checkpoint."""
 
-    def __contains__(self, name: str) -> bool: ...
+    def has(self, module: str) -> bool:
+        """Whether there is a module of this name."""
 
     def read(self, name: str) -> torch.Tensor:
         """One tensor, on the device and in the type of the engine. Raises UnsupportedModelError."""
@@ -61,8 +62,7 @@ class Tensors(Protocol):
 class Checkpoint:
     """The tensors of a Hugging Face model directory, read from disk when they are asked for.
 
-    Every tensor comes in the given dtype, on the given device; matrices that are quantized stay so, and those
-    that such a checkpoint has left dense become codes of 8 bits, but for its tables.
+    Every tensor comes in the given dtype, on the given device; matrices that are quantized stay so.
 
     codes: the file of a GGUF file's quantized matrices (gguf_codes.py), to use in place of the dense ones.
     Raises UnsupportedModelError.
@@ -71,12 +71,13 @@ class Checkpoint:
     def __init__(self, model: Path, dtype: torch.dtype, device: torch.device, codes: Path | None = None):
         self._dtype = dtype
         self._device = device
-        self._scheme = Scheme("codes") if codes else read_scheme(read_json(model / "config.json"))
+        self._scheme = Scheme("codes") if codes else read_scheme(model)
         self._file_of = {}
         for file in [*_files(model), *([codes] if codes else [])]:
             opened = safe_open(str(file), framework="pt")
             for name in opened.keys():  # noqa: SIM118 (safe_open is no dict)
                 self._file_of[name] = opened
+        self._modules = {name.rpartition(".")[0] for name in self._file_of}
 
     def __contains__(self, name: str) -> bool:
         return name in self._file_of
@@ -87,14 +88,25 @@ class Checkpoint:
             raise UnsupportedModelError(f"the checkpoint has no tensor called {name}")
         return self._file_of[name].get_tensor(name).to(self._device)
 
+    @property
+    def is_quantized(self) -> bool:
+        """Whether some of its matrices may be."""
+        return self._scheme is not None
+
+    def has(self, module: str) -> bool:
+        return module in self._modules
+
     def read(self, name: str) -> torch.Tensor:
-        return self.raw(name).to(self._dtype)
+        tensor = self.raw(name)
+        if tensor.dtype.itemsize == 1:
+            kind = str(tensor.dtype).removeprefix("torch.")
+            raise UnsupportedModelError(
+                f"{name} is of type {kind}, and the checkpoint does not say how it is quantized"
+            )
+        return tensor.to(self._dtype)
 
     def read_weight(self, names: tuple[str, ...]) -> Weight:
-        weight = stacked([self._read_matrix(name) for name in names])
-        if self._scheme is None or isinstance(weight, QuantizedWeight):
-            return weight
-        return quantized_to_8(weight.dense(), names[0])
+        return stacked([self._read_matrix(name) for name in names])
 
     def read_bias(self, names: tuple[str, ...]) -> torch.Tensor | None:
         if f"{names[0]}.bias" not in self:
@@ -134,8 +146,8 @@ class RandomTensors:
         if not config.tie_embeddings:
             self._shapes[family.head] = (config.vocab_size, hidden)
 
-    def __contains__(self, name: str) -> bool:
-        return name.removesuffix(".weight") in self._shapes
+    def has(self, module: str) -> bool:
+        return module in self._shapes
 
     def read(self, name: str) -> torch.Tensor:
         tensor = torch.empty(
@@ -154,13 +166,18 @@ class RandomTensors:
 
 
 class QuantizedAtLoad:
-    """The tensors of another, with matrices rounded to codes of so many bits, the head's to 8."""
+    """The tensors of another, with all matrices of its layers as codes, so that one kernel has them: those
+    that are dense are rounded to so many bits, and if rounds_head is set the head's to 8.
 
-    def __init__(self, tensors: Tensors, bits: int, activation_bits: int):
-        self._tensors, self._bits, self._activation_bits = tensors, bits, activation_bits
+    activation_bits: as QuantizedWeight's; None: as the checkpoint has it.
+    """
 
-    def __contains__(self, name: str) -> bool:
-        return name in self._tensors
+    def __init__(self, tensors: Tensors, bits: int, activation_bits: int | None, rounds_head: bool):
+        self._tensors, self._bits = tensors, bits
+        self._activation_bits, self._rounds_head = activation_bits, rounds_head
+
+    def has(self, module: str) -> bool:
+        return self._tensors.has(module)
 
     def read(self, name: str) -> torch.Tensor:
         return self._tensors.read(name)
@@ -173,7 +190,7 @@ class QuantizedAtLoad:
 
     def read_table(self, name: str, rows: int, is_head: bool) -> Weight:
         table = self._tensors.read_table(name, rows, is_head)
-        return self._quantized(table, 8, name) if is_head else table
+        return self._quantized(table, 8, name) if is_head and self._rounds_head else table
 
     def _quantized(self, weight: Weight, bits: int, name: str) -> Weight:
         """Codes of as many bits, or more, stay as they are: files of mixed kinds know what needs them."""
@@ -182,4 +199,6 @@ class QuantizedAtLoad:
                 weight = quantize(weight.dense(), bits)
             except ValueError as error:
                 raise UnsupportedModelError(f"{name} cannot be quantized: {error}") from error
+        if self._activation_bits is None:
+            return weight
         return replace(weight, activation_bits=self._activation_bits)

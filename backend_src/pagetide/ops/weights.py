@@ -8,6 +8,7 @@ from typing import TypeAlias
 
 import torch
 
+_QUANTIZED_TOGETHER = 2**22  # elements, so that what is computed on the way takes no memory to speak of
 GROUPS = (32, 16)  # inputs that share a scale, in the order in which they are preferred
 
 
@@ -106,30 +107,41 @@ def quantize(values: torch.Tensor, bits: int) -> QuantizedWeight:
     group = next((group for group in GROUPS if size % group == 0), None)
     if group is None:
         raise ValueError(f"a matrix with {size} inputs has no groups of {GROUPS[-1]}")
-    grouped = values.float().unflatten(1, (-1, group))
-    if bits == 8:
-        scales = _rounded(grouped.abs().amax(2) / 127)
-        codes = _codes(grouped, scales, -128 * scales, bits).clamp_(1)
-        return QuantizedWeight(codes.flatten(1), scales, -128 * scales, bits, values.dtype)
+    nearest = _nearest_8 if bits == 8 else _nearest_4
+    parts = [
+        nearest(rows.float().unflatten(1, (-1, group)))
+        for rows in values.split(max(1, _QUANTIZED_TOGETHER // size))
+    ]
+    codes, scales, minima = (torch.cat(part) for part in zip(*parts, strict=True))
+    return QuantizedWeight(codes.flatten(1), scales, minima, bits, values.dtype)
+
+
+def _nearest_8(grouped: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Codes, scales and minima of [out, groups, group]."""
+    scales = _rounded(grouped.abs().amax(2) / 127)
+    return _codes(grouped, scales, -128 * scales, 8).clamp_(1), scales, -128 * scales
+
+
+def _nearest_4(grouped: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """The same."""
     low, high = grouped.amin(2), grouped.amax(2)
     best: tuple[torch.Tensor, ...] | None = None
     for part in (1.0, 0.95, 0.9, 0.85, 0.8):
         minima = _rounded(low * part)
         scales = _rounded((high * part - minima) / 15)
-        codes = _codes(grouped, scales, minima, bits)
-        found = codes * scales[..., None] + minima[..., None]
-        error = (found - grouped).square_().sum(2)
-        if best is None:
-            best = error, codes, scales, minima
-        else:
+        codes = _codes(grouped, scales, minima, 4)
+        error = (codes * scales[..., None] + minima[..., None] - grouped).square_().sum(2)
+        found: tuple[torch.Tensor, ...] = (error, codes, scales, minima)
+        if best is not None:
             is_better = error < best[0]
-            best = tuple(
+            found = tuple(
                 torch.where(is_better[..., None] if new.dim() == 3 else is_better, new, old)
-                for new, old in zip((error, codes, scales, minima), best, strict=True)
+                for new, old in zip(found, best, strict=True)
             )
+        best = found
     assert best is not None
     _, codes, scales, minima = best
-    return QuantizedWeight(codes.flatten(1), scales, minima, bits, values.dtype)
+    return codes, scales, minima
 
 
 def _rounded(values: torch.Tensor) -> torch.Tensor:

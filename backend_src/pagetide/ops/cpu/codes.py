@@ -11,7 +11,6 @@ of the next 16: [16 scales, 16 minima, codes], scales and minima bfloat16.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -47,15 +46,23 @@ def make_rounded(rows: int, size: int) -> Encoded:
     )
 
 
-def pack_codes(weights: Sequence[QuantizedWeight]) -> Packed:
-    """One matrix of each layer."""
-    parts = [_packed(weight) for weight in weights]
-    starts = np.cumsum([0, *(len(part) for part in parts)])[:-1]
-    forms = [
-        (start, weight.bits, weight.group, weight.dtype is torch.bfloat16, weight.activation_bits // 8)
-        for start, weight in zip(starts, weights, strict=True)
-    ]
-    return Packed(torch.cat(parts).numpy(), np.array(forms, np.int64))
+def pack_codes(weight: QuantizedWeight) -> tuple[np.ndarray, np.ndarray]:
+    """The bytes of one matrix (uint8), and its row of Packed.forms, of which the first byte is 0."""
+    is_half = weight.dtype is torch.bfloat16
+    form = (0, weight.bits, weight.group, is_half, weight.activation_bits // 8)
+    return _packed(weight).numpy(), np.array(form, np.int64)
+
+
+def join_codes(matrices: list[tuple[np.ndarray, np.ndarray]]) -> Packed:
+    """Those of all layers as one; empties the list, so that hardly anything is in memory twice."""
+    starts = np.cumsum([0, *(len(data) for data, _ in matrices)])
+    forms = np.stack([form for _, form in matrices])
+    forms[:, _START] = starts[:-1]
+    joined = np.empty(starts[-1], np.uint8)
+    for end in starts[:0:-1]:
+        data, _ = matrices.pop()
+        joined[end - len(data) : end] = data
+    return Packed(joined, forms)
 
 
 def _packed(weight: QuantizedWeight) -> torch.Tensor:

@@ -11,7 +11,7 @@ from llvmlite import ir
 from numba.core import cgutils, types
 from numba.extending import intrinsic
 
-from pagetide.ops.cpu.compiled import HAS_BYTE_DOT, HAS_WIDE_SHORTS
+from pagetide.ops.cpu.compiled import HAS_BYTE_DOT, HAS_SHORT_DOT, HAS_WIDE_SHORTS
 from pagetide.ops.cpu.lanes import FAST, FLOATS, HALF, INDEX, WORD, WORDS, int_constant, spread
 from pagetide.ops.cpu.tile_code import LANES, emit_prefetch
 
@@ -231,6 +231,12 @@ def byte_dot(builder: ir.IRBuilder, total: ir.Value, codes: ir.Value, x: ir.Valu
 
 def _dot_of_halves(builder: ir.IRBuilder, a: ir.Value, b: ir.Value) -> ir.Value:
     """The sum of each lane's two products of 16-bit integers."""
+    if not HAS_SHORT_DOT:
+        sixteen = ir.Constant(WORDS, [16] * LANES)
+        a, b = builder.bitcast(a, WORDS), builder.bitcast(b, WORDS)
+        low = (builder.ashr(builder.shl(value, sixteen), sixteen) for value in (a, b))
+        high = (builder.ashr(value, sixteen) for value in (a, b))
+        return builder.add(builder.mul(*low), builder.mul(*high))
     lanes = LANES if HAS_WIDE_SHORTS else LANES // 2
     name = "llvm.x86.avx512.pmaddw.d.512" if lanes == LANES else "llvm.x86.avx2.pmadd.wd"
     words, shorts = ir.VectorType(WORD, lanes), ir.VectorType(HALF, 2 * lanes)

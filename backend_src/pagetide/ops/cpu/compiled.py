@@ -58,6 +58,7 @@ def _features() -> set[str]:
 
 HAS_BF16_DOT = "avx512bf16" in _features()
 HAS_BYTE_DOT = "avx512vnni" in _features()
+HAS_SHORT_DOT = "avx2" in _features()
 HAS_WIDE_SHORTS = "avx512bw" in _features()  # 16-bit integers in registers of 64 bytes
 VECTOR_BYTES = 64 if "avx512f" in _features() else 32
 

@@ -6,7 +6,7 @@ import numpy as np
 import torch
 from numba import prange
 
-from pagetide.ops.cpu.codes import make_rounded, pack_codes, read_code_rows
+from pagetide.ops.cpu.codes import join_codes, make_rounded, pack_codes, read_code_rows
 from pagetide.ops.cpu.compiled import as_numpy, as_tensor, borrowed, device_function, kernel
 from pagetide.ops.cpu.kept import Arrays, Keeper, no_keeper
 from pagetide.ops.cpu.layers import activation_type
@@ -90,7 +90,7 @@ def _packed_head(weight: Weight, keep: Keeper) -> Packed:
 
     def make() -> Arrays:
         if isinstance(weight, QuantizedWeight):
-            return pack_codes([weight])._asdict()
+            return join_codes([pack_codes(weight)])._asdict()
         return packed_dense(as_numpy(pack(weight.values))[None])._asdict()
 
     return Packed(**keep("head", make))

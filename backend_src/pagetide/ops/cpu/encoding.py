@@ -24,6 +24,13 @@ from pagetide.ops.cpu.tile_code import LANES
 _BYTES = ir.VectorType(ir.IntType(8), LANES)
 
 
+def _sum_exactly(builder: ir.IRBuilder, vector: ir.Value) -> ir.Value:
+    """One float of a vector, in whose sum numbers are not taken for granted."""
+    kind = ir.FunctionType(FLOAT, [FLOAT, FLOATS])
+    add = cgutils.get_or_insert_function(builder.module, kind, "llvm.vector.reduce.fadd.v16f32")
+    return builder.call(add, [ir.Constant(FLOAT, 0.0), vector])
+
+
 @intrinsic
 def encode_group(typing_context, x, at, count, is_symmetric, codes, codes_at, upper_at, scales, scales_at):  # type: ignore[no-untyped-def]
     """codes[codes_at + i] = x[at + i] / scale, rounded, for i < count, a multiple of 16; the largest becomes
@@ -55,8 +62,11 @@ def encode_group(typing_context, x, at, count, is_symmetric, codes, codes_at, up
             return builder.bitcast(builder.shl(wide, ir.Constant(WORDS, [16] * LANES)), FLOATS)
 
         largest = cgutils.alloca_once_value(builder, constant(0.0))
+        nothing = cgutils.alloca_once_value(builder, constant(0.0))
         with each_vector(builder, count) as i:
-            size, before = builder.call(function("fabs"), [read(i)]), builder.load(largest)
+            value = read(i)
+            builder.store(builder.fadd(builder.load(nothing), builder.fmul(value, constant(0.0))), nothing)
+            size, before = builder.call(function("fabs"), [value]), builder.load(largest)
             builder.store(
                 builder.select(builder.fcmp_ordered(">", size, before, flags=FAST), size, before), largest
             )
@@ -84,7 +94,8 @@ def encode_group(typing_context, x, at, count, is_symmetric, codes, codes_at, up
         kind = ir.FunctionType(WORD, [WORDS])
         add = cgutils.get_or_insert_function(builder.module, kind, "llvm.vector.reduce.add.v16i32")
         sum_of_codes = builder.call(add, [builder.load(total)])
-        scale = builder.fdiv(some, most)
+        # What is no number must not become one, or nobody would see it: zero for all others.
+        scale = builder.fadd(builder.fdiv(some, most), _sum_exactly(builder, builder.load(nothing)))
         builder.store(scale, builder.gep(factors, [scales_at]))
         needed = builder.select(
             is_symmetric,

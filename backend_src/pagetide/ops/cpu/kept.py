@@ -39,7 +39,8 @@ def keeper(model: Path, place: Path | None, form: str) -> Keeper:
     # Whatever decides what is packed: the model's files, and the code that reads and packs them.
     files = [file.stat() for file in sorted(model.glob("*.safetensors"))]
     facts = [form, *((file.st_size, file.st_mtime_ns) for file in files)]
-    code = sorted(Path(__file__).parents[2].glob("models/*.py"))
+    package = Path(__file__).parents[2]
+    code = [package / "ops" / "weights.py", *sorted(package.glob("models/*.py"))]
     texts = [
         file.read_bytes()
         for file in (model / "config.json", model / "tokenizer.json", *code)

@@ -31,7 +31,7 @@ from pagetide.kv_cache.layout import PAGE
 from pagetide.ops.batch import Batch
 from pagetide.ops.cpu.attention import attend, merge
 from pagetide.ops.cpu.attention_tasks import MAX_ROWS, plan_tasks
-from pagetide.ops.cpu.codes import IS_HALF, make_rounded, pack_codes
+from pagetide.ops.cpu.codes import IS_HALF, join_codes, make_rounded, pack_codes
 from pagetide.ops.cpu.compiled import HAS_BF16_DOT, as_numpy, borrowed, device_function, kernel
 from pagetide.ops.cpu.kept import Keeper, no_keeper
 from pagetide.ops.cpu.kv_tile import PAGE_HEADER
@@ -289,18 +289,18 @@ def activation_type(weight: Packed) -> type[np.generic]:
 def stack(shape: LayerShape, layers: Iterable[LayerWeights]) -> dict[str, np.ndarray]:
     """Packs layer after layer into arrays that hold all of them: the entries of Weights."""
     arrays: dict[str, Any] = {}
-    codes: dict[str, list[QuantizedWeight]] = {}
+    codes: dict[str, list[tuple[np.ndarray, np.ndarray]]] = {}
     for index, layer in enumerate(layers):
         for name, tensor in _packed(layer):
             if isinstance(tensor, QuantizedWeight):
-                codes.setdefault(name, []).append(tensor)
+                codes.setdefault(name, []).append(pack_codes(tensor))
                 continue
             if index == 0:
                 arrays[name] = torch.empty((shape.num_layers, *tensor.shape), dtype=tensor.dtype)
             arrays[name][index] = tensor
     found = {name: as_numpy(tensor) for name, tensor in arrays.items()}
     for name in _MATRICES:
-        packed = pack_codes(codes[name]) if name in codes else packed_dense(found[name])
+        packed = join_codes(codes.pop(name)) if name in codes else packed_dense(found[name])
         found[name], found[f"{name}_forms"] = packed
     return found
 
@@ -320,7 +320,7 @@ def _packed(layer: LayerWeights) -> Iterator[tuple[str, torch.Tensor | Quantized
 
 
 def _pack(weight: Weight) -> torch.Tensor | QuantizedWeight:
-    """Codes are packed for all layers together."""
+    """Codes are packed by stack(), since layers may have different ones."""
     return weight if isinstance(weight, QuantizedWeight) else pack(weight.values)
 
 
