@@ -157,6 +157,14 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
     engine_start_timeout_s: Annotated[
         float, Meta(gt=0, description="seconds that the engine may take to load")
     ] = 600.0
+    step_timeout_s: Annotated[
+        float,
+        Meta(
+            ge=0,
+            description="seconds that a step of the engine may take, and that its process may give no sign "
+            "of life, before it is ended and started again; 0: no limit",
+        ),
+    ] = 120.0
     cache_dir: Annotated[str, Meta(description="converted models are kept here; ~ is expanded")] = (
         "~/.cache/pagetide"
     )

@@ -7,6 +7,8 @@ from __future__ import annotations
 import json
 import signal
 import socket
+import subprocess
+import sys
 
 import numpy as np
 import psutil
@@ -15,7 +17,7 @@ import tritonclient.grpc as grpc
 from client import CACHE, Streams, generate, metric, start, stream_one, wait_for, wait_until_idle
 from parrot import TEXT, pieces_of, write_parrot
 from processes import ServerError
-from triton_server import REPOSITORY, TritonServer, free_address
+from triton_server import REPOSITORY, ROOT, TritonServer, free_address
 from tritonclient.utils import InferenceServerException
 
 LONG = {"input_ids": [1], "max_tokens": 30_000, "temperature": 0.0, "stream": True, "ignore_eos": True}
@@ -135,6 +137,40 @@ def test_a_killed_engine_gives_each_stream_one_error_and_comes_back(tmp_path):
     processes = server.processes()
     server.stop()
     assert not [p for p in processes if p.is_running() and p.status() != psutil.STATUS_ZOMBIE]
+
+
+def test_a_stuck_engine_is_ended_and_comes_back(tmp_path):
+    """One that is stopped says nothing and computes nothing."""
+    write_parrot(tmp_path, pieces_of(TEXT, 2), ends=False)
+    server = start({"model": str(tmp_path), "num_blocks": 4000, "step_timeout_s": 3})
+    assert ask_health(server) == (0, "the engine answers")
+    streams = [Streams(server) for _ in range(4)]
+    sent = [s.send("ensemble", f"s{i}", **LONG) for i, s in enumerate(streams)]
+    wait_for(lambda: all(s.responses for s in sent), 60, "first responses")
+    engine = next(p for p in server.processes() if "pagetide.engine" in p.cmdline())
+    engine.send_signal(signal.SIGSTOP)
+    assert ask_health(server, "--timeout", "2")[0] == 1
+    for stream in sent:
+        assert stream.done.wait(60), "no error"
+        assert len(stream.errors) == 1 and "the engine failed while it was" in stream.errors[0]
+    wait_for(lambda: ask_health(server) == (0, "the engine answers"), 60, "an engine that works again")
+    assert "it gave no sign of life for 3 s" in server.log.read_text()
+    wait_until_idle(server)
+    assert metric(server, "pagetide_engine_restarts") == 1
+    for one in streams:
+        one.close()
+    assert ask_health(server, question="live") == (0, "Triton is live")
+    server.stop()
+    status, said = ask_health(server)
+    assert status == 1 and said.startswith("not ready: nothing answers at")
+
+
+def ask_health(server: TritonServer, *options: str, question: str = "ready") -> tuple[int, str]:
+    """Exit code and sentence of scripts/health.py."""
+    ports = ("--http-port", server.address.http_port, "--metrics-port", server.address.metrics_port)
+    command = [sys.executable, str(ROOT / "scripts" / "health.py"), question, *map(str, ports), *options]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=60)
+    return done.returncode, done.stdout.strip()
 
 
 class TwoInstances(TritonServer):

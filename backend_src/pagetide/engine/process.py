@@ -7,6 +7,7 @@ from __future__ import annotations
 import logging
 import signal
 import sys
+import threading
 import time
 
 import msgspec
@@ -16,6 +17,7 @@ from pagetide.config import Settings
 from pagetide.engine.assemble import assemble
 from pagetide.engine.engine import Engine
 from pagetide.engine.messages import (
+    BEAT_PREFIX,
     ERROR_PREFIX,
     Cancel,
     FromEngine,
@@ -47,18 +49,29 @@ class EngineServer:
         self._watchers: set[bytes] = set()  # clients that want statistics
         self._reported_at = 0.0
         self._reported: tuple[dict[str, int], dict[str, int]] | None = None  # gauges and counters
+        self._busy_since = 0.0  # when the present round began; 0 while it waits for messages
 
     def run(self) -> None:
         """Serves for ever."""
         while True:
             # Waits for messages only when there is nothing to compute.
-            if self._socket.poll(0 if self._engine.has_work else 1000):
+            has_mail = self._socket.poll(0 if self._engine.has_work else 1000)
+            self._busy_since = time.monotonic()
+            if has_mail:
                 self._receive_all()
             if self._engine.has_work:
                 outputs, refusals = self._engine.step()
                 self._send_outputs(outputs)
                 self._send_refusals(refusals)
             self._send_statistics()
+            self._busy_since = 0.0
+
+    def beat(self) -> None:
+        """Says once a second on standard output for how long the present round has taken."""
+        while True:
+            since = self._busy_since
+            print(f"{BEAT_PREFIX}{time.monotonic() - since if since else 0:.1f}", flush=True)
+            time.sleep(1)
 
     def _receive_all(self) -> None:
         while self._socket.poll(0):
@@ -135,5 +148,7 @@ def serve(settings_json: str, address: str) -> int:
     # A client that reads slowly gets its messages later; none is dropped.
     socket.sndhwm = socket.rcvhwm = 0
     socket.bind(address)
-    EngineServer(engine, socket).run()
+    server = EngineServer(engine, socket)
+    threading.Thread(target=server.beat, name="pagetide-beat", daemon=True).start()
+    server.run()
     return 0

@@ -16,8 +16,9 @@ import msgspec
 
 import pagetide
 from pagetide.config import Settings
-from pagetide.engine.messages import ERROR_PREFIX
+from pagetide.engine.messages import BEAT_PREFIX, ERROR_PREFIX
 from pagetide.serving.client import EngineClient, EngineStartError
+from pagetide.serving.pulse import Pulse
 
 
 def failure_file(path: Path) -> Path:
@@ -26,7 +27,7 @@ def failure_file(path: Path) -> Path:
 
 
 class EngineSupervisor:
-    """Owns the engine process: starts it, and starts it again whenever it ends by itself.
+    """Owns the engine process: starts it, ends it when it is stuck, and starts it again whenever it ends.
 
     Raises EngineStartError if another one of the same server does so already: two engines cannot listen on
     one socket.
@@ -41,9 +42,12 @@ class EngineSupervisor:
         self.num_restarts = 0
         self._lock = _exclusive_lock(path.with_suffix(".lock"))
         failure_file(path).unlink(missing_ok=True)
+        self._pulse = Pulse(settings.step_timeout_s)
+        self._end_reason = ""
         self._process = self._spawn()
         self._watcher = threading.Thread(target=self._watch, name="pagetide-supervisor", daemon=True)
         self._watcher.start()
+        threading.Thread(target=self._feel_pulse, name="pagetide-pulse", daemon=True).start()
 
     def mark_started(self) -> None:
         """The first start has succeeded: from now on an engine that ends is started again."""
@@ -64,6 +68,7 @@ class EngineSupervisor:
             **os.environ,
             "PYTHONPATH": os.pathsep.join(filter(None, (source, os.environ.get("PYTHONPATH")))),
         }
+        self._pulse.start()
         settings = msgspec.json.encode(self._settings).decode()
         command = [sys.executable, "-m", "pagetide.engine", str(os.getpid()), settings, f"ipc://{self._path}"]
         return subprocess.Popen(
@@ -90,14 +95,26 @@ class EngineSupervisor:
             if self._stopping.is_set():
                 self._process.kill()
 
+    def _feel_pulse(self) -> None:
+        """Ends an engine that is stuck; what follows is as for one that has ended by itself."""
+        while not self._stopping.wait(1):
+            process = self._process  # which may be another one a moment later
+            if reason := self._pulse.tick():
+                self._end_reason = reason
+                process.kill()
+                self._pulse.start()
+
     def _wait_for_end(self) -> str:
         """Waits until the process has ended; returns why, as far as it has said so."""
-        said = ""
+        said, self._end_reason = "", ""
         assert self._process.stdout is not None
         for line in self._process.stdout:
-            if line.startswith(ERROR_PREFIX):
+            if line.startswith(BEAT_PREFIX):
+                self._pulse.beat(float(line.removeprefix(BEAT_PREFIX)))
+            elif line.startswith(ERROR_PREFIX):
                 said = line.removeprefix(ERROR_PREFIX).strip()
         code = self._process.wait()
+        said = self._end_reason or said
         return said or (f"signal {-code}" if code < 0 else f"exit code {code}")
 
 

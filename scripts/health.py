@@ -1,0 +1,99 @@
+"""Whether a server is well, in one sentence and an exit code (0: yes): what Docker and Kubernetes call.
+
+live     Triton's process answers. Where this fails, a restart helps.
+ready    requests are answered now: Triton is ready, and the engine computes a token, or has computed some
+         while this one waits. Fails too while models load, while the engine is started again, and when its
+         queue is full: send requests elsewhere, and ask again.
+
+python scripts/health.py [live | ready] [--http-port 8000] [--metrics-port 8002] [--timeout 8]
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+import urllib.error
+import urllib.request
+
+FIRST = -(2**31 - 1)  # the priority of what goes before all others
+
+
+class NotWellError(Exception):
+    """Why, in one sentence."""
+
+
+def get(url: str, timeout: float, body: bytes | None = None) -> bytes:
+    """The answer's body. Raises NotWellError for what the server says against it, OSError where it does not
+    speak.
+    """
+    request = urllib.request.Request(url, body, {"Content-Type": "application/json"})
+    try:
+        with urllib.request.urlopen(request, timeout=timeout) as answer:
+            return answer.read()
+    except urllib.error.HTTPError as error:
+        said = error.read().decode(errors="replace")
+        try:
+            said = json.loads(said)["error"]
+        except (ValueError, KeyError, TypeError):
+            said = said.strip() or f"status {error.code}"
+        raise NotWellError(said) from None
+
+
+def check_live(base: str, timeout: float) -> str:
+    get(f"{base}/v2/health/live", timeout)
+    return "Triton is live"
+
+
+def check_ready(base: str, metrics: str, timeout: float) -> str:
+    """Raises NotWellError, OSError."""
+    try:
+        get(f"{base}/v2/health/ready", timeout)
+    except NotWellError as error:
+        raise NotWellError(f"Triton is not ready: models are loading, or have failed ({error})") from None
+    before = computed_tokens(metrics, timeout)
+    body = json.dumps({"text_input": ".", "max_tokens": 1, "temperature": 0, "priority": FIRST}).encode()
+    try:
+        get(f"{base}/v2/models/ensemble/generate", timeout, body)
+    except TimeoutError:
+        if computed_tokens(metrics, timeout) > before:
+            return "the engine computes, and is busy"
+        raise NotWellError(f"the engine has computed nothing for {timeout:g} s") from None
+    return "the engine answers"
+
+
+def computed_tokens(metrics: str, timeout: float) -> float:
+    """Of all prompts and answers so far."""
+    names = ("pagetide_prompt_tokens", "pagetide_generated_tokens")
+    lines = get(metrics, timeout).decode().splitlines()
+    return sum(float(line.rsplit(" ", 1)[1]) for line in lines if line.startswith(names))
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(
+        prog="health.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("question", nargs="?", choices=("live", "ready"), default="ready")
+    parser.add_argument("--host", default="127.0.0.1")
+    parser.add_argument("--http-port", type=int, default=8000)
+    parser.add_argument("--metrics-port", type=int, default=8002)
+    parser.add_argument("--timeout", type=float, default=8, help="seconds that each question may take")
+    arguments = parser.parse_args()
+    base = f"http://{arguments.host}:{arguments.http_port}"
+    metrics = f"http://{arguments.host}:{arguments.metrics_port}/metrics"
+    try:
+        if arguments.question == "live":
+            print(check_live(base, arguments.timeout))
+        else:
+            print(check_ready(base, metrics, arguments.timeout))
+    except NotWellError as error:
+        print(f"not {arguments.question}: {error}")
+        return 1
+    except OSError as error:
+        print(f"not {arguments.question}: nothing answers at {base} ({error})")
+        return 1
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
