@@ -11,6 +11,7 @@ python scripts/health.py [live | ready] [--http-port 8000] [--metrics-port 8002]
 from __future__ import annotations
 
 import argparse
+import http.client
 import json
 import sys
 import urllib.error
@@ -23,21 +24,27 @@ class NotWellError(Exception):
     """Why, in one sentence."""
 
 
+# Whatever proxy the environment names is for other places.
+DIRECT = urllib.request.build_opener(urllib.request.ProxyHandler({}))
+
+
 def get(url: str, timeout: float, body: bytes | None = None) -> bytes:
-    """The answer's body. Raises NotWellError for what the server says against it, OSError where it does not
-    speak.
-    """
+    """The answer's body. Raises NotWellError, TimeoutError where the answer does not come in time."""
     request = urllib.request.Request(url, body, {"Content-Type": "application/json"})
     try:
-        with urllib.request.urlopen(request, timeout=timeout) as answer:
+        with DIRECT.open(request, timeout=timeout) as answer:
             return answer.read()
     except urllib.error.HTTPError as error:
         said = error.read().decode(errors="replace")
         try:
             said = json.loads(said)["error"]
         except (ValueError, KeyError, TypeError):
-            said = said.strip() or f"status {error.code}"
+            said = said.strip() or f"Triton says {error.code} to {url}"
         raise NotWellError(said) from None
+    except TimeoutError:
+        raise
+    except (OSError, http.client.HTTPException) as error:
+        raise NotWellError(f"nothing answers at {url} ({error})") from error
 
 
 def check_live(base: str, timeout: float) -> str:
@@ -46,26 +53,26 @@ def check_live(base: str, timeout: float) -> str:
 
 
 def check_ready(base: str, metrics: str, timeout: float) -> str:
-    """Raises NotWellError, OSError."""
-    try:
-        get(f"{base}/v2/health/ready", timeout)
-    except NotWellError as error:
-        raise NotWellError(f"Triton is not ready: models are loading, or have failed ({error})") from None
+    """Raises NotWellError, TimeoutError."""
+    get(f"{base}/v2/health/ready", timeout)
     before = computed_tokens(metrics, timeout)
     body = json.dumps({"text_input": ".", "max_tokens": 1, "temperature": 0, "priority": FIRST}).encode()
     try:
         get(f"{base}/v2/models/ensemble/generate", timeout, body)
     except TimeoutError:
-        if computed_tokens(metrics, timeout) > before:
+        if before is not None and before != computed_tokens(metrics, timeout):
             return "the engine computes, and is busy"
         raise NotWellError(f"the engine has computed nothing for {timeout:g} s") from None
     return "the engine answers"
 
 
-def computed_tokens(metrics: str, timeout: float) -> float:
-    """Of all prompts and answers so far."""
+def computed_tokens(metrics: str, timeout: float) -> float | None:
+    """Of all prompts and answers so far; None where Triton does not tell its metrics."""
     names = ("pagetide_prompt_tokens", "pagetide_generated_tokens")
-    lines = get(metrics, timeout).decode().splitlines()
+    try:
+        lines = get(metrics, timeout).decode().splitlines()
+    except (NotWellError, TimeoutError):
+        return None
     return sum(float(line.rsplit(" ", 1)[1]) for line in lines if line.startswith(names))
 
 
@@ -79,8 +86,8 @@ def main() -> int:
     parser.add_argument("--metrics-port", type=int, default=8002)
     parser.add_argument("--timeout", type=float, default=8, help="seconds that each question may take")
     arguments = parser.parse_args()
-    base = f"http://{arguments.host}:{arguments.http_port}"
-    metrics = f"http://{arguments.host}:{arguments.metrics_port}/metrics"
+    host = f"[{arguments.host}]" if ":" in arguments.host else arguments.host
+    base, metrics = f"http://{host}:{arguments.http_port}", f"http://{host}:{arguments.metrics_port}/metrics"
     try:
         if arguments.question == "live":
             print(check_live(base, arguments.timeout))
@@ -89,8 +96,8 @@ def main() -> int:
     except NotWellError as error:
         print(f"not {arguments.question}: {error}")
         return 1
-    except OSError as error:
-        print(f"not {arguments.question}: nothing answers at {base} ({error})")
+    except TimeoutError:
+        print(f"not {arguments.question}: Triton does not answer within {arguments.timeout:g} s")
         return 1
     return 0
 

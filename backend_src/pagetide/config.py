@@ -164,7 +164,7 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
             description="seconds that a step of the engine may take, and that its process may give no sign "
             "of life, before it is ended and started again; 0: no limit",
         ),
-    ] = 120.0
+    ] = 300.0
     cache_dir: Annotated[str, Meta(description="converted models are kept here; ~ is expanded")] = (
         "~/.cache/pagetide"
     )

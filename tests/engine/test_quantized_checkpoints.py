@@ -172,6 +172,8 @@ def test_codes_stay_as_they_are(tmp_path, form):
     assert isinstance(checkpoint.read_weight(left), DenseWeight)
     assert isinstance(checkpoint.read_table("lm_head", 50, is_head=True), DenseWeight)
     uniform = QuantizedAtLoad(checkpoint, 8, None, rounds_head=False)
+    kept = uniform.read_weight(("model.layers.0.mlp.gate_proj", "model.layers.0.mlp.up_proj"))
+    assert isinstance(kept, QuantizedWeight) and torch.equal(kept.codes, weight.codes)
     rounded = uniform.read_weight(left)
     assert isinstance(rounded, QuantizedWeight) and rounded.bits == 8
     assert isinstance(uniform.read_table("lm_head", 50, is_head=True), DenseWeight)
@@ -293,6 +295,19 @@ def test_a_layout_that_does_not_fit_is_told():
         read_matrix(raw_of(tensors), "m", Scheme("gptq"), torch.float32)
 
 
+def test_an_engine_multiplies_the_codes_of_the_checkpoint(tmp_path):
+    write_quantized(tmp_path, "mistral", "awq")
+    llm = LLM(str(tmp_path), num_blocks=32)
+    bits = llm.engine.runner.decoder.layers._weights.gate_up_forms[:, 1]
+    assert bits.tolist() == [4, 4, 4]
+
+
+def test_settings_that_were_left_over_mean_nothing(tmp_path):
+    write_model(tmp_path, FAMILIES["mistral"])
+    (tmp_path / "quantize_config.json").write_text(json.dumps({"bits": 4}))
+    assert not Checkpoint(tmp_path, torch.float32, torch.device("cpu")).is_quantized
+
+
 def test_the_older_file_of_settings_is_read(tmp_path):
     model = write_quantized(tmp_path, "mistral", "gptq")
     config = read_json(tmp_path / "config.json")
@@ -303,8 +318,11 @@ def test_the_older_file_of_settings_is_read(tmp_path):
     assert divergence(expected_logprobs(model), own_logprobs(tmp_path)).max() < 2e-3
 
 
-def test_bytes_that_nobody_explains_are_refused(tmp_path):
+@pytest.mark.parametrize("settings", [None, {"quant_method": "fp8"}])
+def test_bytes_that_nobody_explains_are_refused(tmp_path, settings):
     write_model(tmp_path, FAMILIES["mistral"])
+    config = read_json(tmp_path / "config.json")
+    (tmp_path / "config.json").write_text(json.dumps({**config, "quantization_config": settings}))
     tensors = load_file(tmp_path / "model.safetensors")
     name = "model.layers.0.self_attn.o_proj.weight"
     save_file({**tensors, name: tensors[name].to(torch.float8_e4m3fn)}, tmp_path / "model.safetensors")

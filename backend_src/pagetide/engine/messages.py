@@ -14,7 +14,7 @@ from pagetide.types import EngineError, EngineInfo, Output, QueueFullError, Requ
 ERROR_PREFIX = (
     "pagetide-error: "  # how a parent finds the reason of a failed start in the engine's standard output
 )
-BEAT_PREFIX = "pagetide-beat: "  # and, once a second, for how many seconds the engine has been at one step
+BEAT_PREFIX = "pagetide-beat: "  # and, once a second, the number of the step that the engine is at
 
 
 Fault = Literal["client", "queue", "engine"]

@@ -49,14 +49,17 @@ class EngineServer:
         self._watchers: set[bytes] = set()  # clients that want statistics
         self._reported_at = 0.0
         self._reported: tuple[dict[str, int], dict[str, int]] | None = None  # gauges and counters
-        self._busy_since = 0.0  # when the present round began; 0 while it waits for messages
+        self._num_rounds = 0
+        self._is_waiting = True  # for messages, with nothing to compute
 
     def run(self) -> None:
         """Serves for ever."""
         while True:
             # Waits for messages only when there is nothing to compute.
-            has_mail = self._socket.poll(0 if self._engine.has_work else 1000)
-            self._busy_since = time.monotonic()
+            self._is_waiting = not self._engine.has_work
+            has_mail = self._socket.poll(1000 if self._is_waiting else 0)
+            self._is_waiting = False
+            self._num_rounds += 1
             if has_mail:
                 self._receive_all()
             if self._engine.has_work:
@@ -64,13 +67,12 @@ class EngineServer:
                 self._send_outputs(outputs)
                 self._send_refusals(refusals)
             self._send_statistics()
-            self._busy_since = 0.0
 
     def beat(self) -> None:
-        """Says once a second on standard output for how long the present round has taken."""
+        """Says once a second on standard output at which round it is."""
         while True:
-            since = self._busy_since
-            print(f"{BEAT_PREFIX}{time.monotonic() - since if since else 0:.1f}", flush=True)
+            sys.stdout.write(f"{BEAT_PREFIX}{0 if self._is_waiting else self._num_rounds}\n")
+            sys.stdout.flush()
             time.sleep(1)
 
     def _receive_all(self) -> None:

@@ -105,10 +105,21 @@ def read_matrix(checkpoint: Raw, name: str, scheme: Scheme, dtype: torch.dtype) 
             f"{name} is not laid out as in {scheme.method} checkpoints: {error}"
         ) from error
     if found is None:
-        return DenseWeight(checkpoint.raw(f"{name}.weight").to(dtype))
+        return DenseWeight(as_dense(checkpoint, f"{name}.weight").to(dtype))
     if isinstance(found, torch.Tensor):
         return DenseWeight(found.to(dtype))
     return replace(found, dtype=dtype, activation_bits=scheme.activation_bits)
+
+
+def as_dense(checkpoint: Raw, name: str) -> torch.Tensor:
+    """A tensor of numbers that need no scale. Raises UnsupportedModelError for others."""
+    tensor = checkpoint.raw(name)
+    if tensor.dtype.itemsize == 1:
+        kind = str(tensor.dtype).removeprefix("torch.")
+        raise UnsupportedModelError(
+            f"{name} is of type {kind}, and the checkpoint does not say how it is quantized"
+        )
+    return tensor
 
 
 # What a reader returns: codes, values where no kernel has such codes, or nothing where the module is not
@@ -118,8 +129,11 @@ _Found = QuantizedWeight | torch.Tensor | None
 
 def from_groups(codes: torch.Tensor, scales: torch.Tensor, zeros: torch.Tensor, bits: int) -> _Found:
     """(code - zero) * scale of codes [out, in] in groups; scales, zeros [out, groups]."""
-    scales = scales.bfloat16().float()  # as it is kept, so that what is zero stays near it
-    return from_minima(codes, scales, -zeros.float() * scales, bits)
+    exact, kept = scales.float(), scales.bfloat16().float()
+    found = from_minima(codes, kept, -zeros.float() * kept, bits)  # so that what is zero stays near it
+    if isinstance(found, QuantizedWeight):
+        return found
+    return from_minima(codes, exact, -zeros.float() * exact, bits)
 
 
 def from_minima(codes: torch.Tensor, scales: torch.Tensor, minima: torch.Tensor, bits: int) -> _Found:

@@ -13,7 +13,7 @@ from safetensors import safe_open
 
 from pagetide.models.config import DecoderConfig, UnsupportedModelError, read_json
 from pagetide.models.families import Family
-from pagetide.models.quantized import Scheme, read_matrix, read_scheme
+from pagetide.models.quantized import Scheme, as_dense, read_matrix, read_scheme
 from pagetide.ops.weights import DenseWeight, QuantizedWeight, Weight, quantize, rearranged, stacked
 
 
@@ -78,6 +78,8 @@ class Checkpoint:
             for name in opened.keys():  # noqa: SIM118 (safe_open is no dict)
                 self._file_of[name] = opened
         self._modules = {name.rpartition(".")[0] for name in self._file_of}
+        if self._scheme == Scheme("gptq") and not any(name.endswith(".qweight") for name in self._file_of):
+            self._scheme = None  # AutoGPTQ's file has been left over beside dense weights
 
     def __contains__(self, name: str) -> bool:
         return name in self._file_of
@@ -97,13 +99,7 @@ class Checkpoint:
         return module in self._modules
 
     def read(self, name: str) -> torch.Tensor:
-        tensor = self.raw(name)
-        if tensor.dtype.itemsize == 1:
-            kind = str(tensor.dtype).removeprefix("torch.")
-            raise UnsupportedModelError(
-                f"{name} is of type {kind}, and the checkpoint does not say how it is quantized"
-            )
-        return tensor.to(self._dtype)
+        return as_dense(self, name).to(self._dtype)
 
     def read_weight(self, names: tuple[str, ...]) -> Weight:
         return stacked([self._read_matrix(name) for name in names])
@@ -193,12 +189,16 @@ class QuantizedAtLoad:
         return self._quantized(table, 8, name) if is_head and self._rounds_head else table
 
     def _quantized(self, weight: Weight, bits: int, name: str) -> Weight:
-        """Codes of as many bits, or more, stay as they are: files of mixed kinds know what needs them."""
-        if not (isinstance(weight, QuantizedWeight) and weight.bits >= bits):
+        """Codes stay as they are, but for those of fewer bits than were asked for: files of mixed kinds know
+        what needs more.
+        """
+        is_kept = isinstance(weight, QuantizedWeight) and (
+            self._activation_bits is None or weight.bits >= bits
+        )
+        if not is_kept:
             try:
                 weight = quantize(weight.dense(), bits)
             except ValueError as error:
                 raise UnsupportedModelError(f"{name} cannot be quantized: {error}") from error
-        if self._activation_bits is None:
-            return weight
-        return replace(weight, activation_bits=self._activation_bits)
+        assert isinstance(weight, QuantizedWeight)
+        return replace(weight, activation_bits=self._activation_bits or weight.activation_bits)

@@ -68,10 +68,10 @@ Weight: TypeAlias = DenseWeight | QuantizedWeight
 
 
 def stacked(weights: Sequence[Weight]) -> Weight:
-    """One matrix with the outputs of all, for products that share their input; of formats that differ, codes
-    of 8 bits.
+    """One matrix with the outputs of all, for products that share their input: dense if one of them is, and
+    codes of 8 bits where their codes differ.
     """
-    if all(isinstance(weight, DenseWeight) for weight in weights):
+    if any(isinstance(weight, DenseWeight) for weight in weights):
         return DenseWeight(torch.cat([weight.dense() for weight in weights]))
     formats = {
         (weight.bits, weight.group) if isinstance(weight, QuantizedWeight) else None for weight in weights

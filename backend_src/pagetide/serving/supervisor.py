@@ -20,6 +20,8 @@ from pagetide.engine.messages import BEAT_PREFIX, ERROR_PREFIX
 from pagetide.serving.client import EngineClient, EngineStartError
 from pagetide.serving.pulse import Pulse
 
+_KILLED_S = 10  # in which a killed process is gone
+
 
 def failure_file(path: Path) -> Path:
     """Where the owner of the engine at this socket tells its other clients why it could not start."""
@@ -42,7 +44,7 @@ class EngineSupervisor:
         self.num_restarts = 0
         self._lock = _exclusive_lock(path.with_suffix(".lock"))
         failure_file(path).unlink(missing_ok=True)
-        self._pulse = Pulse(settings.step_timeout_s)
+        self._pulse = Pulse(settings.step_timeout_s, settings.engine_start_timeout_s + 5)
         self._end_reason = ""
         self._process = self._spawn()
         self._watcher = threading.Thread(target=self._watch, name="pagetide-supervisor", daemon=True)
@@ -72,7 +74,12 @@ class EngineSupervisor:
         settings = msgspec.json.encode(self._settings).decode()
         command = [sys.executable, "-m", "pagetide.engine", str(os.getpid()), settings, f"ipc://{self._path}"]
         return subprocess.Popen(
-            command, stdout=subprocess.PIPE, stdin=subprocess.DEVNULL, text=True, env=environment
+            command,
+            stdout=subprocess.PIPE,
+            stdin=subprocess.DEVNULL,
+            text=True,
+            errors="replace",
+            env=environment,
         )
 
     def _watch(self) -> None:
@@ -101,8 +108,14 @@ class EngineSupervisor:
             process = self._process  # which may be another one a moment later
             if reason := self._pulse.tick():
                 self._end_reason = reason
+                self._log(f"the engine is ended: {reason}")
                 process.kill()
                 self._pulse.start()
+                try:
+                    process.wait(_KILLED_S)
+                except subprocess.TimeoutExpired:
+                    self._log("the engine does not end: a driver or a file system holds it")
+                    process.wait()
 
     def _wait_for_end(self) -> str:
         """Waits until the process has ended; returns why, as far as it has said so."""
@@ -110,7 +123,9 @@ class EngineSupervisor:
         assert self._process.stdout is not None
         for line in self._process.stdout:
             if line.startswith(BEAT_PREFIX):
-                self._pulse.beat(float(line.removeprefix(BEAT_PREFIX)))
+                number = line.removeprefix(BEAT_PREFIX).strip()
+                if number.isdigit():  # and not mixed with what a library prints
+                    self._pulse.beat(int(number))
             elif line.startswith(ERROR_PREFIX):
                 said = line.removeprefix(ERROR_PREFIX).strip()
         code = self._process.wait()
