@@ -24,7 +24,6 @@ from pagetide.models.config import UnsupportedModelError
 from pagetide.ops import weights as weights_module
 from pagetide.ops.attention import HeadShape
 from pagetide.ops.cpu.codes import (
-    CODE_ROWS,
     add_block,
     encode_row,
     join_codes,
@@ -32,6 +31,7 @@ from pagetide.ops.cpu.codes import (
     pack_codes,
     read_code_rows,
 )
+from pagetide.ops.cpu.codes_tile import CODE_ROWS
 from pagetide.ops.cpu.compiled import as_numpy, borrowed, kernel
 from pagetide.ops.cpu.embedding import CompiledEmbedding
 from pagetide.ops.cpu.layers import PHASES, CompiledLayers

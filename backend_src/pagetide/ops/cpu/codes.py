@@ -18,7 +18,15 @@ import torch
 import torch.nn.functional as F
 from numba import prange
 
-from pagetide.ops.cpu.codes_tile import PANELS, SCALE_BYTES, STEP_BYTES, steps_of, tile_of_codes
+from pagetide.ops.cpu.codes_tile import (
+    CODE_ROWS,
+    PANELS,
+    SCALE_BYTES,
+    STEP_BYTES,
+    WIDE_ROWS,
+    steps_of,
+    tile_of_codes,
+)
 from pagetide.ops.cpu.compiled import device_function, kernel
 from pagetide.ops.cpu.encoding import encode_group, float_of_half
 from pagetide.ops.cpu.packing import GROUP, Packed
@@ -26,8 +34,6 @@ from pagetide.ops.cpu.sync import take
 from pagetide.ops.cpu.tile_code import LANES
 from pagetide.ops.weights import GROUPS, QuantizedWeight
 
-CODE_ROWS = 6  # of a tile: as many as the registers hold sums and totals for
-WIDE_ROWS = 4  # of one that multiplies two digits
 _ENCODED_ROWS = 4  # of a task
 _START, _BITS, _INPUTS, IS_HALF, _DIGITS = range(5)  # columns of Packed.forms
 
@@ -93,7 +99,7 @@ def record_bytes(bits, group):  # type: ignore[no-untyped-def]
 
 @device_function
 def encode_row(x, row, size, weight, layer, encoded):  # type: ignore[no-untyped-def]
-    """Rounds row `row` of x [m, size] to 8 bits, for a product with this layer's matrix."""
+    """Rounds row `row` of x [m, size], for a product with this layer's matrix."""
     bits, group = weight.forms[layer, _BITS], weight.forms[layer, _INPUTS]
     groups = size // group
     digits = weight.forms[layer, _DIGITS]
@@ -133,378 +139,26 @@ def add_block(encoded, first, last, weight, layer, size, column, out, out_at, ou
     groups = size // group
     block = PANELS * groups * record_bytes(bits, group)
     w_at = weight.forms[layer, _START] + column // GROUP * block
-    rows = CODE_ROWS if weight.forms[layer, _DIGITS] == 1 else WIDE_ROWS
+    digits = weight.forms[layer, _DIGITS]
+    rows = CODE_ROWS if digits == 1 else WIDE_ROWS
     for row in range(first, last, rows):
-        left, x_at, scales_at = min(last - row, rows), row * size, row * groups * 2
-        place = out_at + (row - first) * out_stride
-        if rows == WIDE_ROWS:
-            x_at *= 2
-        if bits == 8 and rows == CODE_ROWS:
-            _multiply_8_1(
-                left,
-                encoded,
-                x_at,
-                scales_at,
-                size,
-                weight.data,
-                w_at,
-                block,
-                groups,
-                group,
-                out,
-                place,
-                out_stride,
-            )
-        elif bits == 4 and rows == CODE_ROWS:
-            _multiply_4_1(
-                left,
-                encoded,
-                x_at,
-                scales_at,
-                size,
-                weight.data,
-                w_at,
-                block,
-                groups,
-                group,
-                out,
-                place,
-                out_stride,
-            )
-        elif bits == 8 and rows == WIDE_ROWS:
-            _multiply_8_2(
-                left,
-                encoded,
-                x_at,
-                scales_at,
-                size,
-                weight.data,
-                w_at,
-                block,
-                groups,
-                group,
-                out,
-                place,
-                out_stride,
-            )
-        else:
-            _multiply_4_2(
-                left,
-                encoded,
-                x_at,
-                scales_at,
-                size,
-                weight.data,
-                w_at,
-                block,
-                groups,
-                group,
-                out,
-                place,
-                out_stride,
-            )
-
-
-@device_function
-def _multiply_8_1(rows, x, x_at, scales_at, size, w, w_at, block, groups, group, out, out_at, out_stride):  # type: ignore[no-untyped-def]
-    """A tile of at most CODE_ROWS rows."""
-    per_row = groups * 2
-    if rows == 1:
         tile_of_codes(
-            1,
-            8,
-            1,
-            x.codes,
-            x_at,
+            min(last - row, rows),
+            bits,
+            digits,
+            encoded.codes,
+            row * digits * size,
             size,
-            x.scales,
-            scales_at,
-            per_row,
-            w,
+            encoded.scales,
+            row * groups * 2,
+            groups * 2,
+            weight.data,
             w_at,
             block,
             groups,
             group,
             out,
-            out_at,
-            out_stride,
-        )
-    elif rows == 2:
-        tile_of_codes(
-            2,
-            8,
-            1,
-            x.codes,
-            x_at,
-            size,
-            x.scales,
-            scales_at,
-            per_row,
-            w,
-            w_at,
-            block,
-            groups,
-            group,
-            out,
-            out_at,
-            out_stride,
-        )
-    elif rows <= 4:
-        tile_of_codes(
-            4,
-            8,
-            1,
-            x.codes,
-            x_at,
-            size,
-            x.scales,
-            scales_at,
-            per_row,
-            w,
-            w_at,
-            block,
-            groups,
-            group,
-            out,
-            out_at,
-            out_stride,
-        )
-    else:
-        tile_of_codes(
-            6,
-            8,
-            1,
-            x.codes,
-            x_at,
-            size,
-            x.scales,
-            scales_at,
-            per_row,
-            w,
-            w_at,
-            block,
-            groups,
-            group,
-            out,
-            out_at,
-            out_stride,
-        )
-
-
-@device_function
-def _multiply_4_1(rows, x, x_at, scales_at, size, w, w_at, block, groups, group, out, out_at, out_stride):  # type: ignore[no-untyped-def]
-    """A tile of at most CODE_ROWS rows."""
-    per_row = groups * 2
-    if rows == 1:
-        tile_of_codes(
-            1,
-            4,
-            1,
-            x.codes,
-            x_at,
-            size,
-            x.scales,
-            scales_at,
-            per_row,
-            w,
-            w_at,
-            block,
-            groups,
-            group,
-            out,
-            out_at,
-            out_stride,
-        )
-    elif rows == 2:
-        tile_of_codes(
-            2,
-            4,
-            1,
-            x.codes,
-            x_at,
-            size,
-            x.scales,
-            scales_at,
-            per_row,
-            w,
-            w_at,
-            block,
-            groups,
-            group,
-            out,
-            out_at,
-            out_stride,
-        )
-    elif rows <= 4:
-        tile_of_codes(
-            4,
-            4,
-            1,
-            x.codes,
-            x_at,
-            size,
-            x.scales,
-            scales_at,
-            per_row,
-            w,
-            w_at,
-            block,
-            groups,
-            group,
-            out,
-            out_at,
-            out_stride,
-        )
-    else:
-        tile_of_codes(
-            6,
-            4,
-            1,
-            x.codes,
-            x_at,
-            size,
-            x.scales,
-            scales_at,
-            per_row,
-            w,
-            w_at,
-            block,
-            groups,
-            group,
-            out,
-            out_at,
-            out_stride,
-        )
-
-
-@device_function
-def _multiply_8_2(rows, x, x_at, scales_at, size, w, w_at, block, groups, group, out, out_at, out_stride):  # type: ignore[no-untyped-def]
-    """A tile of at most WIDE_ROWS rows."""
-    per_row = groups * 2
-    if rows == 1:
-        tile_of_codes(
-            1,
-            8,
-            2,
-            x.codes,
-            x_at,
-            size,
-            x.scales,
-            scales_at,
-            per_row,
-            w,
-            w_at,
-            block,
-            groups,
-            group,
-            out,
-            out_at,
-            out_stride,
-        )
-    elif rows == 2:
-        tile_of_codes(
-            2,
-            8,
-            2,
-            x.codes,
-            x_at,
-            size,
-            x.scales,
-            scales_at,
-            per_row,
-            w,
-            w_at,
-            block,
-            groups,
-            group,
-            out,
-            out_at,
-            out_stride,
-        )
-    else:
-        tile_of_codes(
-            4,
-            8,
-            2,
-            x.codes,
-            x_at,
-            size,
-            x.scales,
-            scales_at,
-            per_row,
-            w,
-            w_at,
-            block,
-            groups,
-            group,
-            out,
-            out_at,
-            out_stride,
-        )
-
-
-@device_function
-def _multiply_4_2(rows, x, x_at, scales_at, size, w, w_at, block, groups, group, out, out_at, out_stride):  # type: ignore[no-untyped-def]
-    """A tile of at most WIDE_ROWS rows."""
-    per_row = groups * 2
-    if rows == 1:
-        tile_of_codes(
-            1,
-            4,
-            2,
-            x.codes,
-            x_at,
-            size,
-            x.scales,
-            scales_at,
-            per_row,
-            w,
-            w_at,
-            block,
-            groups,
-            group,
-            out,
-            out_at,
-            out_stride,
-        )
-    elif rows == 2:
-        tile_of_codes(
-            2,
-            4,
-            2,
-            x.codes,
-            x_at,
-            size,
-            x.scales,
-            scales_at,
-            per_row,
-            w,
-            w_at,
-            block,
-            groups,
-            group,
-            out,
-            out_at,
-            out_stride,
-        )
-    else:
-        tile_of_codes(
-            4,
-            4,
-            2,
-            x.codes,
-            x_at,
-            size,
-            x.scales,
-            scales_at,
-            per_row,
-            w,
-            w_at,
-            block,
-            groups,
-            group,
-            out,
-            out_at,
+            out_at + (row - first) * out_stride,
             out_stride,
         )
 

@@ -19,6 +19,9 @@ PANELS = 2
 SCALE_BYTES = 2 * LANES  # of a record: 16 of bfloat16
 STEP_BYTES = 4 * LANES  # of codes that are loaded at a time
 _SHORTS = ir.VectorType(HALF, 2 * LANES)
+# Rows of the tiles there are, by digits: as many as the registers hold sums and totals for.
+_SIZES = {1: (1, 2, 4, 6), 2: (1, 2, 4)}
+CODE_ROWS, WIDE_ROWS = _SIZES[1][-1], _SIZES[2][-1]
 
 
 def steps_of(bits: int) -> int:
@@ -31,7 +34,7 @@ def header_bytes(bits: int) -> int:
     return SCALE_BYTES if bits == 8 else 2 * SCALE_BYTES
 
 
-@intrinsic(prefer_literal=True)
+@intrinsic
 def tile_of_codes(  # type: ignore[no-untyped-def]
     typing_context,
     rows,
@@ -55,31 +58,42 @@ def tile_of_codes(  # type: ignore[no-untyped-def]
     """out[r, p * 16 + lane] += the sum over groups of scale(x) * (scale(w) * sum of codes + minimum(w) *
     sum of x).
 
-    rows, bits, digits: literals. x int8, x_stride from one digit of a row to the next, and on to the next
-    row; scales float32, two for each group of x (codes.encode_row); w uint8, from w_at on the records of all
-    groups, of 16 outputs and the next 16 in turn; what is `ahead` bytes further is on its way into the cache
-    afterwards.
+    rows: at most CODE_ROWS, WIDE_ROWS with two digits; the next larger tile is read and written. x int8,
+    x_stride from one digit of a row to the next, and on to the next row; scales float32, two for each group
+    of x (codes.encode_row); w uint8, from w_at on the records of all groups, of 16 outputs and the next 16 in
+    turn; what is `ahead` bytes further is on its way into the cache afterwards.
     """
-    literals = (rows, bits, digits)
-    if not all(isinstance(value, types.Literal) for value in literals):
-        return None
 
     def generate(context, builder, signature, args):  # type: ignore[no-untyped-def]
         def place(number: int) -> ir.Value:
             array = context.make_array(signature.args[number])(context, builder, args[number])
             return builder.gep(array.data, [args[number + 1]])
 
-        tile = _Tile(builder, *(value.literal_value for value in literals))
-        tile.x, tile.x_stride = place(3), args[5]
-        tile.scales, tile.scales_stride = place(6), args[8]
-        tile.w, tile.ahead, tile.group = place(9), args[11], args[13]
-        tile.emit(args[12], place(14), args[16])
+        def emit(num_rows: int, num_bits: int, num_digits: int) -> None:
+            tile = _Tile(builder, num_rows, num_bits, num_digits)
+            tile.x, tile.x_stride = place(3), args[5]
+            tile.scales, tile.scales_stride = place(6), args[8]
+            tile.w, tile.ahead, tile.group = place(9), args[11], args[13]
+            tile.emit(args[12], place(14), args[16])
+
+        for num_digits, sizes in _SIZES.items():
+            for num_bits in (8, 4):
+                is_form = builder.and_(
+                    builder.icmp_signed("==", args[1], int_constant(num_bits)),
+                    builder.icmp_signed("==", args[2], int_constant(num_digits)),
+                )
+                with builder.if_then(is_form):
+                    for smaller, size in zip((0, *sizes), sizes, strict=False):
+                        fits = builder.icmp_signed(">", args[0], int_constant(smaller))
+                        if size != sizes[-1]:
+                            is_enough = builder.icmp_signed("<=", args[0], int_constant(size))
+                            fits = builder.and_(fits, is_enough)
+                        with builder.if_then(fits):
+                            emit(size, num_bits, num_digits)
         return context.get_dummy_value()
 
-    index = types.int64
-    return types.none(
-        *literals, x, index, index, scales, index, index, w, index, index, index, index, out, index, index
-    ), generate
+    i = types.int64
+    return types.none(i, i, i, x, i, i, scales, i, i, w, i, i, i, i, out, i, i), generate
 
 
 class _Tile:

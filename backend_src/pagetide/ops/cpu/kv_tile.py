@@ -19,6 +19,7 @@ from pagetide.ops.cpu.tile_code import LANES
 
 PAGE_HEADER = 4 * LANES  # bytes of a page's scales
 _DIGITS = 2
+KV_ROWS = 4  # of a tile, at most
 
 
 @intrinsic(prefer_literal=True)
@@ -46,15 +47,14 @@ def tile_of_rounded_pages(  # type: ignore[no-untyped-def]
     """Keys: out[r, p * 16 + token] = scale(r) * scale(token) * the sum of x[r] times codes; values: out[r, p
     * 16 + i] += scale(r) * the sum over all pages.
 
-    rows, panels, are_keys: literals. x int8, two digits of a row `digit_stride` apart, the next row behind
-    them; scales float32, two for each row (encoding.encode_group). kv uint8; places, from its element
-    places_at on: where pages begin; panels begin `at` behind that, `apart` from each other, of so many steps
-    of four elements.
+    rows: at most KV_ROWS; panels (1 or 2), are_keys: literals; one panel takes KV_ROWS. x int8, two
+    digits of a row `digit_stride` apart, the next row behind them; scales float32, two for each row
+    (encoding.encode_group). kv uint8; places, from its element places_at on: where pages begin; panels begin
+    `at` behind that, `apart` from each other, of so many steps of four elements.
     """
-    literals = (rows, panels, are_keys)
-    if not all(isinstance(value, types.Literal) for value in literals):
+    if not (isinstance(panels, types.Literal) and isinstance(are_keys, types.Literal)):
         return None
-    num_rows, num_panels, of_keys = (value.literal_value for value in literals)
+    num_panels, of_keys = panels.literal_value, are_keys.literal_value
 
     def generate(context, builder, signature, args):  # type: ignore[no-untyped-def]
         def data(number: int) -> ir.Value:
@@ -67,61 +67,71 @@ def tile_of_rounded_pages(  # type: ignore[no-untyped-def]
         stride, pages, panel_at, apart, steps = args[5], args[11], args[12], args[13], args[14]
         first = builder.gep(data(9), [args[10]])
         out = builder.gep(data(15), [args[16]])
-        sums = []
-        for r in range(num_rows):
-            place = pointer(factors, int_constant(2 * r + 1), WORD)
-            start = spread(builder, builder.load(place, align=4))
-            sums.append(
-                [
+
+        def emit(num_rows: int) -> None:
+            sums = []
+            for r in range(num_rows):
+                place = pointer(factors, int_constant(2 * r + 1), WORD)
+                start = spread(builder, builder.load(place, align=4))
+                sums.append(
                     [
-                        cgutils.alloca_once_value(builder, value)
-                        for value in (start, ir.Constant(WORDS, [0] * LANES))
+                        [
+                            cgutils.alloca_once_value(builder, value)
+                            for value in (start, ir.Constant(WORDS, [0] * LANES))
+                        ]
+                        for _ in range(num_panels)
                     ]
-                    for _ in range(num_panels)
-                ]
-            )
-        with cgutils.for_range(builder, pages, intp=INDEX) as page:
-            base = builder.gep(
-                data(8), [builder.add(builder.load(builder.gep(first, [page.index])), panel_at)]
-            )
-            element = builder.mul(builder.mul(page.index, steps), int_constant(4))
-            with cgutils.for_range(builder, steps, intp=INDEX) as step:
-                offset = builder.mul(step.index, int_constant(STEP_BYTES))
-                codes = [
-                    builder.load(
-                        pointer(base, builder.add(offset, builder.mul(apart, int_constant(p))), WORDS),
-                        align=4,
-                    )
-                    for p in range(num_panels)
-                ]
-                four = builder.add(element, builder.mul(step.index, int_constant(4)))
-                for r in range(num_rows):
-                    for digit in range(_DIGITS):
-                        row = builder.mul(stride, int_constant(_DIGITS * r + digit))
-                        word = builder.load(pointer(own, builder.add(row, four), WORD), align=1)
-                        for p in range(num_panels):
-                            total = sums[r][p][digit]
-                            builder.store(
-                                byte_dot(builder, builder.load(total), codes[p], spread(builder, word)), total
-                            )
-        page_at = builder.gep(data(8), [builder.load(first)])
-        for r in range(num_rows):
-            factor = spread(builder, builder.load(builder.gep(factors, [int_constant(2 * r)])))
-            for p in range(num_panels):
-                whole = joined_digits(builder, [builder.load(digit) for digit in sums[r][p]])
-                value = builder.fmul(builder.sitofp(whole, FLOATS), factor, flags=FAST)
-                column = builder.add(builder.mul(args[17], int_constant(r)), int_constant(p * LANES))
-                place = pointer(out, column, FLOATS)
-                if of_keys:
-                    lanes = pointer(page_at, builder.mul(apart, int_constant(p)), FLOATS)
-                    value = builder.fmul(value, builder.load(lanes, align=4), flags=FAST)
-                else:
-                    value = builder.fadd(builder.load(place, align=4), value, flags=FAST)
-                builder.store(value, place, align=4)
+                )
+            with cgutils.for_range(builder, pages, intp=INDEX) as page:
+                base = builder.gep(
+                    data(8), [builder.add(builder.load(builder.gep(first, [page.index])), panel_at)]
+                )
+                element = builder.mul(builder.mul(page.index, steps), int_constant(4))
+                with cgutils.for_range(builder, steps, intp=INDEX) as step:
+                    offset = builder.mul(step.index, int_constant(STEP_BYTES))
+                    codes = [
+                        builder.load(
+                            pointer(base, builder.add(offset, builder.mul(apart, int_constant(p))), WORDS),
+                            align=4,
+                        )
+                        for p in range(num_panels)
+                    ]
+                    four = builder.add(element, builder.mul(step.index, int_constant(4)))
+                    for r in range(num_rows):
+                        for digit in range(_DIGITS):
+                            row = builder.mul(stride, int_constant(_DIGITS * r + digit))
+                            word = builder.load(pointer(own, builder.add(row, four), WORD), align=1)
+                            for p in range(num_panels):
+                                total = sums[r][p][digit]
+                                builder.store(
+                                    byte_dot(builder, builder.load(total), codes[p], spread(builder, word)),
+                                    total,
+                                )
+            page_at = builder.gep(data(8), [builder.load(first)])
+            for r in range(num_rows):
+                factor = spread(builder, builder.load(builder.gep(factors, [int_constant(2 * r)])))
+                for p in range(num_panels):
+                    whole = joined_digits(builder, [builder.load(digit) for digit in sums[r][p]])
+                    value = builder.fmul(builder.sitofp(whole, FLOATS), factor, flags=FAST)
+                    column = builder.add(builder.mul(args[17], int_constant(r)), int_constant(p * LANES))
+                    place = pointer(out, column, FLOATS)
+                    if of_keys:
+                        lanes = pointer(page_at, builder.mul(apart, int_constant(p)), FLOATS)
+                        value = builder.fmul(value, builder.load(lanes, align=4), flags=FAST)
+                    else:
+                        value = builder.fadd(builder.load(place, align=4), value, flags=FAST)
+                    builder.store(value, place, align=4)
+
+        if num_panels == 1:
+            emit(KV_ROWS)
+        else:
+            for size in range(1, KV_ROWS + 1):
+                with builder.if_then(builder.icmp_signed("==", args[0], int_constant(size))):
+                    emit(size)
         return context.get_dummy_value()
 
     i = types.int64
-    return types.none(*literals, x, i, i, scales, i, kv, places, i, i, i, i, i, out, i, i), generate
+    return types.none(i, panels, are_keys, x, i, i, scales, i, kv, places, i, i, i, i, i, out, i, i), generate
 
 
 @intrinsic

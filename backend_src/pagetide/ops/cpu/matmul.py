@@ -12,7 +12,8 @@ from __future__ import annotations
 import numpy as np
 from numba.core import types
 
-from pagetide.ops.cpu.codes import CODE_ROWS, add_block, encode_row, encode_rows
+from pagetide.ops.cpu.codes import add_block, encode_row, encode_rows
+from pagetide.ops.cpu.codes_tile import CODE_ROWS
 from pagetide.ops.cpu.compiled import by_format, device_function
 from pagetide.ops.cpu.packing import GROUP
 from pagetide.ops.cpu.sync import take

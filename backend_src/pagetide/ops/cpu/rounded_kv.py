@@ -10,10 +10,9 @@ from pagetide.kv_cache.layout import PAGE
 from pagetide.ops.cpu.attention_tasks import SPAN
 from pagetide.ops.cpu.compiled import device_function
 from pagetide.ops.cpu.encoding import encode_group
-from pagetide.ops.cpu.kv_tile import PAGE_HEADER, put_float, scale_by_tokens, tile_of_rounded_pages
+from pagetide.ops.cpu.kv_tile import KV_ROWS, PAGE_HEADER, put_float, scale_by_tokens, tile_of_rounded_pages
 from pagetide.ops.cpu.vectors import prefetch
 
-_ROWS = 4  # of a tile
 _PANEL_BYTES = PAGE * PAGE  # 16 elements of a page's values
 
 
@@ -36,28 +35,12 @@ def score_rounded(rows, head_dim, kv, places, keys, values, num_keys, scratch, t
         at, apart = keys * places.shape[1] + page, places[keys, page + 1] - places[keys, page]
         prefetch(kv, places[values, page], PAGE_HEADER + PAGE * head_dim)
         prefetch(kv, places[values, page + 1], PAGE_HEADER + PAGE * head_dim)
-        for row in range(0, rows, _ROWS):
+        for row in range(0, rows, KV_ROWS):
             x_at, to = row * 2 * head_dim, row * SPAN + page * PAGE
-            if rows - row == 1:
-                tile_of_rounded_pages(
-                    1, 2, True, x, x_at, head_dim, scales, row * 2, kv, places, at, 1, PAGE_HEADER, apart,
-                    steps, scores, to, SPAN,
-                )  # fmt: skip
-            elif rows - row == 2:
-                tile_of_rounded_pages(
-                    2, 2, True, x, x_at, head_dim, scales, row * 2, kv, places, at, 1, PAGE_HEADER, apart,
-                    steps, scores, to, SPAN,
-                )  # fmt: skip
-            elif rows - row == 3:
-                tile_of_rounded_pages(
-                    3, 2, True, x, x_at, head_dim, scales, row * 2, kv, places, at, 1, PAGE_HEADER, apart,
-                    steps, scores, to, SPAN,
-                )  # fmt: skip
-            else:
-                tile_of_rounded_pages(
-                    4, 2, True, x, x_at, head_dim, scales, row * 2, kv, places, at, 1, PAGE_HEADER, apart,
-                    steps, scores, to, SPAN,
-                )  # fmt: skip
+            tile_of_rounded_pages(
+                min(rows - row, KV_ROWS), 2, True, x, x_at, head_dim, scales, row * 2, kv, places, at, 1,
+                PAGE_HEADER, apart, steps, scores, to, SPAN,
+            )  # fmt: skip
 
 
 @device_function
@@ -75,56 +58,21 @@ def add_rounded_values(rows, weights, kv, places, keys, values, num_keys, scratc
             scale_by_tokens(weights, row * SPAN + page * PAGE, kv, places[values, page])
         at = row * 2 * SPAN
         encode_group(weights, row * SPAN, pages * PAGE, True, x, at, at + SPAN, scales, row * 2)
-    for row in range(0, rows, _ROWS):
-        panel = 0
-        while panel < head_dim // PAGE:
-            num_panels = 2 if head_dim // PAGE - panel >= 2 else 1
-            _add_panels(
-                min(rows - row, _ROWS),
-                num_panels,
-                x,
-                row,
-                scales,
-                kv,
-                places,
-                values * places.shape[1],
-                pages,
-                PAGE_HEADER + panel * _PANEL_BYTES,
-                sums,
-                row * head_dim + panel * PAGE,
-            )
-            panel += num_panels
-
-
-@device_function
-def _add_panels(rows, panels, x, row, scales, kv, places, places_at, pages, at, sums, to):  # type: ignore[no-untyped-def]
-    """One or two panels of values, for at most 4 rows."""
-    x_at, d, apart, steps = row * 2 * SPAN, sums.shape[1], _PANEL_BYTES, PAGE // 4
-    if panels == 1:
-        tile_of_rounded_pages(
-            4, 1, False, x, x_at, SPAN, scales, row * 2, kv, places, places_at, pages, at, apart, steps, sums,
-            to, d,
-        )  # fmt: skip
-    elif rows == 1:
-        tile_of_rounded_pages(
-            1, 2, False, x, x_at, SPAN, scales, row * 2, kv, places, places_at, pages, at, apart, steps, sums,
-            to, d,
-        )  # fmt: skip
-    elif rows == 2:
-        tile_of_rounded_pages(
-            2, 2, False, x, x_at, SPAN, scales, row * 2, kv, places, places_at, pages, at, apart, steps, sums,
-            to, d,
-        )  # fmt: skip
-    elif rows == 3:
-        tile_of_rounded_pages(
-            3, 2, False, x, x_at, SPAN, scales, row * 2, kv, places, places_at, pages, at, apart, steps, sums,
-            to, d,
-        )  # fmt: skip
-    else:
-        tile_of_rounded_pages(
-            4, 2, False, x, x_at, SPAN, scales, row * 2, kv, places, places_at, pages, at, apart, steps, sums,
-            to, d,
-        )  # fmt: skip
+    first, steps = values * places.shape[1], PAGE // 4
+    for row in range(0, rows, KV_ROWS):
+        left, x_at = min(rows - row, KV_ROWS), row * 2 * SPAN
+        for panel in range(0, head_dim // PAGE, 2):
+            at, to = PAGE_HEADER + panel * _PANEL_BYTES, row * head_dim + panel * PAGE
+            if panel + 1 < head_dim // PAGE:
+                tile_of_rounded_pages(
+                    left, 2, False, x, x_at, SPAN, scales, row * 2, kv, places, first, pages, at,
+                    _PANEL_BYTES, steps, sums, to, head_dim,
+                )  # fmt: skip
+            else:
+                tile_of_rounded_pages(
+                    left, 1, False, x, x_at, SPAN, scales, row * 2, kv, places, first, pages, at,
+                    _PANEL_BYTES, steps, sums, to, head_dim,
+                )  # fmt: skip
 
 
 @device_function
