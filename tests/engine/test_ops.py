@@ -415,8 +415,11 @@ def test_sampling_and_scores_of_large_vocabularies(vocabulary, spread, has_ties,
     for own, right in zip(score(logits, ids, 20), reference.score(logits, ids, 20), strict=True):
         if own.dtype is torch.float32:
             torch.testing.assert_close(own, right, atol=2e-4, rtol=2e-4)
-        elif own.ndim == 1 or not has_ties:
+        elif own.ndim == 1:
             assert own.tolist() == right.tolist()
+        else:  # two of so many random numbers may be equal, and then their order is nobody's
+            assert torch.equal(logits.gather(1, own), logits.gather(1, right))
+            assert all(len(set(row)) == len(row) for row in own.tolist())
 
 
 @pytest.mark.parametrize("score", [reference.score, score])
