@@ -22,6 +22,7 @@ from pathlib import Path
 from typing import Any
 
 from gateway_process import start_gateway, stop_gateway
+from pagetide.config import settings_fields
 from triton_server import ROOT, TritonServer, free_address
 from workloads import MAX_RUNNING, Job
 
@@ -282,7 +283,7 @@ def _percentile(values: list[float], share: float = 0.99) -> float | None:
     return sorted(values)[min(len(values) - 1, int(share * len(values)))] if values else None
 
 
-QUANTIZATIONS = ("w8a16", "w8a8", "w4a16", "w4a8")
+QUANTIZATIONS = next(field.choices for field in settings_fields() if field.name == "quantization")[1:]
 PEERS = ROOT / ".peers"  # where scripts/peers.sh installs other engines
 
 

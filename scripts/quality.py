@@ -26,7 +26,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "backend_src"))
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 
 import numpy as np
-from engines import CACHE, run_pagetide
+from engines import CACHE, QUANTIZATIONS, run_pagetide
 from limits import versions
 from pagetide.llm import LLM
 from pagetide.types import Request, SamplingParams
@@ -174,7 +174,7 @@ def main() -> int:
     parser.add_argument(
         "--settings",
         nargs="+",
-        default=["kv-int8", "w8a16", "w8a8", "w4a16", "w4a8", "w4a8+kv-int8"],
+        default=["kv-int8", *QUANTIZATIONS, "w4a8+kv-int8"],
         help="values of `quantization`, kv-int8 for that `kv_cache_dtype`, or both with a +",
     )
     parser.add_argument("--json", type=Path, help="write the figures to this file")

@@ -89,7 +89,7 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
         Literal["auto", "int8"],
         Meta(
             description="int8: on a CPU, keys and values are kept as 8-bit integers, with a scale for each "
-            "token and head, in half the memory; auto: as dtype"
+            "token and head, in little more than half the memory of bfloat16; auto: as dtype"
         ),
     ] = "auto"
     swap_space_gb: Annotated[

@@ -4,8 +4,15 @@ device are tried with.
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
+from pathlib import Path
+
 import numpy as np
+import pytest
 import torch
+from llvmlite import binding as llvm
 from pagetide.ops.batch import Batch
 from pagetide.ops.layers import Affine, Layers, LayerShape, LayerWeights
 from pagetide.ops.weights import DenseWeight
@@ -101,3 +108,23 @@ def random_rows(rng: np.random.Generator, num_rows: int, vocabulary: int) -> tup
     for row, position in zip(rows.tolist(), positions.tolist(), strict=True):
         history[row, position:] = vocabulary - 1
     return history, rows, positions, num_prompt
+
+
+def run_on_older_processor(file: str, tests: list[str], without: str = "avx512") -> None:
+    """Runs tests of a file in a process of its own, with kernels compiled for a processor without the
+    features whose names begin so; skips where this one has none of them, since the file itself shows it.
+    """
+    features = {name for name, is_there in llvm.get_host_cpu_features().items() if is_there}
+    if not any(name.startswith(without) for name in features):
+        pytest.skip(f"this processor has no {without}: the other tests show it")
+    older = ",".join(("-" if name.startswith(without) else "+") + name for name in sorted(features))
+    name = "haswell" if without == "avx512" else "skylake-avx512"
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider"]
+    result = subprocess.run(
+        [*command, *(f"{Path(file)}::{test}" for test in tests)],
+        env={**os.environ, "NUMBA_CPU_NAME": name, "NUMBA_CPU_FEATURES": older},
+        capture_output=True,
+        text=True,
+        timeout=500,
+    )
+    assert result.returncode == 0, result.stdout[-3000:] + result.stderr[-3000:]

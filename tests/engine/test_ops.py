@@ -4,18 +4,13 @@ types.
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
-
 import numpy as np
 import ops
 import pytest
 import torch
-from cases import random_layers, random_rows, rotary_like, run_steps
+from cases import random_layers, random_rows, rotary_like, run_on_older_processor, run_steps
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from llvmlite import binding as llvm
 from numba import njit, prange
 from pagetide.ops import reference
 from pagetide.ops.attention import HeadShape
@@ -257,25 +252,8 @@ def test_threads_take_every_task_once(num_tasks):
 
 
 def test_kernels_for_a_processor_without_avx512():
-    """The same tests, compiled for AVX2 only, in a process of their own."""
-    features = {name for name, is_there in llvm.get_host_cpu_features().items() if is_there}
-    if "avx512f" not in features:
-        pytest.skip("this processor has no AVX512: the other tests show it")
-    older = ",".join(("-" if name.startswith("avx512") else "+") + name for name in sorted(features))
-    command = [
-        sys.executable,
-        "-m",
-        "pytest",
-        "-q",
-        "-p",
-        "no:cacheprovider",
-        __file__,
-        "-k",
-        "test_layers or test_embedding or split",
-    ]
-    environment = {**os.environ, "NUMBA_CPU_NAME": "haswell", "NUMBA_CPU_FEATURES": older}
-    result = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=500)
-    assert result.returncode == 0, result.stdout[-3000:] + result.stderr[-3000:]
+    tests = ["test_layers", "test_embedding", "test_long_contexts_are_split_and_merged"]
+    run_on_older_processor(__file__, tests)
 
 
 @relaxed

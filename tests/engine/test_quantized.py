@@ -4,18 +4,14 @@ processors, and whole models.
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
 from dataclasses import replace
 
 import numpy as np
 import pytest
 import torch
-from cases import random_layers, rotary_like, run_steps
+from cases import random_layers, rotary_like, run_on_older_processor, run_steps
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from llvmlite import binding as llvm
 from models import FAMILIES, write_model
 from numba import prange
 from pagetide.config import SettingsError
@@ -238,20 +234,9 @@ def test_quantized_embedding(bits, is_tied):
 
 @pytest.mark.parametrize("without", ["avx512", "avx512vnni"])
 def test_kernels_for_an_older_processor(without):
-    """The same tests, compiled for AVX2 only and for AVX512 without byte products, in a
-    process of its own.
-    """
-    features = {name for name, is_there in llvm.get_host_cpu_features().items() if is_there}
-    if not any(name.startswith(without) for name in features):
-        pytest.skip("this processor has none: the other tests show it")
-    older = ",".join(("-" if name.startswith(without) else "+") + name for name in sorted(features))
-    chosen = ["test_products"] if without == "avx512vnni" else ["test_products", "test_quantized_layers"]
-    tests = [f"{__file__}::{name}" for name in chosen]
-    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", *tests]
-    name = "haswell" if without == "avx512" else "skylake-avx512"
-    environment = {**os.environ, "NUMBA_CPU_NAME": name, "NUMBA_CPU_FEATURES": older}
-    result = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=500)
-    assert result.returncode == 0, result.stdout[-3000:] + result.stderr[-3000:]
+    """For AVX2 only, and for AVX512 without byte products."""
+    layers = ["test_quantized_layers"] if without == "avx512" else []
+    run_on_older_processor(__file__, ["test_products", *layers], without)
 
 
 @pytest.mark.parametrize("family", ["llama-biases", "qwen3", "smollm2"])

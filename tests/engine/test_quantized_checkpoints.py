@@ -288,6 +288,16 @@ def test_one_scale_for_all_packed_codes():
     assert torch.equal(found, (codes - 8) * 0.5)
 
 
+def test_an_order_that_was_never_made_is_none():
+    """Groups of -1, as compressed-tensors initializes them."""
+    codes = torch.randint(0, 16, (24, 64))
+    tensors = compressed(4, True)(codes, codes, torch.full((24, 2), 0.5), -torch.ones(64))
+    tensors["weight_scale"][:, 1] = 2
+    found = read_matrix(raw_of(tensors), "m", Scheme("compressed-tensors"), torch.float32)
+    assert isinstance(found, QuantizedWeight) and found.group == 32
+    assert torch.equal(found.dense(), (codes - 8) * torch.tensor([0.5] * 32 + [2] * 32))
+
+
 def test_a_layout_that_does_not_fit_is_told():
     tensors = gptq(4)(torch.zeros(16, 40).int(), torch.zeros(16, 3).int(), torch.ones(16, 3), torch.zeros(40))
     del tensors["g_idx"]

@@ -2,17 +2,13 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
 from dataclasses import replace
 
 import pytest
 import torch
-from cases import random_layers, rotary_like, run_steps
+from cases import random_layers, rotary_like, run_on_older_processor, run_steps
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from llvmlite import binding as llvm
 from models import FAMILIES, write_model
 from pagetide.config import SettingsError
 from pagetide.llm import LLM
@@ -73,23 +69,7 @@ def test_long_contexts(window):
 
 
 def test_kernels_for_a_processor_without_avx512():
-    """The same test, compiled for AVX2 only, in a process of its own."""
-    features = {name for name, is_there in llvm.get_host_cpu_features().items() if is_there}
-    if "avx512f" not in features:
-        pytest.skip("this processor has no AVX512: the other tests show it")
-    older = ",".join(("-" if name.startswith("avx512") else "+") + name for name in sorted(features))
-    command = [
-        sys.executable,
-        "-m",
-        "pytest",
-        "-q",
-        "-p",
-        "no:cacheprovider",
-        f"{__file__}::test_long_contexts",
-    ]
-    environment = {**os.environ, "NUMBA_CPU_NAME": "haswell", "NUMBA_CPU_FEATURES": older}
-    result = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=500)
-    assert result.returncode == 0, result.stdout[-3000:] + result.stderr[-3000:]
+    run_on_older_processor(__file__, ["test_long_contexts"])
 
 
 @pytest.mark.parametrize("family", ["llama2", "qwen3", "mistral-window"])

@@ -200,6 +200,7 @@ def test_a_second_engine_of_one_server_is_refused_with_the_reason(tmp_path):
 def test_an_engine_whose_stub_dies_while_it_loads_ends_too():
     server = TritonServer(free_address(), {"cache_dir": CACHE})
     server.start()
+    assert ask_health(server)[0] == 1, "models load"
 
     def engine() -> psutil.Process | None:
         return next((p for p in server.processes() if "pagetide.engine" in p.cmdline()), None)
@@ -225,6 +226,8 @@ def test_a_full_queue_is_refused_at_once_and_says_so(parrot):
         for error in streams.errors
     )
     assert not any(stream.done.is_set() for stream in sent)
+    status, said = ask_health(parrot)
+    assert status == 1 and "not ready: " in said and "Maximum queue size of 200" in said
     streams.close(cancel=True)
     wait_until_idle(parrot)
     assert stream_one(parrot, **{**LONG, "max_tokens": 4}).ids() == [2, 3, 4, 5]

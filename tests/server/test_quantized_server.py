@@ -6,19 +6,17 @@ import random
 from collections.abc import Iterator
 
 import pytest
-from client import CACHE, Streams, metric, stream_one, wait_until_idle
+from client import CACHE, Streams, metric, start, stream_one, wait_until_idle
 from pagetide.llm import LLM
 from pagetide.types import SamplingParams
-from triton_server import TritonServer, free_address
+from triton_server import TritonServer
 
 SETTINGS = {"quantization": "w4a8", "kv_cache_dtype": "int8", "cache_dir": CACHE, "dtype": "float32"}
 
 
 @pytest.fixture(scope="module")
 def quantized() -> Iterator[TritonServer]:
-    server = TritonServer(free_address(), {**SETTINGS, "num_blocks": 60, "check_integrity": True})
-    server.start()
-    server.wait_until_ready()
+    server = start({**SETTINGS, "num_blocks": 60})
     yield server
     wait_until_idle(server)
     assert server.stop()

@@ -51,7 +51,6 @@ def assemble(settings: Settings) -> Engine:
     device = select_device(settings)
     settings = settings.sized_for(device.torch_device.type)
     dtype, rounds_kv = _dtype(settings, device), settings.kv_cache_dtype == "int8"
-    codes = find_codes(settings.model, model, settings.cache_path) if _reads_codes(settings) else None
 
     # Nothing may compute on this thread: a second OpenMP pool would make the first one sleep between its
     # kernels.
@@ -59,7 +58,7 @@ def assemble(settings: Settings) -> Engine:
         keeps = settings.keep_packed_weights and settings.load_format != "dummy"
         folder = packed_folder(model, settings.cache_path) if keeps else None
         ops = select_ops(device.torch_device, settings, dtype, model, folder)
-        checkpoint = _read_checkpoint(settings, model, codes, dtype, device, family, config)
+        checkpoint = _read_checkpoint(settings, model, dtype, device, family, config)
         shape = layer_shape(config, settings.block_size, max_len, device.torch_device, rounds_kv)
         return ops, Decoder(config, family, checkpoint, ops, shape, device.activation_dtype or dtype)
 
@@ -110,28 +109,24 @@ def assemble(settings: Settings) -> Engine:
     return Engine(info, scheduler, runner, device.overlaps, settings.check_integrity)
 
 
-def _reads_codes(settings: Settings) -> bool:
-    return settings.quantization != "none" and settings.load_format != "dummy"
-
-
 def _read_checkpoint(
     settings: Settings,
     model: Path,
-    codes: Path | None,
     dtype: torch.dtype,
     device: Device,
     family: Family,
     config: DecoderConfig,
 ) -> Tensors:
-    """The tensors that the decoder is made of; codes: of a GGUF file."""
-    place = device.torch_device
+    """The tensors that the decoder is made of."""
+    place, quantizes = device.torch_device, settings.quantization != "none"
     if settings.load_format == "dummy":
         tensors: Tensors = RandomTensors(family, config, dtype, place)
         is_quantized = False
     else:
+        codes = find_codes(settings.model, model, settings.cache_path) if quantizes else None
         tensors = checkpoint = Checkpoint(model, dtype, place, codes)
         is_quantized = checkpoint.is_quantized
-    if settings.quantization != "none":
+    if quantizes:
         bits, activation_bits = settings.quantization.removeprefix("w").split("a")
         return QuantizedAtLoad(tensors, int(bits), int(activation_bits), rounds_head=True)
     if is_quantized and place.type == "cpu" and settings.ops == "auto":

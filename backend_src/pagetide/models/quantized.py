@@ -234,7 +234,8 @@ def _read_compressed(checkpoint: Raw, name: str, scheme: Scheme) -> _Found:
 
 
 def _compressed_zeros(checkpoint: Raw, name: str, scales: torch.Tensor, bits: int) -> torch.Tensor:
-    """As large as scales, for codes from 0 on: packed along the outputs, or signed (before version 0.9.3)."""
+    """As large as scales, for codes from 0 on: packed along the outputs, or signed (in older ones, and of 8
+    bits)."""
     if f"{name}.weight_zero_point" not in checkpoint:
         return torch.full_like(scales, 2 ** (bits - 1))
     zeros = checkpoint.raw(f"{name}.weight_zero_point")

@@ -73,13 +73,9 @@ def stacked(weights: Sequence[Weight]) -> Weight:
     """
     if any(isinstance(weight, DenseWeight) for weight in weights):
         return DenseWeight(torch.cat([weight.dense() for weight in weights]))
-    formats = {
-        (weight.bits, weight.group) if isinstance(weight, QuantizedWeight) else None for weight in weights
-    }
-    quantized = [
-        weight if isinstance(weight, QuantizedWeight) and len(formats) == 1 else quantize(weight.dense(), 8)
-        for weight in weights
-    ]
+    quantized = [weight for weight in weights if isinstance(weight, QuantizedWeight)]
+    if len({(weight.bits, weight.group) for weight in quantized}) > 1:
+        quantized = [quantize(weight.dense(), 8) for weight in quantized]
     first = quantized[0]
 
     def joined(name: str) -> torch.Tensor:

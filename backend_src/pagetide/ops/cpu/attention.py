@@ -13,19 +13,32 @@ while its keys are multiplied, and the next span's keys while its values are.
 from __future__ import annotations
 
 import numpy as np
-from numba.core import types
 
 from pagetide.kv_cache.layout import PAGE
 from pagetide.ops.cpu.attention_tasks import SPAN
-from pagetide.ops.cpu.compiled import by_format, device_function, fast_exp, store
-from pagetide.ops.cpu.kv_tile import PAGE_HEADER
-from pagetide.ops.cpu.rounded_kv import add_rounded_values, round_queries, score_rounded
+from pagetide.ops.cpu.compiled import by_form, device_function, fast_exp, store
+from pagetide.ops.cpu.rounded_kv import add_rounded_values, round_queries, rounded_page_size, score_rounded
+from pagetide.ops.cpu.scratch import KEYS, NEXT_KEYS, VALUES
 from pagetide.ops.cpu.sync import take
 from pagetide.ops.cpu.tiles import TILE_ROWS, depth_of, tile, tile_of_pages
 from pagetide.ops.cpu.vectors import clear, copy, prefetch, scale, soften
 
 _MINUS_INFINITY = np.float32(-3.0e38)
-_KEYS, _VALUES, _NEXT_KEYS = 0, 1, 2  # rows of Scratch.places
+
+
+@device_function
+def _dense_page_size(kv, head_dim):  # type: ignore[no-untyped-def]
+    """Elements of 16 tokens' keys or values."""
+    return PAGE * head_dim
+
+
+@device_function
+def _leave(rows, queries, kv, scratch, thread):  # type: ignore[no-untyped-def]
+    """Queries are multiplied by dense keys as they are."""
+
+
+page_size = by_form(0, _dense_page_size, rounded_page_size)
+_prepare_queries = by_form(2, _leave, round_queries)
 
 
 @device_function
@@ -62,15 +75,15 @@ def attend(sync, phase, thread, scratch, q, layer, kv, block_table, work, window
         clear(sums, 0, (rows + TILE_ROWS - 1) // TILE_ROWS * TILE_ROWS * head_dim)
         if window > 0:
             begin = max(begin, max(0, start - window + 1) // PAGE * PAGE)
-        _find_pages(layer, kv, 0, head, block_table, sequence, begin, last, head_dim, places, _KEYS)
+        _find_pages(layer, kv, 0, head, block_table, sequence, begin, last, head_dim, places, KEYS)
         for key in range(begin, min(begin + SPAN, last), PAGE):
-            prefetch(kv, places[_KEYS, (key - begin) // PAGE], page_size(kv, head_dim))
+            prefetch(kv, places[KEYS, (key - begin) // PAGE], page_size(kv, head_dim))
         for at in range(begin, last, SPAN):
             end = min(at + SPAN, last)
-            _find_pages(layer, kv, 0, head, block_table, sequence, at, last, head_dim, places, _KEYS)
-            _find_pages(layer, kv, 1, head, block_table, sequence, at, last, head_dim, places, _VALUES)
+            _find_pages(layer, kv, 0, head, block_table, sequence, at, last, head_dim, places, KEYS)
+            _find_pages(layer, kv, 1, head, block_table, sequence, at, last, head_dim, places, VALUES)
             _find_pages(
-                layer, kv, 0, head, block_table, sequence, at + SPAN, last, head_dim, places, _NEXT_KEYS
+                layer, kv, 0, head, block_table, sequence, at + SPAN, last, head_dim, places, NEXT_KEYS
             )
             _score(rows, queries, kv, places, end - at, scratch, thread, scores)
             _weigh(rows, group, scores, at, end, start, window, peaks, totals, weights, sums)
@@ -131,17 +144,17 @@ def _find_pages(layer, kv, which, head, block_table, sequence, begin, last, head
             place = ((layer * kv.shape[1] + block_table[sequence, block]) * 2 + which) * kv.shape[3] + head
             places[row, page] = place * kv.shape[4] + offset
         else:
-            places[row, page] = places[row, page - 1] if page > 0 else places[_VALUES, 0]
+            places[row, page] = places[row, page - 1] if page > 0 else places[VALUES, 0]
 
 
 @device_function
-def _score_dense(rows, queries, kv, places, num_keys, scores):  # type: ignore[no-untyped-def]
+def _score_dense(rows, queries, kv, places, num_keys, scratch, thread, scores):  # type: ignore[no-untyped-def]
     """scores[row, key] of a span's keys, and of what fills up its last two pages."""
     head_dim = queries.shape[1]
     for page in range(0, (num_keys + PAGE - 1) // PAGE, 2):
-        at, apart = places[_KEYS, page], places[_KEYS, page + 1] - places[_KEYS, page]
-        prefetch(kv, places[_VALUES, page], PAGE * head_dim)
-        prefetch(kv, places[_VALUES, page + 1], PAGE * head_dim)
+        at, apart = places[KEYS, page], places[KEYS, page + 1] - places[KEYS, page]
+        prefetch(kv, places[VALUES, page], PAGE * head_dim)
+        prefetch(kv, places[VALUES, page + 1], PAGE * head_dim)
         for row in range(0, rows, TILE_ROWS):
             left, x_at, to = rows - row, row * head_dim, row * SPAN + page * PAGE
             if left == 1:
@@ -178,7 +191,7 @@ def _weigh(rows, group, scores, begin, end, start, window, peaks, totals, weight
 
 
 @device_function
-def _add_dense_values(rows, weights, kv, places, num_keys, sums):  # type: ignore[no-untyped-def]
+def _add_dense_values(rows, weights, kv, places, num_keys, scratch, thread, sums):  # type: ignore[no-untyped-def]
     """sums[row] += weights[row, key] * values of all keys of a span."""
     depth, whole = depth_of(kv), num_keys // PAGE
     _add_pages(rows, weights, 0, kv, places, 0, whole, PAGE, sums)
@@ -192,7 +205,7 @@ def _add_pages(rows, weights, weights_at, kv, places, page, pages, size, sums): 
     """The same for so many pages, of each so many keys."""
     head_dim = sums.shape[1]
     num_panels, apart = head_dim // PAGE, PAGE * PAGE
-    p, ahead = _VALUES * places.shape[1] + page, _NEXT_KEYS * places.shape[1] + page
+    p, ahead = VALUES * places.shape[1] + page, NEXT_KEYS * places.shape[1] + page
     for row in range(0, rows, TILE_ROWS):
         x_at, left, panel = row * SPAN + weights_at, rows - row, 0
         while panel < num_panels:
@@ -282,58 +295,5 @@ def _add_two(rows, looks_ahead, weights, x_at, kv, places, p, ahead, pages, at, 
         )
 
 
-def page_size(kv, head_dim):  # type: ignore[no-untyped-def]
-    """Elements of 16 tokens' keys or values."""
-
-
-def _prepare_queries(rows, queries, kv, scratch, thread):  # type: ignore[no-untyped-def]
-    """Makes them ready to be multiplied by keys, if the cache's form needs that."""
-
-
-def _score(rows, queries, kv, places, num_keys, scratch, thread, scores):  # type: ignore[no-untyped-def]
-    """scores[row, key] of a span's keys, and of what fills up its last two pages."""
-
-
-def _add_values(rows, weights, kv, places, num_keys, scratch, thread, sums):  # type: ignore[no-untyped-def]
-    """sums[row] += weights[row, key] * values of all keys of a span."""
-
-
-@by_format(page_size)
-def _choose_page_size(kv, head_dim):  # type: ignore[no-untyped-def]
-    if kv.dtype == types.uint8:
-        return lambda kv, head_dim: PAGE_HEADER + PAGE * head_dim
-    return lambda kv, head_dim: PAGE * head_dim
-
-
-@by_format(_prepare_queries)
-def _choose_preparation(rows, queries, kv, scratch, thread):  # type: ignore[no-untyped-def]
-    def nothing(rows, queries, kv, scratch, thread):  # type: ignore[no-untyped-def]
-        pass
-
-    def rounded(rows, queries, kv, scratch, thread):  # type: ignore[no-untyped-def]
-        round_queries(rows, queries, scratch, thread)
-
-    return rounded if kv.dtype == types.uint8 else nothing
-
-
-@by_format(_score)
-def _choose_score(rows, queries, kv, places, num_keys, scratch, thread, scores):  # type: ignore[no-untyped-def]
-    def dense(rows, queries, kv, places, num_keys, scratch, thread, scores):  # type: ignore[no-untyped-def]
-        _score_dense(rows, queries, kv, places, num_keys, scores)
-
-    def rounded(rows, queries, kv, places, num_keys, scratch, thread, scores):  # type: ignore[no-untyped-def]
-        d = queries.shape[1]
-        score_rounded(rows, d, kv, places, _KEYS, _VALUES, num_keys, scratch, thread, scores)
-
-    return rounded if kv.dtype == types.uint8 else dense
-
-
-@by_format(_add_values)
-def _choose_values(rows, weights, kv, places, num_keys, scratch, thread, sums):  # type: ignore[no-untyped-def]
-    def dense(rows, weights, kv, places, num_keys, scratch, thread, sums):  # type: ignore[no-untyped-def]
-        _add_dense_values(rows, weights, kv, places, num_keys, sums)
-
-    def rounded(rows, weights, kv, places, num_keys, scratch, thread, sums):  # type: ignore[no-untyped-def]
-        add_rounded_values(rows, weights, kv, places, _NEXT_KEYS, _VALUES, num_keys, scratch, thread, sums)
-
-    return rounded if kv.dtype == types.uint8 else dense
+_score = by_form(2, _score_dense, score_rounded)
+_add_values = by_form(2, _add_dense_values, add_rounded_values)

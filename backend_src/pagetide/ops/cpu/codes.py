@@ -121,13 +121,14 @@ def encode_row(x, row, size, weight, layer, encoded):  # type: ignore[no-untyped
 
 @device_function
 def encode_rows(sync, phase, thread, x, num_rows, size, weight, layer, encoded):  # type: ignore[no-untyped-def]
-    """All rows, a few in each task."""
+    """All rows, a few in each task; returns True: there was something to do."""
     num_tasks = (num_rows + _ENCODED_ROWS - 1) // _ENCODED_ROWS
     task = take(sync, phase, thread, num_tasks)
     while task >= 0:
         for row in range(task * _ENCODED_ROWS, min(task * _ENCODED_ROWS + _ENCODED_ROWS, num_rows)):
             encode_row(x, row, size, weight, layer, encoded)
         task = take(sync, phase, thread, num_tasks)
+    return True
 
 
 @device_function

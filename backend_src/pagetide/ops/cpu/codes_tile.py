@@ -13,7 +13,7 @@ from numba.extending import intrinsic
 
 from pagetide.ops.cpu.compiled import HAS_BYTE_DOT, HAS_SHORT_DOT, HAS_WIDE_SHORTS
 from pagetide.ops.cpu.lanes import FAST, FLOATS, HALF, INDEX, WORD, WORDS, int_constant, spread
-from pagetide.ops.cpu.tile_code import LANES, emit_prefetch
+from pagetide.ops.cpu.tile_code import LANES, data_of, emit_prefetch
 
 PANELS = 2
 SCALE_BYTES = 2 * LANES  # of a record: 16 of bfloat16
@@ -66,8 +66,8 @@ def tile_of_codes(  # type: ignore[no-untyped-def]
 
     def generate(context, builder, signature, args):  # type: ignore[no-untyped-def]
         def place(number: int) -> ir.Value:
-            array = context.make_array(signature.args[number])(context, builder, args[number])
-            return builder.gep(array.data, [args[number + 1]])
+            data = data_of(context, builder, signature.args[number], args[number])
+            return builder.gep(data, [args[number + 1]])
 
         def emit(num_rows: int, num_bits: int, num_digits: int) -> None:
             tile = _Tile(builder, num_rows, num_bits, num_digits)

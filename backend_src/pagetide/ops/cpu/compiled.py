@@ -82,10 +82,25 @@ def device_function(function: Callable[..., Any]) -> Any:
     )
 
 
-def by_format(function: Callable[..., Any]) -> Callable[..., Any]:
-    """Numba asks the decorated for the implementation of `function`, given the arguments' types."""
+def by_form(at: int, dense: Callable[..., Any], rounded: Callable[..., Any]) -> Any:
+    """A function for use inside kernels: `rounded` where its argument number `at` is an array of bytes, or a
+    tuple that begins with one, and `dense` where it is not; chosen when a kernel is compiled.
+
+    Both take the same arguments.
+    """
+
+    def chosen(*arguments: Any) -> Any:
+        raise NotImplementedError("compiled code only")
+
+    def choose(*kinds: Any) -> Callable[..., Any]:
+        kind = kinds[at]
+        array = kind.types[0] if isinstance(kind, types.BaseTuple) else kind
+        function = rounded if array.dtype == types.uint8 else dense
+        return getattr(function, "py_func", function)
+
     options: Any = {"fastmath": FAST_MATH, "nogil": True, "error_model": "numpy", "boundscheck": False}
-    return overload(function, jit_options=options)
+    overload(chosen, jit_options=options, strict=False)(choose)
+    return chosen
 
 
 @intrinsic

@@ -19,7 +19,7 @@ from pagetide.ops.cpu.lanes import (
     reduce,
     spread,
 )
-from pagetide.ops.cpu.tile_code import LANES
+from pagetide.ops.cpu.tile_code import LANES, data_of
 
 _BYTES = ir.VectorType(ir.IntType(8), LANES)
 
@@ -42,9 +42,7 @@ def encode_group(typing_context, x, at, count, is_symmetric, codes, codes_at, up
     """
 
     def generate(context, builder, signature, args):  # type: ignore[no-untyped-def]
-        source, target, factors = (
-            context.make_array(signature.args[i])(context, builder, args[i]).data for i in (0, 4, 7)
-        )
+        source, target, factors = (data_of(context, builder, signature.args[i], args[i]) for i in (0, 4, 7))
         _, at, count, is_symmetric, _, codes_at, upper_at, _, scales_at = args
 
         def function(name: str) -> ir.Function:
@@ -114,7 +112,7 @@ def float_of_half(typing_context, data, at):  # type: ignore[no-untyped-def]
     """The bfloat16 in bytes at and at + 1 of uint8 data, as float32."""
 
     def generate(context, builder, signature, args):  # type: ignore[no-untyped-def]
-        place = builder.gep(context.make_array(signature.args[0])(context, builder, args[0]).data, [args[1]])
+        place = builder.gep(data_of(context, builder, signature.args[0], args[0]), [args[1]])
         half = builder.load(builder.bitcast(place, HALF.as_pointer()), align=1)
         return builder.bitcast(builder.shl(builder.zext(half, WORD), ir.Constant(WORD, 16)), FLOAT)
 

@@ -15,7 +15,7 @@ from numba.extending import intrinsic
 
 from pagetide.ops.cpu.codes_tile import STEP_BYTES, byte_dot, joined_digits
 from pagetide.ops.cpu.lanes import FAST, FLOATS, INDEX, WORD, WORDS, constant, int_constant, spread
-from pagetide.ops.cpu.tile_code import LANES
+from pagetide.ops.cpu.tile_code import LANES, data_of
 
 PAGE_HEADER = 4 * LANES  # bytes of a page's scales
 _DIGITS = 2
@@ -58,7 +58,7 @@ def tile_of_rounded_pages(  # type: ignore[no-untyped-def]
 
     def generate(context, builder, signature, args):  # type: ignore[no-untyped-def]
         def data(number: int) -> ir.Value:
-            return context.make_array(signature.args[number])(context, builder, args[number]).data
+            return data_of(context, builder, signature.args[number], args[number])
 
         def pointer(base: ir.Value, offset: ir.Value, kind: ir.Type) -> ir.Value:
             return builder.bitcast(builder.gep(base, [offset]), kind.as_pointer())
@@ -141,9 +141,7 @@ def scale_by_tokens(typing_context, weights, at, kv, page):  # type: ignore[no-u
     """
 
     def generate(context, builder, signature, args):  # type: ignore[no-untyped-def]
-        target, source = (
-            context.make_array(signature.args[i])(context, builder, args[i]).data for i in (0, 2)
-        )
+        target, source = (data_of(context, builder, signature.args[i], args[i]) for i in (0, 2))
         place = builder.bitcast(builder.gep(target, [args[1]]), FLOATS.as_pointer())
         scales = builder.load(builder.bitcast(builder.gep(source, [args[3]]), FLOATS.as_pointer()), align=4)
         before = builder.load(place, align=4)
@@ -159,7 +157,7 @@ def put_float(typing_context, data, at, value):  # type: ignore[no-untyped-def]
     """The four bytes of uint8 data from `at` on = a float32."""
 
     def generate(context, builder, signature, args):  # type: ignore[no-untyped-def]
-        place = builder.gep(context.make_array(signature.args[0])(context, builder, args[0]).data, [args[1]])
+        place = builder.gep(data_of(context, builder, signature.args[0], args[0]), [args[1]])
         builder.store(args[2], builder.bitcast(place, args[2].type.as_pointer()), align=4)
         return context.get_dummy_value()
 

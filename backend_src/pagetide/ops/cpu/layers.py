@@ -87,6 +87,11 @@ class Weights(NamedTuple):
     down_forms: np.ndarray  # of Packed
     down_bias: np.ndarray
 
+    @property
+    def first(self) -> Packed:
+        """A matrix that has what all have: type, and whether it is quantized."""
+        return Packed(self.qkv, self.qkv_forms)
+
 
 class Activations(NamedTuple):
     """What passes from phase to phase, with room for whole tiles of rows.
@@ -216,7 +221,7 @@ class CompiledLayers:
         self._scratch = make_scratch(
             self._num_threads,
             shape.heads.head_dim,
-            activation_type(Packed(self._weights.qkv, self._weights.qkv_forms)),
+            activation_type(self._weights.first),
             shape.rounds_kv,
         )
 
@@ -261,7 +266,7 @@ class CompiledLayers:
         """Those of the largest step so far serve all smaller ones."""
         if self._activations is None or len(self._activations.residual) < t + TILE_ROWS:
             self._activations = acts = _allocate(t + TILE_ROWS, self._shape, self._weights)
-            is_quantized = Packed(self._weights.qkv, self._weights.qkv_forms).is_quantized
+            is_quantized = self._weights.first.is_quantized
             size = max(acts.residual.shape[1], acts.attended.shape[1], acts.gated.shape[1])
             self._rounded = make_rounded(len(acts.residual) if is_quantized else 0, size)
         return self._activations
@@ -339,7 +344,7 @@ def _interleaved(gate_up: torch.Tensor) -> torch.Tensor:
 
 
 def _allocate(rows: int, shape: LayerShape, weights: Weights) -> Activations:
-    heads, dtype = shape.heads, activation_type(Packed(weights.qkv, weights.qkv_forms))
+    heads, dtype = shape.heads, activation_type(weights.first)
     return Activations(
         residual=np.zeros((rows, shape.hidden_size), np.float32),
         normed=np.zeros((rows, shape.hidden_size), dtype),

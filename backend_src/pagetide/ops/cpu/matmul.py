@@ -10,11 +10,10 @@ A quantized weight (codes.py) multiplies the rows of x that prepare_row or prepa
 from __future__ import annotations
 
 import numpy as np
-from numba.core import types
 
 from pagetide.ops.cpu.codes import add_block, encode_row, encode_rows
 from pagetide.ops.cpu.codes_tile import CODE_ROWS
-from pagetide.ops.cpu.compiled import by_format, device_function
+from pagetide.ops.cpu.compiled import by_form, device_function
 from pagetide.ops.cpu.packing import GROUP
 from pagetide.ops.cpu.sync import take
 from pagetide.ops.cpu.tile_code import LANES
@@ -89,8 +88,10 @@ def project_gated(sync, phase, thread, sums, x, rounded, num_rows, weight, layer
 
 
 @device_function
-def _multiply_dense(x, first, last, weight, layer, size, column, keeps, out, out_at, out_stride):  # type: ignore[no-untyped-def]
-    """_multiply_block of a dense matrix."""
+def _multiply_dense(x, rounded, first, last, weight, layer, size, column, keeps, out, out_at, out_stride):  # type: ignore[no-untyped-def]
+    """out [rows, 32] = rows [first, last) of x @ weight[column : column + 32].T, or += if keeps; out_at:
+    where out's first row begins.
+    """
     w_at = layer * weight.data.shape[1] + column * size
     for row in range(first, last, TILE_ROWS):
         place = out_at + (row - first) * out_stride
@@ -104,67 +105,28 @@ def _multiply_dense(x, first, last, weight, layer, size, column, keeps, out, out
             )
 
 
-def _is_dense(weight: types.NamedTuple) -> bool:
-    """Of the type of a packing.Packed."""
-    return weight.types[0].dtype != types.uint8
+@device_function
+def _multiply_codes(x, rounded, first, last, weight, layer, size, column, keeps, out, out_at, out_stride):  # type: ignore[no-untyped-def]
+    """The same of a quantized matrix."""
+    if not keeps:
+        for row in range(last - first):
+            clear(out, out_at + row * out_stride, GROUP)
+    add_block(rounded, first, last, weight, layer, size, column, out, out_at, out_stride)
 
 
-def _tile_rows(weight):  # type: ignore[no-untyped-def]
-    """Of the tiles that multiply this matrix."""
+@device_function
+def _leave_row(x, row, size, weight, layer, rounded):  # type: ignore[no-untyped-def]
+    """Dense matrices multiply rows as they are."""
 
 
-def _multiply_block(x, rounded, first, last, weight, layer, size, column, keeps, out, out_at, out_stride):  # type: ignore[no-untyped-def]
-    """out [rows, 32] = rows [first, last) of x @ weight[column : column + 32].T, or += if keeps; out_at:
-    where out's first row begins.
-    """
+@device_function
+def _leave_rows(sync, phase, thread, x, num_rows, size, weight, layer, rounded):  # type: ignore[no-untyped-def]
+    return False
 
 
-def prepare_row(x, row, size, weight, layer, rounded):  # type: ignore[no-untyped-def]
-    """Makes row `row` of x [m, size] ready to be multiplied by this layer's matrix, if that needs it."""
-
-
-def prepare_rows(sync, phase, thread, x, num_rows, size, weight, layer, rounded):  # type: ignore[no-untyped-def]
-    """All rows, as a phase of its own. Returns whether there was anything to do."""
-
-
-@by_format(_tile_rows)
-def _choose_tile_rows(weight):  # type: ignore[no-untyped-def]
-    rows = TILE_ROWS if _is_dense(weight) else CODE_ROWS
-    return lambda weight: rows
-
-
-@by_format(_multiply_block)
-def _choose_block(x, rounded, first, last, weight, layer, size, column, keeps, out, out_at, out_stride):  # type: ignore[no-untyped-def]
-    def dense(x, rounded, first, last, weight, layer, size, column, keeps, out, out_at, out_stride):  # type: ignore[no-untyped-def]
-        _multiply_dense(x, first, last, weight, layer, size, column, keeps, out, out_at, out_stride)
-
-    def quantized(x, rounded, first, last, weight, layer, size, column, keeps, out, out_at, out_stride):  # type: ignore[no-untyped-def]
-        if not keeps:
-            for row in range(last - first):
-                clear(out, out_at + row * out_stride, GROUP)
-        add_block(rounded, first, last, weight, layer, size, column, out, out_at, out_stride)
-
-    return dense if _is_dense(weight) else quantized
-
-
-@by_format(prepare_row)
-def _choose_row(x, row, size, weight, layer, rounded):  # type: ignore[no-untyped-def]
-    def nothing(x, row, size, weight, layer, rounded):  # type: ignore[no-untyped-def]
-        pass
-
-    def quantized(x, row, size, weight, layer, rounded):  # type: ignore[no-untyped-def]
-        encode_row(x, row, size, weight, layer, rounded)
-
-    return nothing if _is_dense(weight) else quantized
-
-
-@by_format(prepare_rows)
-def _choose_rows(sync, phase, thread, x, num_rows, size, weight, layer, rounded):  # type: ignore[no-untyped-def]
-    def nothing(sync, phase, thread, x, num_rows, size, weight, layer, rounded):  # type: ignore[no-untyped-def]
-        return False
-
-    def quantized(sync, phase, thread, x, num_rows, size, weight, layer, rounded):  # type: ignore[no-untyped-def]
-        encode_rows(sync, phase, thread, x, num_rows, size, weight, layer, rounded)
-        return True
-
-    return nothing if _is_dense(weight) else quantized
+_tile_rows = by_form(0, lambda weight: TILE_ROWS, lambda weight: CODE_ROWS)
+_multiply_block = by_form(4, _multiply_dense, _multiply_codes)
+# Make one row of x [m, size] ready to be multiplied by a layer's matrix, if that needs it; or all of them, as
+# a phase of its own, and say whether there was anything to do.
+prepare_row = by_form(3, _leave_row, encode_row)
+prepare_rows = by_form(6, _leave_rows, encode_rows)

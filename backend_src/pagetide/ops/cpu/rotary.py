@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import numpy as np
-from numba.core import types
 
 from pagetide.kv_cache.layout import PAGE
 from pagetide.ops.cpu.attention import page_size
-from pagetide.ops.cpu.compiled import by_format, device_function, store
+from pagetide.ops.cpu.compiled import by_form, device_function, store
 from pagetide.ops.cpu.rotate import rotate
 from pagetide.ops.cpu.rounded_kv import write_rounded_key, write_rounded_value
 from pagetide.ops.cpu.sync import take
@@ -77,7 +76,7 @@ def write(sync, phase, thread, scratch, qkv, layer, kv, places, norms, eps, scal
 
 
 @device_function
-def _write_dense_key(kv, page, line, key):  # type: ignore[no-untyped-def]
+def _write_dense_key(kv, page, line, key, scratch, thread):  # type: ignore[no-untyped-def]
     """page: the element of the whole pool at which the keys of a page begin."""
     if depth_of(kv) == 2:
         for i in range(0, key.shape[0], 2):
@@ -88,7 +87,7 @@ def _write_dense_key(kv, page, line, key):  # type: ignore[no-untyped-def]
 
 
 @device_function
-def _write_dense_value(kv, page, line, rows, at, size, follows, is_followed):  # type: ignore[no-untyped-def]
+def _write_dense_value(kv, page, line, rows, at, size, follows, is_followed, scratch, thread):  # type: ignore[no-untyped-def]
     """rows' elements `at` and on.
 
     In bfloat16 two tokens of the step that make a pair are written together, when the first one's turn
@@ -125,34 +124,5 @@ def _rotate(rows, at, turns, position, norm, eps, factor, head, out, out_at):  #
         rotate(rows, at, turns, position * size, size // 2, factor, out, out_at)
 
 
-def _write_key(kv, page, line, key, scratch, thread):  # type: ignore[no-untyped-def]
-    """page: the element of the whole pool at which the keys of a page begin."""
-
-
-def _write_value(kv, page, line, rows, at, size, follows, is_followed, scratch, thread):  # type: ignore[no-untyped-def]
-    """rows' elements `at` and on; follows, is_followed: whether the step writes the other token of its pair
-    too.
-    """
-
-
-@by_format(_write_key)
-def _choose_key(kv, page, line, key, scratch, thread):  # type: ignore[no-untyped-def]
-    def dense(kv, page, line, key, scratch, thread):  # type: ignore[no-untyped-def]
-        _write_dense_key(kv, page, line, key)
-
-    def rounded(kv, page, line, key, scratch, thread):  # type: ignore[no-untyped-def]
-        write_rounded_key(kv, page, line, key, scratch.query_codes[thread], scratch.query_scales[thread])
-
-    return rounded if kv.dtype == types.uint8 else dense
-
-
-@by_format(_write_value)
-def _choose_value(kv, page, line, rows, at, size, follows, is_followed, scratch, thread):  # type: ignore[no-untyped-def]
-    def dense(kv, page, line, rows, at, size, follows, is_followed, scratch, thread):  # type: ignore[no-untyped-def]
-        _write_dense_value(kv, page, line, rows, at, size, follows, is_followed)
-
-    def rounded(kv, page, line, rows, at, size, follows, is_followed, scratch, thread):  # type: ignore[no-untyped-def]
-        codes, scales = scratch.query_codes[thread], scratch.query_scales[thread]
-        write_rounded_value(kv, page, line, rows, at, size, codes, scales)
-
-    return rounded if kv.dtype == types.uint8 else dense
+_write_key = by_form(0, _write_dense_key, write_rounded_key)
+_write_value = by_form(0, _write_dense_value, write_rounded_value)

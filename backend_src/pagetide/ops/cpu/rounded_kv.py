@@ -1,5 +1,6 @@
 """Keys and values in the cache as 8-bit integers, each token and head with a scale of its own (the pages of
-kv_tile.py): half the memory of bfloat16. Queries, and the weights of values, are rounded to 16 bits.
+kv_tile.py): little more than half the memory of bfloat16. Queries, and the weights of values, are rounded
+to 16 bits.
 """
 
 from __future__ import annotations
@@ -11,13 +12,20 @@ from pagetide.ops.cpu.attention_tasks import SPAN
 from pagetide.ops.cpu.compiled import device_function
 from pagetide.ops.cpu.encoding import encode_group
 from pagetide.ops.cpu.kv_tile import KV_ROWS, PAGE_HEADER, put_float, scale_by_tokens, tile_of_rounded_pages
+from pagetide.ops.cpu.scratch import KEYS, NEXT_KEYS, VALUES
 from pagetide.ops.cpu.vectors import prefetch
 
 _PANEL_BYTES = PAGE * PAGE  # 16 elements of a page's values
 
 
 @device_function
-def round_queries(rows, queries, scratch, thread):  # type: ignore[no-untyped-def]
+def rounded_page_size(kv, head_dim):  # type: ignore[no-untyped-def]
+    """As attention._dense_page_size."""
+    return PAGE_HEADER + PAGE * head_dim
+
+
+@device_function
+def round_queries(rows, queries, kv, scratch, thread):  # type: ignore[no-untyped-def]
     """Makes a task's queries [rows, D] ready to be multiplied."""
     head_dim = queries.shape[1]
     codes, scales = scratch.query_codes[thread], scratch.query_scales[thread]
@@ -27,14 +35,15 @@ def round_queries(rows, queries, scratch, thread):  # type: ignore[no-untyped-de
 
 
 @device_function
-def score_rounded(rows, head_dim, kv, places, keys, values, num_keys, scratch, thread, scores):  # type: ignore[no-untyped-def]
-    """attention._score; keys, values: rows of places."""
+def score_rounded(rows, queries, kv, places, num_keys, scratch, thread, scores):  # type: ignore[no-untyped-def]
+    """As attention._score_dense, of what round_queries has rounded."""
     x, scales = scratch.query_codes[thread], scratch.query_scales[thread]
-    steps = head_dim // 4
+    head_dim = queries.shape[1]
+    steps, size = head_dim // 4, rounded_page_size(kv, head_dim)
     for page in range(0, (num_keys + PAGE - 1) // PAGE, 2):
-        at, apart = keys * places.shape[1] + page, places[keys, page + 1] - places[keys, page]
-        prefetch(kv, places[values, page], PAGE_HEADER + PAGE * head_dim)
-        prefetch(kv, places[values, page + 1], PAGE_HEADER + PAGE * head_dim)
+        at, apart = KEYS * places.shape[1] + page, places[KEYS, page + 1] - places[KEYS, page]
+        prefetch(kv, places[VALUES, page], size)
+        prefetch(kv, places[VALUES, page + 1], size)
         for row in range(0, rows, KV_ROWS):
             x_at, to = row * 2 * head_dim, row * SPAN + page * PAGE
             tile_of_rounded_pages(
@@ -44,21 +53,19 @@ def score_rounded(rows, head_dim, kv, places, keys, values, num_keys, scratch, t
 
 
 @device_function
-def add_rounded_values(rows, weights, kv, places, keys, values, num_keys, scratch, thread, sums):  # type: ignore[no-untyped-def]
-    """attention._add_values; keys, values: rows of places, the keys' of the next span. weights float32, not
-    needed any more afterwards.
-    """
+def add_rounded_values(rows, weights, kv, places, num_keys, scratch, thread, sums):  # type: ignore[no-untyped-def]
+    """As attention._add_dense_values; weights float32, not needed any more afterwards."""
     head_dim = sums.shape[1]
     x, scales = scratch.weight_codes[thread], scratch.weight_scales[thread]
     pages = (num_keys + PAGE - 1) // PAGE
     for page in range(pages):
-        prefetch(kv, places[keys, page], PAGE_HEADER + PAGE * head_dim)
+        prefetch(kv, places[NEXT_KEYS, page], rounded_page_size(kv, head_dim))
     for row in range(rows):
         for page in range(pages):
-            scale_by_tokens(weights, row * SPAN + page * PAGE, kv, places[values, page])
+            scale_by_tokens(weights, row * SPAN + page * PAGE, kv, places[VALUES, page])
         at = row * 2 * SPAN
         encode_group(weights, row * SPAN, pages * PAGE, True, x, at, at + SPAN, scales, row * 2)
-    first, steps = values * places.shape[1], PAGE // 4
+    first, steps = VALUES * places.shape[1], PAGE // 4
     for row in range(0, rows, KV_ROWS):
         left, x_at = min(rows - row, KV_ROWS), row * 2 * SPAN
         for panel in range(0, head_dim // PAGE, 2):
@@ -76,11 +83,9 @@ def add_rounded_values(rows, weights, kv, places, keys, values, num_keys, scratc
 
 
 @device_function
-def write_rounded_key(kv, page, line, key, codes, scales):  # type: ignore[no-untyped-def]
-    """One token's key [D]; page: the byte of the whole pool at which the keys of a page begin; codes int8
-    [D], scales float32 [2]: scratch memory.
-    """
-    size = key.shape[0]
+def write_rounded_key(kv, page, line, key, scratch, thread):  # type: ignore[no-untyped-def]
+    """As rotary._write_dense_key."""
+    codes, scales, size = scratch.query_codes[thread], scratch.query_scales[thread], key.shape[0]
     encode_group(key, 0, size, True, codes, 0, -1, scales, 0)
     put_float(kv, page + 4 * line, scales[0])
     data = kv.reshape(-1)
@@ -89,8 +94,9 @@ def write_rounded_key(kv, page, line, key, codes, scales):  # type: ignore[no-un
 
 
 @device_function
-def write_rounded_value(kv, page, line, rows, at, size, codes, scales):  # type: ignore[no-untyped-def]
-    """The same of a value: rows' elements `at` and on."""
+def write_rounded_value(kv, page, line, rows, at, size, follows, is_followed, scratch, thread):  # type: ignore[no-untyped-def]
+    """As rotary._write_dense_value; every token writes bytes of its own."""
+    codes, scales = scratch.query_codes[thread], scratch.query_scales[thread]
     encode_group(rows, at, size, True, codes, 0, -1, scales, 0)
     put_float(kv, page + 4 * line, scales[0])
     data = kv.reshape(-1)

@@ -10,6 +10,8 @@ from pagetide.kv_cache.layout import PAGE
 from pagetide.ops.cpu.attention_tasks import MAX_ROWS, SPAN
 from pagetide.ops.cpu.tiles import TILE_ROWS
 
+KEYS, VALUES, NEXT_KEYS = 0, 1, 2  # rows of Scratch.places
+
 
 class Scratch(NamedTuple):
     """Each thread's own memory.
@@ -23,7 +25,7 @@ class Scratch(NamedTuple):
     sums: np.ndarray  # float32 [threads, rows, D]
     peaks: np.ndarray  # float32 [threads, rows]
     totals: np.ndarray
-    places: np.ndarray  # int64 [threads, 3, pages of a span]: keys, values, the next span's keys
+    places: np.ndarray  # int64 [threads, 3, pages of a span]: where they begin
     query_codes: np.ndarray  # int8 [threads, rows * 2 * D]: for a cache of integers
     query_scales: np.ndarray  # float32 [threads, rows * 2]
     weight_codes: np.ndarray  # int8 [threads, rows * 2 * SPAN]

@@ -27,6 +27,12 @@ _FAST = ("reassoc", "contract")
 _CHAINS = 12  # independent sums that hide the latency of a multiplication
 
 
+def data_of(context: Any, builder: ir.IRBuilder, kind: Any, array: ir.Value) -> ir.Value:
+    """The address of a contiguous array's first element."""
+    assert kind.layout == "C", kind
+    return context.make_array(kind)(context, builder, array).data
+
+
 def emit_prefetch(builder: ir.IRBuilder, pointer: ir.Value) -> None:
     """Into the second-level cache, for reading."""
     address = ir.IntType(8).as_pointer()

@@ -14,14 +14,12 @@ float32 otherwise; sums are float32.
 
 from __future__ import annotations
 
-from typing import Any
-
 from llvmlite import ir
 from numba.core import types
 from numba.extending import intrinsic
 
 from pagetide.ops.cpu.compiled import VECTOR_BYTES, device_function
-from pagetide.ops.cpu.tile_code import Tile
+from pagetide.ops.cpu.tile_code import Tile, data_of
 
 # Rows of a tile: as many as the registers hold sums for, next to what is being multiplied.
 TILE_ROWS = 8 if VECTOR_BYTES == 64 else 3
@@ -33,12 +31,6 @@ def _literals(*values: types.Type) -> list[int] | None:
         if all(isinstance(value, types.Literal) for value in values)
         else None
     )
-
-
-def _data(context: Any, builder: ir.IRBuilder, kind: Any, array: ir.Value) -> ir.Value:
-    """The address of a contiguous array's first element."""
-    assert kind.layout == "C", kind
-    return context.make_array(kind)(context, builder, array).data
 
 
 @intrinsic(prefer_literal=True)
@@ -71,7 +63,7 @@ def tile(  # type: ignore[no-untyped-def]
         return None
 
     def generate(context, builder, signature, args):  # type: ignore[no-untyped-def]
-        x_data, w_data, out_data = (_data(context, builder, signature.args[i], args[i]) for i in (4, 7, 11))
+        x_data, w_data, out_data = (data_of(context, builder, signature.args[i], args[i]) for i in (4, 7, 11))
         Tile(
             builder,
             found,
@@ -119,7 +111,7 @@ def tile_of_pages(  # type: ignore[no-untyped-def]
 
     def generate(context, builder, signature, args):  # type: ignore[no-untyped-def]
         x_data, w_data, pages, out_data = (
-            _data(context, builder, signature.args[i], args[i]) for i in (3, 6, 7, 14)
+            data_of(context, builder, signature.args[i], args[i]) for i in (3, 6, 7, 14)
         )
         Tile(
             builder,
