@@ -36,7 +36,9 @@ import features
 import host
 import ops
 import report
+import step_times
 import streams
+import way_out
 from engines import CACHE, ENGINES, Figures, run_gateway, run_served, started_gateway, started_server
 from limits import machine_limits, versions
 from workloads import WORKLOADS, Job, workload
@@ -154,6 +156,19 @@ def parse_arguments() -> argparse.Namespace:
         help="what a chunk costs and where, and nothing else",
     )
     parser.add_argument(
+        "--way-out",
+        nargs="*",
+        type=int,
+        metavar="USERS",
+        help="how many tokens Triton brings to so many users (1 32 256) if the engine computes nothing, "
+        "and nothing else",
+    )
+    parser.add_argument(
+        "--step-times",
+        action="store_true",
+        help="how long steps take by what runs in them, for scripts/simulate.py, and nothing else",
+    )
+    parser.add_argument(
         "--host", action="store_true", help="the host's time for each step, without a model, and nothing else"
     )
     parser.add_argument(
@@ -267,6 +282,12 @@ def print_one(arguments: argparse.Namespace) -> bool:
         ways = streams.measure_chunks(arguments.chunks, arguments.seconds)
         table = streams.cost_table(ways)
         found = {"chunks": {name: streams.as_json([row]) for name, row in ways.items()}}
+    elif arguments.way_out is not None:
+        ways_out = way_out.measure(arguments.way_out or [1, 32, 256], arguments.seconds)
+        table, found = way_out.table(ways_out), {"way_out": way_out.as_json(ways_out)}
+    elif arguments.step_times:
+        fitted = step_times.measure(arguments.model, CACHE, 4 * arguments.seconds)
+        table, found = step_times.table(fitted), {"step_times": fitted.as_json()}
     elif arguments.host:
         times = host.measure([32, 256])
         table, found = host.table(times), {"host_us": times}
@@ -282,7 +303,10 @@ def print_one(arguments: argparse.Namespace) -> bool:
     else:
         return False
     print(table)
-    print(json.dumps({"machine": versions(), **found}))
+    summary = {"machine": versions(), **found}
+    if arguments.json:
+        arguments.json.write_text(json.dumps(summary, indent=1))
+    print(json.dumps(summary))
     return True
 
 

@@ -23,7 +23,7 @@ from typing import Any
 
 from gateway_process import start_gateway, stop_gateway
 from pagetide.config import settings_fields
-from triton_server import ROOT, TritonServer, free_address
+from triton_server import REPOSITORY, ROOT, TritonServer, free_address
 from workloads import MAX_RUNNING, Job
 
 CACHE = str(ROOT / ".cache")
@@ -134,9 +134,11 @@ def run_server(
 
 
 @contextmanager
-def started_server(max_running: int = MAX_RUNNING, model: str = "") -> Iterator[TritonServer]:
+def started_server(
+    max_running: int = MAX_RUNNING, model: str = "", repository: Path = REPOSITORY
+) -> Iterator[TritonServer]:
     settings = {"cache_dir": CACHE, "max_num_seqs": max_running, "model": model}
-    server = TritonServer(free_address(), settings)
+    server = TritonServer(free_address(), settings, repository)
     server.start()
     try:
         server.wait_until_ready()

@@ -125,6 +125,16 @@ class Wish:
     wrong: list[str]
 
 
+# Fields that have a value of their own drawn.
+DRAWN = [
+    field
+    for field in FIELDS
+    if not field.is_prompt
+    and not field.is_unsupported
+    and field.name not in ("max_tokens", "tools", "cancel", "chat_template_kwargs")
+]
+
+
 def make_wish(rng: random.Random) -> Wish:
     wish = Wish({"text_input": rng.choice(TEXTS), "max_tokens": rng.randint(1, 12)}, [])
     if rng.random() < 0.15:
@@ -135,14 +145,7 @@ def make_wish(rng: random.Random) -> Wish:
         wish.values["messages"] = json.dumps(
             [{"role": "user", "content": rng.choice([text, [{"type": "text", "text": text}]])}]
         )
-    names = [
-        f
-        for f in FIELDS
-        if not f.is_prompt
-        and not f.is_unsupported
-        and f.name not in ("max_tokens", "tools", "cancel", "chat_template_kwargs")
-    ]
-    for one in rng.sample(names, rng.choice([0, 1, 1, 2, 3, 5, 8])):
+    for one in rng.sample(DRAWN, rng.choice([0, 1, 1, 2, 3, 5, 8])):
         is_wrong = rng.random() < 0.06
         values = wrong_values(one, rng) if is_wrong else allowed_values(one, rng)
         wish.values.update(values)
@@ -177,6 +180,8 @@ def allowed_values(one: Field, rng: random.Random) -> dict[str, Any]:
             {str(rng.randrange(49_152)): rng.choice([-100, 0, 100]) for _ in range(rng.choice([0, 1, 1024]))}
         ),
         "cache_salt": lambda: rng.choice(["", "s", "🌊" * 500]),
+        "user": lambda: rng.choice(["", "a", "🌊" * 500]),
+        "traceparent": lambda: rng.choice(["", "nonsense", "🌊" * 500, f"00-{'a' * 32}-{'b' * 16}-01"]),
         "timeout_ms": lambda: rng.choice([0, 1, 5, 60_000, 2**31 - 1]),
         "logprobs": lambda: rng.choice([0, 1, 20]),
         "prompt_logprobs": lambda: rng.choice([0, 1, 20]),
@@ -230,6 +235,8 @@ def wrong_values(one: Field, rng: random.Random) -> dict[str, Any]:
         "allowed_token_ids": [-1],
         "logit_bias": '{"1": 101}',
         "cache_salt": "s" * 1025,
+        "traceparent": "t" * 1025,
+        "user": "u" * 1025,
         "lora_name": "nobody",
         "embedding_bias_weights": [1.0],
     }
@@ -388,6 +395,11 @@ class Client:
                 [p.get_response() for p in parts[:3]],
             )
 
+    def leave(self, wish: Wish) -> None:
+        """Goes, or cancels, before the answer is whole."""
+        self._count += 1
+        self._rng.choice([self._leave_http, self._cancel])(wish)
+
     def _leave_http(self, wish: Wish) -> None:
         """Leaves generate_stream after some bytes, or before any."""
         data = json.dumps(as_body(long(wish.values))).encode()
@@ -441,24 +453,29 @@ def as_body(values: dict[str, Any]) -> dict[str, Any]:
     return {name: value for name, value in values.items() if value != []}
 
 
-def as_tensors(values: dict[str, Any]) -> tuple[list[grpc.InferInput], dict[str, Any]]:
-    """Input tensors of one prompt, and what has no tensor as request parameters."""
-    inputs, parameters = [], {}
+def as_arrays(values: dict[str, Any]) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
+    """Tensors of one prompt, and what has no tensor as request parameters."""
+    arrays, parameters = {}, {}
     for name, value in values.items():
         if name not in DTYPES:
             parameters[name] = value
             continue
-        kind = DTYPES[name].dtype
         items = value if isinstance(value, list) else [value]
         encoded = [item.encode() if isinstance(item, str) else item for item in items]
         try:
-            array = np.array([encoded], dtype=NUMPY[kind]).reshape(1, -1)
+            arrays[name] = np.array([encoded], dtype=NUMPY[DTYPES[name].dtype]).reshape(1, -1)
         except OverflowError:  # no tensor of this type can hold it
             parameters[name] = value
-            continue
-        tensor = grpc.InferInput(name, list(array.shape), kind)
-        tensor.set_data_from_numpy(array)
-        inputs.append(tensor)
+    return arrays, parameters
+
+
+def as_tensors(values: dict[str, Any]) -> tuple[list[grpc.InferInput], dict[str, Any]]:
+    """The same for a gRPC client."""
+    arrays, parameters = as_arrays(values)
+    inputs = [
+        grpc.InferInput(name, list(array.shape), DTYPES[name].dtype).set_data_from_numpy(array)
+        for name, array in arrays.items()
+    ]
     return inputs, parameters
 
 

@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-import json
 import subprocess
 import sys
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import psutil
-from processes import ServerError, answers, end_with_parent, process_of
+from processes import ServerError, answers, end_with_parent, process_of, read_facts, write_facts
 
 if TYPE_CHECKING:  # which imports this module
     from triton_server import Address
@@ -20,13 +20,18 @@ _EXIT_TIMEOUT_S = 15
 _PACKAGE = Path(__file__).resolve().parents[1] / "backend_src"
 
 
-def start_gateway(folder: Path, triton: Address, port: int, ends_with_parent: bool) -> None:
-    """Returns when the gateway answers, which listens where Triton does. Raises ServerError."""
+def start_gateway(
+    folder: Path, triton: Address, port: int, ends_with_parent: bool, options: Sequence[str] = ()
+) -> None:
+    """Returns when the gateway answers, which listens where Triton does. options: further ones of its own.
+
+    Raises ServerError.
+    """
     log_file = folder / "gateway.log"
     command = [sys.executable, "-m", "pagetide.gateway", "--host", triton.host, "--port", str(port)]
     with log_file.open("wb") as log:
         gateway = subprocess.Popen(
-            [*command, "--triton", triton.grpc, "--metrics", triton.metrics],
+            [*command, "--triton", triton.grpc, "--metrics", triton.metrics, *options],
             cwd=_PACKAGE,
             stdout=log,
             stderr=subprocess.STDOUT,
@@ -34,8 +39,7 @@ def start_gateway(folder: Path, triton: Address, port: int, ends_with_parent: bo
             start_new_session=True,
             preexec_fn=end_with_parent if ends_with_parent else None,
         )
-    started = psutil.Process(gateway.pid).create_time()
-    _facts(folder).write_text(json.dumps({"pid": gateway.pid, "started": started}))
+    write_facts(_facts(folder), gateway.pid)
     deadline = time.monotonic() + _START_TIMEOUT_S
     while not answers(f"http://{triton.reachable_host}:{port}/metrics"):
         if gateway.poll() is not None:
@@ -47,7 +51,8 @@ def start_gateway(folder: Path, triton: Address, port: int, ends_with_parent: bo
 
 def gateway_of(folder: Path) -> psutil.Process | None:
     """The gateway of the server with this folder, if it runs."""
-    return process_of(json.loads(_facts(folder).read_text())) if _facts(folder).exists() else None
+    facts = read_facts(_facts(folder))
+    return process_of(facts) if facts else None
 
 
 def stop_gateway(folder: Path) -> None:

@@ -151,7 +151,7 @@ def tensorrt_llm(engine: str) -> str:
     outputs = {o.name: o.name for o in OUTPUTS}
     if engine == "llm_unary":
         return face(inputs, [output_tensor(o) for o in OUTPUTS], scheduling([step(engine, maps, outputs)]))
-    seen = {n: f"_{n}" for n in ("output_ids", "sequence_length", "request_number")}
+    seen = {n: f"_{n}" for n in ("output_ids", "sequence_length", "request_number", "chunk_number")}
     passing = step("postprocessing", {POSTPROCESSING_NAMES[n]: name for n, name in seen.items()}, PASSED)
     return face(
         inputs, [output_tensor(o) for o in OUTPUTS], scheduling([step(engine, maps, outputs | seen), passing])

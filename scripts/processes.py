@@ -3,23 +3,46 @@
 from __future__ import annotations
 
 import ctypes
+import json
 import signal
 import socket
 import urllib.request
+from pathlib import Path
 from typing import Any
 
 import psutil
+from pagetide.folders import write_whole
+from pagetide.serving.left_behind import start_time
 
 
 class ServerError(RuntimeError):
     """The server cannot start or stop; the message says why."""
 
 
+def facts_of(pid: int) -> dict[str, Any]:
+    """By which process_of() finds it again: numbers are given anew, and clocks are set, but not both."""
+    return {"pid": pid, "started": start_time(pid)}
+
+
+def write_facts(file: Path, pid: int, **further: Any) -> None:
+    """For read_facts(), in any process."""
+    write_whole(file, json.dumps({**facts_of(pid), **further}))
+
+
+def read_facts(file: Path) -> dict[str, Any] | None:
+    """None where nothing was written."""
+    try:
+        return dict(json.loads(file.read_text()))
+    except FileNotFoundError:
+        return None
+
+
 def process_of(facts: dict[str, Any]) -> psutil.Process | None:
-    """The process that was started with this `pid` at the time `started`; None if it has ended."""
+    """The process that facts_of() has described; None if it has ended."""
     try:
         process = psutil.Process(facts["pid"])
-        return process if abs(process.create_time() - facts["started"]) < 1 else None
+        has_ended = start_time(facts["pid"]) != facts["started"] or process.status() == psutil.STATUS_ZOMBIE
+        return None if has_ended else process
     except psutil.NoSuchProcess:
         return None
 

@@ -6,24 +6,29 @@ Run by serve.sh.
 from __future__ import annotations
 
 import argparse
+import os
 import signal
 import sys
 import threading
 import time
+from collections.abc import Callable
+from functools import partial
+from math import ceil
 from pathlib import Path
-from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "backend_src"))
 
 from gateway_process import gateway_of, start_gateway
-from pagetide.config import SettingsError, make_settings, settings_fields
+from pagetide.config import SettingsError
 from processes import ServerError, check_port
 from rich.console import Console
 from rich.panel import Panel
 from rich.text import Text
-from triton_server import ROOT, Address, TritonServer, find_running
+from settings_options import add_settings, settings_of
+from triton_server import DRAIN_S, ROOT, Address, ModelControl, TritonServer, find_running
 
 console = Console(highlight=False, soft_wrap=True)
+MIN_LIFE_S = 60  # a server that lived shorter would only end again
 QUESTION = "What is the capital of France? Explain in two sentences."
 
 CURL = """curl -sN http://{http}/v2/models/ensemble/generate_stream \\
@@ -41,40 +46,34 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--grpc-port", type=int, default=8001)
     parser.add_argument("--metrics-port", type=int, default=8002)
     parser.add_argument("--gateway-port", type=int, default=9000, help="port of the OpenAI API")
+    parser.add_argument(
+        "--triton-traces",
+        action="store_true",
+        help="Triton's own spans too, one for each step and chunk, at --otlp-traces-endpoint",
+    )
     parser.add_argument("--no-gateway", action="store_true", help="leave the OpenAI API out")
     parser.add_argument(
         "--detach", action="store_true", help="return once the server is ready; scripts/stop.sh ends it"
+    )
+    parser.add_argument(
+        "--drain-s",
+        type=float,
+        default=DRAIN_S,
+        help="seconds that answers under way may take when the server is told to stop",
     )
     parser.add_argument(
         "--torch-index",
         metavar="URL",
         help="package index for torch at set-up, for example one with CPU builds",
     )
-    settings = parser.add_argument_group("settings of the engine")
-    for field in settings_fields():
-        flag = f"--{field.name.replace('_', '-')}"
-        if field.type is bool:
-            settings.add_argument(
-                flag, action=argparse.BooleanOptionalAction, default=field.default, help=field.description
-            )
-        else:
-            default = str(ROOT / ".cache") if field.name == "cache_dir" else field.default
-            settings.add_argument(
-                flag, type=field.type, choices=field.choices or None, default=default, help=field.description
-            )
+    parser.add_argument(
+        "--model-control",
+        action="store_true",
+        help="models can be loaded and unloaded by Triton's repository API; with ADMIN_TOKEN in the "
+        "environment only by who knows it",
+    )
+    add_settings(parser)
     return parser.parse_args()
-
-
-def settings_of(arguments: argparse.Namespace) -> dict[str, Any]:
-    """The settings, checked before anything starts.
-
-    A relative model path counts from here, not from the server's folder.
-    """
-    values = {field.name: getattr(arguments, field.name) for field in settings_fields()}
-    if values["model"] and Path(values["model"]).expanduser().exists():
-        values["model"] = str(Path(values["model"]).expanduser().resolve())
-    make_settings(**values)
-    return values
 
 
 def wait_with_progress(server: TritonServer) -> None:
@@ -130,20 +129,37 @@ def show_one_completion(address: Address) -> None:
         console.print(f"(no chat: {error.message()})", style="dim")
 
 
-def serve_until_stopped(server: TritonServer) -> int:
-    has_gateway = gateway_of(server.folder) is not None
+def serve_until_stopped(server: TritonServer, drain_s: float, run_gateway: Callable[[], None] | None) -> int:
+    """run_gateway: starts it again when it has ended; none: there is none."""
     stopped = threading.Event()
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, lambda *_: stopped.set())
+    begin, is_ready = time.monotonic(), True
     while not stopped.wait(0.5):
         if not server.is_alive():
-            console.print(f"Triton ended by itself; its log: {server.log}", style="red")
-            return 1
-        if has_gateway and gateway_of(server.folder) is None:
-            console.print(f"the gateway ended by itself; its log is in {server.folder}", style="red")
-            has_gateway = False
+            if server.is_stopping:
+                console.print("stopped")
+                return 0
+            if not is_ready or time.monotonic() - begin < MIN_LIFE_S:
+                console.print(f"Triton ended by itself; its log: {server.log}", style="red")
+                return 1
+            console.print(
+                f"Triton ended by itself, and is started again; its log: {server.log}.1", style="red"
+            )
+            server.start_again()
+            is_ready = False
+        elif not is_ready and server.is_ready():
+            console.print("ready again")
+            begin, is_ready = time.monotonic(), True
+        if run_gateway is not None and gateway_of(server.folder) is None:
+            console.print("the gateway ended by itself, and is started again", style="red")
+            try:
+                run_gateway()
+            except ServerError as error:
+                console.print(str(error), style="red", markup=False)
+                run_gateway = None
     console.print("stopping")
-    is_clean = server.stop()
+    is_clean = server.stop(drain_s)
     console.print("stopped" if is_clean else "stopped; some processes had to be killed")
     return 0
 
@@ -159,14 +175,36 @@ def main() -> int:
             )
         if not arguments.no_gateway:
             check_port(address.host, arguments.gateway_port)
-        server = TritonServer(address, settings)
+        control = ModelControl(os.environ.get("ADMIN_TOKEN", ""), arguments.model_control)
+        if control.is_explicit and not control.token and not address.is_local:
+            raise ServerError(
+                "--model-control lets whoever reaches the ports run code of their own as a model: set "
+                "ADMIN_TOKEN in the environment, or listen on 127.0.0.1 only"
+            )
+        traces = settings.get("otlp_traces_endpoint", "")
+        if arguments.triton_traces and not traces:
+            raise ServerError("--triton-traces needs --otlp-traces-endpoint, the collector's URL")
+        server = TritonServer(
+            address, settings, control=control, traces=traces if arguments.triton_traces else ""
+        )
+        options = ("--otlp-traces-endpoint", traces, "--drain-s", str(ceil(arguments.drain_s)))
+        gateway = (
+            None
+            if arguments.no_gateway
+            else partial(
+                start_gateway,
+                server.folder,
+                address,
+                arguments.gateway_port,
+                ends_with_parent=not arguments.detach,
+                options=options,
+            )
+        )
         server.start(ends_with_parent=not arguments.detach)
         try:
             wait_with_progress(server)
-            if not arguments.no_gateway:
-                start_gateway(
-                    server.folder, address, arguments.gateway_port, ends_with_parent=not arguments.detach
-                )
+            if gateway is not None:
+                gateway()
         except KeyboardInterrupt:
             server.stop()
             return 130
@@ -198,7 +236,7 @@ def main() -> int:
         f"serving on http://{address.http}, gRPC {address.grpc}, metrics "
         f"http://{address.metrics}/metrics; Ctrl-C ends it"
     )
-    return serve_until_stopped(server)
+    return serve_until_stopped(server, arguments.drain_s, gateway)
 
 
 if __name__ == "__main__":

@@ -58,9 +58,12 @@ class StreamFigures:
 
 
 class User:
-    """One closed loop."""
+    """One closed loop. num_tokens: of each answer, from and to."""
 
-    def __init__(self, address: str, number: int, outputs: list[str] | None):
+    def __init__(
+        self, address: str, number: int, outputs: list[str] | None, num_tokens: tuple[int, int] = (16, 64)
+    ):
+        self._num_tokens = num_tokens
         self._rng = random.Random(number)
         self._done = threading.Event()
         self._connection = LoadUser(address, self._end, outputs=outputs)
@@ -77,9 +80,8 @@ class User:
     def run(self, until: float) -> None:
         while time.monotonic() < until and not self.error:
             self._done.clear()
-            self._connection.send(
-                random_prompt(self._rng, self._rng.randint(10, 60)), self._rng.randint(16, 64)
-            )
+            prompt = random_prompt(self._rng, self._rng.randint(10, 60))
+            self._connection.send(prompt, self._rng.randint(*self._num_tokens))
             if not self._done.wait(300):
                 self.answers.append(Answer(0.0, error="no answer within 300 s"))
         self._connection.close()

@@ -22,15 +22,31 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "backend_src"))
+
 import psutil
 from gateway_process import stop_gateway
-from processes import ServerError, answers, check_port, end_with_parent, process_of
+from pagetide.serving.client import drain
+from processes import (
+    ServerError,
+    answers,
+    check_port,
+    end_with_parent,
+    process_of,
+    read_facts,
+    write_facts,
+)
 
 ROOT = Path(__file__).resolve().parents[1]
 RUN = ROOT / ".run"
 REPOSITORY = ROOT / "model_repository"
-EXIT_TIMEOUT_S = 15
+DRAIN_S = 30.0  # in which answers that are under way when the server is told to stop may come to their end
+ORPHANS_S = 2.0  # in which stubs and engines have seen that their server is gone, and are gone too
+EXIT_TIMEOUT_S = 5  # Triton's own, after that
+SETTINGS_FILE = "pagetide.json"
 MIN_SHARED_MEMORY_MB = 128
+RESTRICTED = ("model-repository", "shared-memory", "trace", "logging")  # Triton's names of what needs a token
+TOKEN_HEADER = "admin-token"  # over gRPC `triton-grpc-protocol-admin-token`
 
 
 @dataclass(frozen=True)
@@ -46,6 +62,11 @@ class Address:
     def reachable_host(self) -> str:
         """Where clients on this machine find it."""
         return "127.0.0.1" if self.host in ("0.0.0.0", "::") else self.host
+
+    @property
+    def is_local(self) -> bool:
+        """Whether only this machine can reach it."""
+        return self.host in ("localhost", "::1") or self.host.startswith("127.")
 
     @property
     def http(self) -> str:
@@ -64,6 +85,36 @@ class Address:
         return (self.http_port, self.grpc_port, self.metrics_port)
 
 
+@dataclass(frozen=True)
+class ModelControl:
+    """token: who loads or unloads models, or changes the log, the trace or shared memory, must send it as the
+    header TOKEN_HEADER; empty: nobody must. is_explicit: models can be loaded and unloaded at all.
+    """
+
+    token: str = ""
+    is_explicit: bool = True
+
+    def options(self) -> list[str]:
+        """Those of tritonserver."""
+        options = ["--model-control-mode=explicit", "--load-model=*"] if self.is_explicit else []
+        if self.token:
+            rule = f"{','.join(RESTRICTED)}:{TOKEN_HEADER}={self.token}"
+            options += [f"--http-restricted-api={rule}", f"--grpc-restricted-protocol={rule}"]
+        return options
+
+
+def trace_options(endpoint: str) -> list[str]:
+    """Those of tritonserver, for a span of each request, step and chunk."""
+    kind = "--trace-config=opentelemetry"
+    return [
+        "--trace-config=mode=opentelemetry",
+        "--trace-config=level=TIMESTAMPS",
+        "--trace-config=rate=1",
+        f"{kind},url={endpoint}",
+        f"{kind},resource=service.name=tritonserver",
+    ]
+
+
 def free_address() -> Address:
     """An address whose ports nobody uses now."""
     sockets = [socket.socket() for _ in range(3)]
@@ -78,10 +129,19 @@ def free_address() -> Address:
 class TritonServer:
     """A server that this process has started, or found in its folder."""
 
-    def __init__(self, address: Address, settings: dict[str, Any]):
+    def __init__(
+        self,
+        address: Address,
+        settings: dict[str, Any],
+        repository: Path = REPOSITORY,
+        control: ModelControl | None = None,
+        traces: str = "",
+    ):
+        """traces: a collector's URL for Triton's own spans (OTLP over HTTP)."""
         self.address = address
         self.folder = RUN / str(address.http_port)
-        self._settings = settings
+        self._settings, self._repository, self._control = settings, repository, control
+        self._traces = traces
         self._process: subprocess.Popen[bytes] | None = None
 
     @property
@@ -90,7 +150,14 @@ class TritonServer:
 
     @property
     def pid(self) -> int:
-        return int(json.loads((self.folder / "server.json").read_text())["pid"])
+        facts = read_facts(self._facts)
+        if facts is None:
+            raise ServerError(f"no server has been started with {self.folder}")
+        return int(facts["pid"])
+
+    @property
+    def _facts(self) -> Path:
+        return _facts_in(self.folder)
 
     def start(self, ends_with_parent: bool = True) -> None:
         """Starts the server; wait_until_ready() tells when it serves.
@@ -100,7 +167,27 @@ class TritonServer:
         self._check_machine()
         shutil.rmtree(self.folder, ignore_errors=True)
         self._make_repository()
-        command, environment = self._command()
+        self._launch(*self._command(), ends_with_parent)
+
+    @property
+    def _stopping(self) -> Path:
+        return self.folder / "stopping"
+
+    @property
+    def is_stopping(self) -> bool:
+        """Whether somebody, in whatever process, has begun to stop it."""
+        return self._stopping.exists()
+
+    def start_again(self) -> None:
+        """After it has ended by itself, with the folder as it is; the log of before is `server.log.1`."""
+        self._stopping.unlink(missing_ok=True)
+        time.sleep(ORPHANS_S)
+        self.log.replace(self.log.with_suffix(".log.1"))
+        assert self._process is not None
+        self._launch(*self._launched)
+
+    def _launch(self, command: list[str], environment: dict[str, str], ends_with_parent: bool) -> None:
+        self._launched = command, environment, ends_with_parent
         with self.log.open("wb") as log:
             self._process = subprocess.Popen(
                 command,
@@ -111,12 +198,7 @@ class TritonServer:
                 start_new_session=True,  # Ctrl-C is for the start script, which stops the server in order
                 preexec_fn=end_with_parent if ends_with_parent else None,
             )
-        facts = {
-            "pid": self._process.pid,
-            "started": psutil.Process(self._process.pid).create_time(),
-            **asdict(self.address),
-        }
-        (self.folder / "server.json").write_text(json.dumps(facts))
+        write_facts(self._facts, self._process.pid, **asdict(self.address))
 
     def _check_machine(self) -> None:
         for port in self.address.ports:
@@ -132,10 +214,11 @@ class TritonServer:
         """The repository's models by link, beside the settings of this server."""
         models = self.folder / "models"
         models.mkdir(parents=True)
-        for model in REPOSITORY.iterdir():
-            if model.is_dir():
-                (models / model.name).symlink_to(model)
-        (models / "pagetide.json").write_text(json.dumps(self._settings, indent=2))
+        for entry in self._repository.iterdir():
+            # Models, and the settings of those that scripts/add_model.py has added.
+            if entry.is_dir() or (entry.suffix == ".json" and entry.name != SETTINGS_FILE):
+                (models / entry.name).symlink_to(entry.resolve())
+        (models / SETTINGS_FILE).write_text(json.dumps(self._settings, indent=2))
 
     def _command(self) -> tuple[list[str], dict[str, str]]:
         address = self.address
@@ -149,6 +232,8 @@ class TritonServer:
             f"--metrics-port={address.metrics_port}",
             f"--exit-timeout-secs={EXIT_TIMEOUT_S}",
             "--disable-auto-complete-config",
+            *(self._control.options() if self._control else ()),
+            *(trace_options(self._traces) if self._traces else ()),
         ]
         own = shutil.which("tritonserver")
         if own:
@@ -225,12 +310,18 @@ class TritonServer:
         except psutil.NoSuchProcess:
             return []
 
-    def stop(self) -> bool:
-        """Ends the server and waits for it; True if it ended by itself within its time-out, False if it had
-        to be killed.
+    def stop(self, drain_s: float = DRAIN_S) -> bool:
+        """Lets the answers that are under way come to their end, drain_s seconds at most, ends the server and
+        waits for it; True if it ended by itself within its time-out, False if it had to be killed.
         """
-        stop_gateway(self.folder)
         processes = self.processes()
+        if processes:
+            self._stopping.touch()
+            try:
+                drain(processes[0].pid, drain_s)
+            except OSError as error:  # it is stopped all the same
+                print(f"answers that are under way may be lost: {error}", file=sys.stderr)
+        stop_gateway(self.folder)
         if processes:
             processes[0].send_signal(signal.SIGTERM)
         if self._process is not None:
@@ -239,19 +330,20 @@ class TritonServer:
         _, left = psutil.wait_procs(
             processes, timeout=5 if self._process is not None else EXIT_TIMEOUT_S + 15
         )
-        for process in left:
+        for process in left:  # the server first: its stubs then tidy up, and end
             process.kill()
-        psutil.wait_procs(left, timeout=5)
+            psutil.wait_procs([process], timeout=5)
         return not left
+
+
+def _facts_in(folder: Path) -> Path:
+    return folder / "server.json"
 
 
 def find_running(http_port: int) -> TritonServer | None:
     """The server that was started for this HTTP port and still runs."""
-    file = RUN / str(http_port) / "server.json"
-    if not file.exists():
-        return None
-    facts = json.loads(file.read_text())
-    if process_of(facts) is None:
+    facts = read_facts(_facts_in(RUN / str(http_port)))
+    if facts is None or process_of(facts) is None:
         return None
     return TritonServer(
         Address(facts["host"], facts["http_port"], facts["grpc_port"], facts["metrics_port"]), {}

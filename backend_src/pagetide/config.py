@@ -51,6 +51,26 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
             "compressed-tensors and FP8 are read), GGUF files as bfloat16"
         ),
     ] = "none"
+    tensor_parallel_size: Annotated[
+        int,
+        Meta(
+            ge=1,
+            le=64,
+            description="ranks that share the model, each a process with a GPU, or a share of the CPU's "
+            "cores, of its own",
+        ),
+    ] = 1
+    ranks_per_node: Annotated[
+        int,
+        Meta(ge=0, le=64, description="ranks on each machine; 0: all are on this one"),
+    ] = 0
+    rendezvous: Annotated[
+        str,
+        Meta(
+            description="host:port of this machine where ranks on other machines meet the engine, on a "
+            "network that nobody else can reach; empty: all ranks are on this machine"
+        ),
+    ] = ""
     device: Annotated[Literal["auto", "cpu", "cuda"], Meta(description="auto: a GPU if there is one")] = (
         "auto"
     )
@@ -73,6 +93,14 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
     max_queued_requests: Annotated[
         int, Meta(ge=1, description="requests that wait or run before new ones are refused")
     ] = 4096
+    max_queue_s: Annotated[
+        float,
+        Meta(
+            ge=0,
+            description="seconds that a request may wait before it runs: one that would wait longer is "
+            "refused at once, with the time to come back; 0: no limit",
+        ),
+    ] = 0.0
     max_output_tokens: Annotated[
         int, Meta(ge=1, description="cap on max_tokens where a request names none")
     ] = 4096
@@ -126,6 +154,14 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
         bool,
         Meta(description="on a GPU, decode steps are recorded at start, and replayed by one launch each"),
     ] = True
+    deterministic: Annotated[
+        bool,
+        Meta(
+            description="refuse to start where a request's tokens and log-probabilities could depend, in "
+            "their last bits, on what runs beside it, on chunks, cached prefixes or preemption: anywhere but "
+            "on the CPU's kernels, which never let them, on one or two ranks"
+        ),
+    ] = False
     num_threads: Annotated[int, Meta(ge=0, description="CPU threads of the engine; 0: one for each core")] = 0
     check_integrity: Annotated[
         bool, Meta(description="check the block accounting after every step (for tests)")
@@ -147,6 +183,20 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
         bool,
         Meta(description="allow return_context_logits and return_generation_logits, whose answers are large"),
     ] = False
+    log_requests: Annotated[
+        bool,
+        Meta(
+            description="one line of the log for each request when it ends, as JSON: counts of tokens, times "
+            "and how it ended; never what was said"
+        ),
+    ] = False
+    otlp_traces_endpoint: Annotated[
+        str,
+        Meta(
+            description="an OpenTelemetry collector's URL for traces (OTLP over HTTP, such as "
+            "http://localhost:4318/v1/traces): each request's spans are sent there"
+        ),
+    ] = ""
     metric_names: Annotated[
         Literal["pagetide", "vllm", "trtllm"],
         Meta(description="vllm, trtllm: metrics under the names of that engine's dashboards too"),
@@ -165,6 +215,13 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
             "of life, before it is ended and started again; 0: no limit",
         ),
     ] = 300.0
+    repeat_interrupted: Annotated[
+        bool,
+        Meta(
+            description="requests that had not been answered when the engine ended are put to the next one, "
+            "once: their clients see a delay; false: they get an error"
+        ),
+    ] = True
     cache_dir: Annotated[str, Meta(description="converted models are kept here; ~ is expanded")] = (
         "~/.cache/pagetide"
     )
@@ -176,6 +233,11 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
             "size on disk: of converted models, and of those above 500 MB"
         ),
     ] = True
+
+    @property
+    def local_size(self) -> int:
+        """Ranks on each machine."""
+        return self.ranks_per_node or self.tensor_parallel_size
 
     def sized_for(self, device: str) -> Settings:
         """These settings with the batch sizes that suit the kind of device, `cpu` or `cuda`, where none are
@@ -219,9 +281,11 @@ def read_settings(file: Path) -> Settings:
         raise SettingsError(f"{file}: {error}") from None
 
 
-def settings_beside(model_repository: str) -> Settings:
-    """The settings of a Triton model repository, given the folder of one of its models."""
-    return read_settings(Path(model_repository).parent / SETTINGS_FILE)
+def settings_file(engine: str = "") -> str:
+    """The file in a model repository that has an engine's settings; the engine without a name is the first
+    one's.
+    """
+    return f"pagetide-{engine}.json" if engine else SETTINGS_FILE
 
 
 class SettingsField(msgspec.Struct, frozen=True):

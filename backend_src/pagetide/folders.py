@@ -1,9 +1,14 @@
-"""Folders that are made once, whichever process comes first, and kept."""
+"""Folders that are made once, whichever process comes first, and kept; those of running servers, and files
+that others read while they are written.
+"""
 
 from __future__ import annotations
 
 import fcntl
+import os
 import shutil
+import stat
+import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -38,6 +43,24 @@ def _make(target: Path, make: Callable[[Path], None]) -> None:
         shutil.rmtree(unfinished, ignore_errors=True)
 
 
+def write_whole(file: Path, text: str) -> None:
+    """Whoever reads the file meanwhile finds what was there before, or all of the text; of two who write it
+    at once one wins. Raises OSError where it cannot be written.
+    """
+    unnamed = None
+    try:
+        with tempfile.NamedTemporaryFile(
+            "w", encoding="utf-8", dir=file.parent, prefix=f".{file.name}.", delete=False
+        ) as opened:
+            unnamed = Path(opened.name)
+            opened.write(text)
+        unnamed.rename(file)
+    except OSError:
+        if unnamed is not None:
+            unnamed.unlink()
+        raise
+
+
 @contextmanager
 def _lock(target: Path) -> Iterator[None]:
     """Keeps other processes from making the same folder: a server's models start side by side."""
@@ -45,3 +68,28 @@ def _lock(target: Path) -> Iterator[None]:
     with target.with_name(target.name + ".lock").open("w") as file:
         fcntl.flock(file, fcntl.LOCK_EX)
         yield
+
+
+def ranks_folder(pid: int) -> Path:
+    """Where the ranks of the engine with this process id meet; whoever sees the engine end removes it.
+
+    Raises PermissionError.
+    """
+    return private_folder() / f"ranks-{pid}"
+
+
+def private_folder() -> Path:
+    """Where this user's running servers have their sockets.
+
+    Raises PermissionError if no such place is safe.
+    """
+    folder = Path(tempfile.gettempdir()) / f"pagetide-{os.getuid()}"
+    folder.mkdir(mode=0o700, exist_ok=True)
+    facts = folder.lstat()
+    if not stat.S_ISDIR(facts.st_mode) or facts.st_uid != os.getuid() or facts.st_mode & 0o022:
+        # Whoever can write there could put a socket of his own in the engine's place.
+        raise PermissionError(
+            f"{folder} must be a folder that only user {os.getuid()} can write to; remove it, or "
+            "set TMPDIR to another place"
+        )
+    return folder

@@ -59,7 +59,8 @@ class LLM:
     """
 
     def __init__(self, model: str = "", **settings: Any):
-        self.engine = assemble(make_settings(model=model, **settings))
+        # Whoever calls generate() waits for all answers: its queue has no limit.
+        self.engine = assemble(make_settings(model=model, **settings, max_queue_s=0.0))
         self._vocabulary = Vocabulary.read(Path(self.engine.info.model))
         self._tokenizer: Any = None
         self._num_requests = 0
@@ -135,9 +136,11 @@ class LLM:
                 raise
 
     def _drop(self, requests: list[Request]) -> None:
-        """Leaves nothing of these requests behind, so that the next call finds an empty engine."""
+        """Leaves nothing of these requests behind, so that the next call finds an empty engine, unless that
+        has failed.
+        """
         self.engine.cancel([request.number for request in requests])
-        while self.engine.has_work:
+        while self.engine.has_work and not self.engine.has_failed:
             self.engine.step()
 
     def close(self) -> None:

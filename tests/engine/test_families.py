@@ -16,6 +16,7 @@ from pagetide.llm import LLM
 from pagetide.models.config import UnsupportedModelError
 from pagetide.models.decoder import Decoder, layer_shape
 from pagetide.models.families import read_model
+from pagetide.models.sharding import make_shard
 from pagetide.models.weights import Checkpoint
 from pagetide.ops.batch import Batch
 from pagetide.ops.cpu.layers import CompiledLayers
@@ -29,7 +30,7 @@ def prompt_logits(folder, ids: list[int], ops: str, is_compiled: bool) -> torch.
     cpu, size, count = torch.device("cpu"), 16, len(ids)
     chosen = select_ops(cpu, Settings(ops=ops), torch.float32, folder)
     decoder = Decoder(
-        config,
+        make_shard(config, 0, 1),
         family,
         Checkpoint(folder, torch.float32, cpu),
         chosen,

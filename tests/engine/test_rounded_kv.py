@@ -68,6 +68,14 @@ def test_long_contexts(window):
         assert (rounded - exact).norm() < 0.02 * exact.norm()
 
 
+def test_queries_of_a_tile_that_see_nothing_of_its_last_keys():
+    """Tiles on both sides of a segment's edge: of the last page, what is not written yet may be anything."""
+    torch.manual_seed(0)
+    shape = LayerShape(2, 64, 48, HeadShape(6, 2, 32), 16, 1e-5, rotary_like(3000, 32))
+    for exact, rounded in both(shape, torch.float32, 0, [[5, 5], [513, 1], [1, 1010]]):
+        assert (rounded - exact).norm() < 0.02 * exact.norm()
+
+
 def test_kernels_for_a_processor_without_avx512():
     run_on_older_processor(__file__, ["test_long_contexts"])
 

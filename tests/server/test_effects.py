@@ -242,6 +242,8 @@ ELSEWHERE = {
         "test_settings.py::test_a_template_sees_tools_variables_and_whether_an_answer_begins"
     ),
     "priority": "test_settings.py::test_lower_priority_numbers_run_sooner",
+    "user": "test_settings.py::test_users_take_turns",
+    "traceparent": "test_traces.py::test_triton_clients_name_their_trace_themselves",
     "timeout_ms": "test_contract_fields.py::test_a_request_whose_time_is_up_gets_what_it_has",
     "cancel": "test_faults.py::test_each_way_to_cancel_frees_everything_at_once",
     "length_penalty": "../engine/test_sampling.py::test_beams_are_transformers",

@@ -9,6 +9,7 @@ import signal
 import socket
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import psutil
@@ -100,7 +101,7 @@ def test_a_thousand_cancelled_streams_leave_nothing_behind(tmp_path):
     assert memory_mb(server) < before + 150
     assert stream_one(server, **{**LONG, "max_tokens": 5}).reason == "length"
     assert server.stop(), "requests were still in flight"
-    assert "Timeout 15: Found 0 model versions that have in-flight inferences" in server.log.read_text()
+    assert "Timeout 5: Found 0 model versions that have in-flight inferences" in server.log.read_text()
     assert not [p for p in server.processes() if p.is_running()]
 
 
@@ -137,6 +138,84 @@ def test_a_killed_engine_gives_each_stream_one_error_and_comes_back(tmp_path):
     processes = server.processes()
     server.stop()
     assert not [p for p in processes if p.is_running() and p.status() != psutil.STATUS_ZOMBIE]
+
+
+def test_requests_without_an_answer_begin_again_once(tmp_path):
+    """Two run, and have been answered in part; two wait; one is answered as a whole. The second death is one
+    too many for what still runs then.
+    """
+    write_parrot(tmp_path, pieces_of(TEXT, 2), ends=False)
+    server = start({"model": str(tmp_path), "num_blocks": 9000, "max_num_seqs": 2})
+    streams = [Streams(server) for _ in range(4)]
+
+    def kill_engine() -> None:
+        next(p for p in server.processes() if "pagetide.engine" in p.cmdline()).kill()
+
+    running = [s.send("ensemble", f"r{i}", **LONG) for i, s in enumerate(streams[:2])]
+    wait_for(lambda: all(s.responses for s in running), 60, "first responses")
+    waiting = [s.send("ensemble", f"w{i}", **{**LONG, "max_tokens": 20}) for i, s in enumerate(streams[2:])]
+    with ThreadPoolExecutor() as pool:
+        whole = pool.submit(generate, server, {"input_ids": [1], "max_tokens": 25_000, "ignore_eos": True})
+        wait_for(lambda: metric(server, "pagetide_requests_waiting") == 3, 30, "three that wait")
+        kill_engine()
+        for stream in running:
+            assert stream.done.wait(60)
+            assert len(stream.errors) == 1 and "the engine failed while it was" in stream.errors[0]
+        for stream in waiting:
+            assert stream.done.wait(60) and not stream.errors
+            assert stream.ids() == list(range(2, 22)) and stream.reason == "length"
+        wait_for(lambda: metric(server, "pagetide_requests_running") == 1, 30, "the whole answer's request")
+        kill_engine()
+        status, answer = whole.result(60)
+    assert status in (400, 500) and "the engine failed while it was" in answer["error"], (status, answer)
+    wait_until_idle(server)
+    for one in streams:
+        one.close()
+    server.stop()
+
+
+def test_requests_that_begin_again_can_end_while_there_is_no_engine(tmp_path):
+    """The next engine is stopped before it can listen."""
+    write_parrot(tmp_path, pieces_of(TEXT, 2), ends=False)
+    server = start({"model": str(tmp_path), "num_blocks": 9000, "max_num_seqs": 1})
+    streams = [Streams(server) for _ in range(3)]
+    running = streams[0].send("ensemble", "running", **LONG)
+    wait_for(lambda: bool(running.responses), 60, "a first response")
+    late = streams[1].send("ensemble", "late", **LONG, timeout_ms=10_000)
+    unwanted = streams[2].send("ensemble", "unwanted", **LONG)
+    wait_for(lambda: metric(server, "pagetide_requests_waiting") == 2, 30, "two that wait")
+    first = engine_of(server)
+    assert first is not None
+    first.kill()
+    wait_for(lambda: engine_of(server) not in (None, first), 30, "the next engine")
+    second = engine_of(server)
+    assert second is not None
+    second.suspend()
+    assert running.done.wait(60) and late.done.wait(60) and not late.errors
+    assert late.reason == "timeout"
+    cancel = Streams(server)
+    assert cancel.send("ensemble", "unwanted", cancel=True).done.wait(60)
+    assert unwanted.done.wait(60) and not unwanted.errors
+    assert unwanted.reason == "cancelled"
+    second.resume()
+    wait_for(lambda: generate(server, {"input_ids": [1], "max_tokens": 3})[0] == 200, 60, "an engine")
+    wait_until_idle(server)
+    for one in (*streams, cancel):
+        one.close()
+    server.stop()
+
+
+def engine_of(server: TritonServer) -> psutil.Process | None:
+    """None between two engines."""
+    found = [process for process in server.processes() if is_engine(process)]
+    return found[0] if found else None
+
+
+def is_engine(process: psutil.Process) -> bool:
+    try:
+        return "pagetide.engine" in process.cmdline()
+    except (psutil.NoSuchProcess, psutil.ZombieProcess):
+        return False
 
 
 def test_a_stuck_engine_is_ended_and_comes_back(tmp_path):

@@ -1,5 +1,5 @@
 """A minute of scripts/fuzz.py: random requests made from the contract's table, each answer checked against
-it.
+it; and the beginning of scripts/soak.py: each request in every way, compared with the engine's alone.
 """
 
 from __future__ import annotations
@@ -7,6 +7,7 @@ from __future__ import annotations
 import json
 
 import fuzz
+import soak
 from client import CACHE
 from triton_server import TritonServer, free_address
 
@@ -25,3 +26,9 @@ def test_a_minute_of_random_requests_finds_nothing():
         stopped = server.stop()
     assert not report.failures, json.dumps(report.failures[:3], default=repr)
     assert stopped and report.outcomes["answered"] > 10 and report.outcomes["refused"] > 10, report.outcomes
+
+
+def test_every_way_to_ask_brings_what_the_engine_says():
+    report = soak.run(seconds=0, num_clients=6, num_requests=40, kill_every=float("inf"), seed=1)
+    assert not report.failures, json.dumps(report.failures[:3], default=repr)
+    assert all(report.outcomes[way] >= 10 for way in soak.Asker.plain_ways), report.outcomes

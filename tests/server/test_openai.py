@@ -5,11 +5,14 @@ from __future__ import annotations
 import asyncio
 import http.client
 import json
+import os
+import socket
 import subprocess
 import sys
 import urllib.error
 import urllib.request
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import openai
@@ -44,12 +47,13 @@ WEATHER = {
 
 
 class Gateway:
-    def __init__(self, server: TritonServer, *options: str, triton: str = ""):
+    def __init__(self, server: TritonServer, *options: str, triton: str = "", admin_token: str = ""):
         self.port = free_address().http_port
         self.url = f"http://127.0.0.1:{self.port}"
         command = [sys.executable, "-m", "pagetide.gateway", "--triton", triton or server.address.grpc]
         command += ["--port", str(self.port), *options]
-        self.process = subprocess.Popen(command, cwd=ROOT / "backend_src")
+        environment = {**os.environ, "ADMIN_TOKEN": admin_token}
+        self.process = subprocess.Popen(command, cwd=ROOT / "backend_src", env=environment)
         try:
             wait_for(lambda: self.status("/health") == 200, what="a healthy gateway")
         except BaseException:
@@ -153,20 +157,56 @@ def test_what_a_triton_that_is_not_there_cannot_serve_another_does(real):
 def test_an_answer_comes_from_the_next_triton_if_the_first_is_not_there(real):
     """Asked at once: nobody knows yet that it is not."""
 
-    async def ask(url: str) -> str:
-        triton = Triton([url, "127.0.0.1:1", "127.0.0.1:2"])  # the second is asked first
+    gone = ["127.0.0.1:1", "127.0.0.1:2"]
+
+    async def ask(urls: list[str], text: str) -> str:
+        triton = Triton(urls)
         fields = {"max_tokens": 8, "temperature": 0, "stream": True}
-        prompt = {"messages": FRANCE}
         try:
-            pieces = triton.generate(Generation("ensemble", "next", prompt, fields))
+            pieces = triton.generate(Generation("ensemble", "next", {"text_input": text}, fields))
             return "".join([piece.text async for piece in pieces])
         finally:
             await triton.close()
 
-    assert "Paris" in asyncio.run(ask(real.address.grpc))
+    for number in range(8):  # each prompt has an order of its own
+        text = f"{number}. The capital of France is"
+        alone = asyncio.run(ask([real.address.grpc], text))
+        assert alone and asyncio.run(ask([real.address.grpc, *gone], text)) == alone
     with pytest.raises(ApiError) as error:
-        asyncio.run(ask("127.0.0.1:3"))
+        asyncio.run(ask(["127.0.0.1:3", *gone], "x"))
     assert error.value.status == 503
+
+
+def test_a_replica_that_is_killed_under_load_costs_no_answer(real):
+    """Whole answers, of which nothing has been sent before the end, are asked of the other one."""
+    other = start({"dtype": "float32", "num_blocks": 600})
+    gateway = Gateway(real, triton=f"{real.address.grpc},{other.address.grpc}")
+    texts = [f"{number}. Tell me something about the sea." for number in range(12)]
+
+    def answer_to(text: str) -> Any:
+        body = {"prompt": text, "temperature": 0, "max_tokens": 48, "ignore_eos": True}
+        status, answer = gateway.ask("/v1/completions", body)
+        assert status == 200, answer
+        return json.loads(answer)
+
+    def ask(text: str) -> str:
+        return answer_to(text)["choices"][0]["text"]
+
+    try:
+        for number in range(5):
+            answers = [answer_to(f"{number} is where a long text begins. " + "The sea. " * 20) for _ in "123"]
+            cached = [answer["usage"]["prompt_tokens_details"]["cached_tokens"] for answer in answers]
+            assert cached[0] < 16 <= cached[1] == cached[2], "it stays where its beginning is known"
+        before = [ask(text) for text in texts]
+        wait_for(lambda: metric(other, "pagetide_generated_tokens") >= 48, what="some for each")
+        with ThreadPoolExecutor(8) as pool:
+            asked = [pool.submit(ask, text) for text in texts * 3]
+            wait_for(lambda: sum(one.done() for one in asked) >= 6, 120, "six answers")
+            psutil.Process(other.pid).kill()
+            assert [one.result(120) for one in asked] == before * 3
+    finally:
+        gateway.stop()
+        other.stop()
 
 
 def test_several_answers_and_seeds(client):
@@ -334,6 +374,27 @@ def test_a_client_that_leaves_frees_its_request(real, gateway, stream):
             with pytest.raises(openai.APITimeoutError):
                 chat(client, max_tokens=1500, n=4, extra_body={"ignore_eos": True})
     wait_for(lambda: metric(real, "pagetide_requests_running") == 0, 5, "nothing runs for nobody")
+
+
+def test_a_client_that_does_not_read_is_one_that_has_left(parrot):
+    gateway = Gateway(parrot, "--max-stall-s", "1")
+    before = metric(parrot, "pagetide_requests_cancelled")
+    try:
+        # More than all the buffers between two sockets hold.
+        asked = {"max_tokens": 9_000, "n": 6, "ignore_eos": True, "stream": True, "logprobs": 5}
+        body = json.dumps({"model": "ensemble", "prompt": "Hi", **asked}).encode()
+        head = "POST /v1/completions HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\n"
+        with socket.socket() as client:
+            client.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+            client.connect(("127.0.0.1", gateway.port))
+            client.sendall(f"{head}Content-Length: {len(body)}\r\n\r\n".encode() + body)
+            assert client.recv(15) == b"HTTP/1.1 200 OK"
+            # Six answers end with one request.
+            wait_for(lambda: metric(parrot, "pagetide_requests_cancelled") == before + 1, 120, "its end")
+            short = {"model": "ensemble", "prompt": "Hi", "max_tokens": 2}
+            assert gateway.ask("/v1/completions", short)[0] == 200
+    finally:
+        gateway.stop()
 
 
 def test_keys_and_sizes(real, tmp_path):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -12,7 +13,10 @@ from pathlib import Path
 import openai
 import psutil
 import pytest
+from client import wait_for
+from gateway_process import gateway_of
 from parrot import pieces_of, write_parrot
+from processes import answers
 from triton_server import ROOT, Address, free_address
 
 sys.path.insert(0, str(ROOT / "scripts"))
@@ -134,6 +138,36 @@ def test_serve_detached_streams_a_completion_and_stop_leaves_no_process(tmp_path
             for place in (f".run/{address.http_port}/", address.grpc)
         )
     ]
+
+
+def test_serve_in_the_foreground_keeps_its_gateway_and_lets_answers_end():
+    address = free_address()
+    ports = options_of(address)
+    gateway = f"http://127.0.0.1:{ports[-1].split('=')[1]}"
+    command = ["./scripts/serve.sh", *ports, "--num-blocks=600", "--drain-s=60"]
+    served = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, text=True)
+    try:
+        assert served.stdout is not None
+        assert any("Ctrl-C ends it" in line for line in served.stdout), "it has started"
+        folder = ROOT / ".run" / str(address.http_port)
+        first = gateway_of(folder)
+        assert first is not None
+        first.kill()
+        wait_for(
+            lambda: gateway_of(ROOT / ".run" / str(address.http_port)) not in (None, first), 60, "another"
+        )
+        wait_for(lambda: answers(f"{gateway}/health"), 60, "a healthy gateway again")
+        client = openai.OpenAI(base_url=f"{gateway}/v1", api_key="none")
+        stream = client.completions.create(
+            model="ensemble", prompt="Once", max_tokens=300, stream=True, extra_body={"ignore_eos": True}
+        )
+        next(iter(stream))
+        served.send_signal(signal.SIGTERM)
+        assert list(stream)[-1].choices[0].finish_reason == "length"
+        assert served.wait(60) == 0
+    finally:
+        served.kill()
+        run("./scripts/stop.sh", f"--http-port={address.http_port}")
 
 
 @pytest.mark.parametrize(

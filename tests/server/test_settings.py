@@ -115,6 +115,22 @@ def test_lower_priority_numbers_run_sooner(narrow):
     streams.close()
 
 
+def test_users_take_turns(narrow):
+    """Two requests do not wait for eight of another user that came before."""
+    streams = Streams(narrow)
+    first = streams.send("ensemble", "first", input_ids=[1], max_tokens=1500, stream=True)
+    wait_for(lambda: bool(first.responses), what="a first response")
+    waiting = [
+        (user, streams.send("ensemble", f"{user}{number}", input_ids=[1], max_tokens=3, user=user))
+        for user, count in (("many", 8), ("few", 2))
+        for number in range(count)
+    ]
+    assert first.done.wait(60) and all(stream.done.wait(60) for _, stream in waiting)
+    order = [user for user, _ in sorted(waiting, key=lambda one: one[1].times[-1])]
+    assert "few" not in order[-4:], order
+    streams.close()
+
+
 def test_prompts_with_different_salts_share_no_blocks(narrow):
     def num_cached(salt: str) -> int:
         values = {

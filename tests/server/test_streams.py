@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import json
+import sys
 import urllib.request
 
 import numpy as np
 import pytest
 from client import Streams, generate, infer_http, stream_one
 from pagetide.engine.stops import num_incomplete_bytes
+from pagetide.serving.client import socket_path
+from pagetide.serving.passage import passed_file
 from parrot import TEXT
 
 START = [1]
@@ -187,6 +190,21 @@ def test_many_streams_at_once_all_say_the_same(parrot):
         assert stream.text == said(100)
         assert [r["response_index"] for r in stream.responses] == list(range(len(stream.responses)))
     streams.close()
+
+
+def test_postprocessing_tells_llm_how_far_it_is(parrot):
+    def passed() -> int:
+        return int.from_bytes(passed_file(socket_path(parrot.pid)).read_bytes(), sys.byteorder)
+
+    before, num_chunks = passed(), 0
+    for model, stream in {"ensemble": {"stream": True}, "tensorrt_llm": {"streaming": True}}.items():
+        length = {"request_output_len" if model == "tensorrt_llm" else "max_tokens": 64}
+        for _ in range(8):
+            answer = stream_one(parrot, model, input_ids=START, **length, **stream)
+            assert not answer.errors, answer.errors
+            num_chunks += len(answer.responses)
+        assert num_chunks >= 16 and abs(passed() - before - num_chunks) < 8
+    assert passed() >> 32 == before >> 32 > 0
 
 
 def test_a_seed_gives_the_same_tokens_alone_and_in_company(real):

@@ -95,7 +95,7 @@ class SmallEngine:
         values = {"ignore_eos": True, "seed": 0, **params}
         own = {
             name: values.pop(name)
-            for name in ("stream", "priority", "deadline_ns", "salt", "context_logits", "timings")
+            for name in ("stream", "priority", "deadline_ns", "salt", "user", "context_logits", "timings")
             if name in values
         }
         self.engine.add(

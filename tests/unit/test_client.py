@@ -10,6 +10,7 @@ import sys
 import tempfile
 import threading
 from pathlib import Path
+from typing import Any
 
 import msgspec
 import pytest
@@ -138,10 +139,28 @@ def test_what_cannot_be_written_as_a_message_fails_where_it_was_sent(tmp_path):
 
 
 def test_only_one_of_a_server_runs_an_engine(tmp_path):
-    held = _exclusive_lock(tmp_path / "engine.lock")
+    held = _exclusive_lock(tmp_path / "engine.lock", "llm_0_0")
     with pytest.raises(EngineStartError, match="another model of this server runs its engine already"):
-        EngineSupervisor(Settings(), tmp_path / "engine.sock", print)
+        EngineSupervisor(Settings(), tmp_path / "engine.sock", "llm_0_1", print)
     held.close()
+
+
+def test_the_same_model_waits_for_the_end_of_its_engine(tmp_path):
+    """Loaded again, while what was unloaded answers its last requests; its file is removed at the end."""
+    file = tmp_path / "engine.lock"
+    first = _exclusive_lock(file, "llm_0_0")
+    second: list[Any] = []
+    waiting = threading.Thread(target=lambda: second.append(_exclusive_lock(file, "llm_0_0")))
+    waiting.start()
+    waiting.join(0.3)
+    assert waiting.is_alive()
+    file.unlink()
+    first.close()
+    waiting.join(10)
+    assert second and file.read_text() == "llm_0_0"
+    with pytest.raises(EngineStartError):
+        _exclusive_lock(file, "other_0_0")
+    second[0].close()
 
 
 @pytest.mark.parametrize("mode", [0o777, 0o720])

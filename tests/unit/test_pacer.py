@@ -17,7 +17,7 @@ def test_chunks_of_a_sequence_are_joined_while_the_way_is_busy_and_stay_in_order
         gate.wait(10)
         sent.append(output)
 
-    pacer = ResponsePacer(send)
+    pacer = ResponsePacer(send, None)
     for token in range(50):
         pacer.put([Output(1, 0, [token]), Output(1, 1, [100 + token])])
     pacer.put([Output(1, 0, [50], 3, "stop")])

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import os
 import re
 import shlex
+import subprocess
+import sys
 from pathlib import Path
 
+import make_dashboard
 import pytest
 import yaml
 from make_docs import PAGES, lists, with_lists
@@ -21,6 +25,9 @@ def commands() -> list[list[str]]:
     blocks = (block for page in READMES for block in re.findall(r"```bash\n(.*?)```", page.read_text(), re.S))
     parts = (part for block in blocks for line in block.splitlines() for part in line.split("&&"))
     return [shlex.split(part, comments=True) for part in parts if re.search(r"\w\.(py|sh)\b", part)]
+
+
+WITH_VENV = {**os.environ, "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"}
 
 
 def test_model_configs_are_written_from_the_contract():
@@ -85,10 +92,46 @@ def test_decisions_and_models_know_no_device_by_name():
     assert named == ["device.py"]
 
 
+def test_nothing_that_decides_reads_the_wall_clock():
+    """Which may be set at any time; what is shown to people or kept in files may."""
+    clock = re.compile(r"\btime\.time(_ns)?\b|\bdatetime\.(now|utcnow|today)\b|create_time|boot_time")
+    package = ROOT / "backend_src" / "pagetide"
+    reads = {
+        str(file.relative_to(package)) for file in package.rglob("*.py") if clock.search(file.read_text())
+    }
+    assert reads == {"gateway/answers.py", "gateway/app.py", "engine/spans.py", "serving/left_behind.py"}
+    starting = [ROOT / "scripts" / f"{name}.py" for name in ("serve", "stop", "processes", "triton_server")]
+    assert not any(clock.search(file.read_text()) for file in starting)
+
+
 def test_compose_has_what_triton_needs():
     compose = yaml.safe_load((ROOT / "docker-compose.yml").read_text())
-    for service in compose["services"].values():
-        assert service["shm_size"] == "1gb"
-        assert "healthcheck" in service and "build" in service
+    for name, service in compose["services"].items():
+        assert "healthcheck" in service and service["restart"] == "unless-stopped"
+        if name.startswith("pagetide"):
+            assert service["shm_size"] == "1gb" and service["read_only"] and service["profiles"]
     gpu = compose["services"]["pagetide"]["deploy"]["resources"]["reservations"]["devices"][0]
     assert gpu["driver"] == "nvidia" and gpu["capabilities"] == ["gpu"]
+
+
+def test_all_that_compose_can_be_told_stands_in_env():
+    asked = set(re.findall(r"\$\{(\w+)", (ROOT / "docker-compose.yml").read_text()))
+    lines = (ROOT / ".env").read_text().splitlines()
+    told = {line.split("=")[0] for line in lines if line and not line.startswith("#")}
+    assert told == asked | {"COMPOSE_PROFILES"}
+
+
+@pytest.mark.parametrize("file", sorted(ROOT.glob("docker/*Dockerfile")), ids=lambda file: file.name)
+def test_dockerfiles_please_hadolint(file):
+    done = subprocess.run(["hadolint", file], capture_output=True, text=True, env=WITH_VENV)
+    assert done.returncode == 0, done.stdout
+
+
+def test_what_compose_mounts_is_there():
+    compose = yaml.safe_load((ROOT / "docker-compose.yml").read_text())
+    mounted = [one.split(":")[0] for s in compose["services"].values() for one in s.get("volumes", [])]
+    assert [path for path in mounted if path.startswith("./") and not (ROOT / path).exists()] == []
+
+
+def test_the_dashboard_is_written_from_its_table():
+    assert make_dashboard.FILE.read_text() == make_dashboard.text(), "run scripts/make_dashboard.py"

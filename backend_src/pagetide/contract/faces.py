@@ -14,6 +14,7 @@ POSTPROCESSING_NAMES = {
     "sequence_length": "SEQUENCE_LENGTH",
     "text_cut": "TEXT_CUT",
     "request_number": "REQUEST_NUMBER",
+    "chunk_number": "CHUNK_NUMBER",
     "prompt_text": "PROMPT_TEXT",
     "skip_special_tokens": "SKIP_SPECIAL_TOKENS",
 }

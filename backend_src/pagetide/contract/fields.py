@@ -259,6 +259,8 @@ FIELDS = (
         off=(0,),
     ),
     Field("cache_salt", "BYTES", "prompts with different salts never share cached blocks", "none"),
+    Field("user", "BYTES", "who asks: of the same priority, different users take turns", "none"),
+    Field("traceparent", "BYTES", "W3C trace context of the client's span, in which the server's spans are"),
     Field("cancel", "BOOL", "with the request_id of running requests: ends them", "false"),
     Field(
         "sampling_parameters",

@@ -79,6 +79,7 @@ OUTPUTS = (
 TEXT_OUTPUTS = (
     OutputField("text_cut", "INT32", "1", "bytes at the end of the text that do not count"),
     OutputField("request_number", "UINT64", "1", "the engine's number, by which a client's leaving is told"),
+    OutputField("chunk_number", "UINT64", "1", "of every eighth chunk, by which its passing is told"),
     OutputField("prompt_text", "BYTES", "1", "what stands in front of the answer"),
     OutputField("skip_special_tokens", "BOOL", "1", "whether special tokens have no text"),
 )

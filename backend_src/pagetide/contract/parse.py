@@ -115,9 +115,9 @@ def _assemble(values: dict[str, Value], defaults: Defaults) -> ParsedRequest:
             raise RequestError(
                 f"{name} is {shown(values[name])}, but there is no such adapter: this server has none"
             )
-    salt = values.get("cache_salt", "")
-    if len(salt) > MAX_WORD_LENGTH:
-        raise RequestError(f"cache_salt has {len(salt)} characters, may have {MAX_WORD_LENGTH}")
+    for name in ("cache_salt", "user", "traceparent"):
+        if len(text := values.get(name, "")) > MAX_WORD_LENGTH:
+            raise RequestError(f"{name} has {len(text)} characters, may have {MAX_WORD_LENGTH}")
     params = _params_of(values, defaults)
     check_params(params)
     stream = values.get("stream", False)
@@ -134,7 +134,9 @@ def _assemble(values: dict[str, Value], defaults: Defaults) -> ParsedRequest:
         includes_input=not stream and not values.get("exclude_input_in_output", defaults.excludes_input),
         pad_id=values.get("pad_id"),
         priority=values.get("priority", 0),
-        salt=salt,
+        salt=values.get("cache_salt", ""),
+        user=values.get("user", ""),
+        traceparent=values.get("traceparent", ""),
         timeout_ms=values.get("timeout_ms", 0),
         returns=tuple(name for name, value in values.items() if name.startswith("return_") and value),
         shows_logprobs="logprobs" in values

@@ -51,6 +51,8 @@ class ParsedRequest(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=Tru
     pad_id: int | None = None
     priority: int = 0
     salt: str = ""
+    user: str = ""
+    traceparent: str = ""
     timeout_ms: int = 0
     arrival_ns: int = 0
     deadline_ns: int = 0

@@ -7,66 +7,128 @@ from __future__ import annotations
 
 import gc
 import sys
-from dataclasses import replace
+from collections.abc import Callable
+from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 
 from pagetide.config import Settings, SettingsError
 from pagetide.engine.blocks import BlockManager
-from pagetide.engine.engine import Engine
+from pagetide.engine.engine import Engine, StepRunner
 from pagetide.engine.groups import ModelLimits
 from pagetide.engine.guides import GrammarCompiler
 from pagetide.engine.host_blocks import HostBlocks
+from pagetide.engine.ranks import check_nodes, start_ranks
 from pagetide.engine.scheduler import Scheduler
 from pagetide.kv_cache.store import make_store
 from pagetide.models.config import DecoderConfig
 from pagetide.models.decoder import Decoder, layer_shape
 from pagetide.models.families import Family, read_model
+from pagetide.models.sharding import make_shard
 from pagetide.models.source import find_codes, find_model, packed_folder
 from pagetide.models.weights import Checkpoint, QuantizedAtLoad, RandomTensors, Tensors
+from pagetide.ops.comm import ALONE, Comm
 from pagetide.ops.select import select_ops
 from pagetide.ops.table import Ops
 from pagetide.runner.device import Device, select_device
+from pagetide.runner.ranks import LeadingRunner
 from pagetide.runner.rows import Rows
 from pagetide.runner.runner import Runner
 from pagetide.text.tokens import Vocabulary
 from pagetide.types import EngineInfo
 
 
-def assemble(settings: Settings) -> Engine:
+@dataclass(frozen=True)
+class Model:
+    """What is known of a model before its weights are read."""
+
+    path: Path
+    family: Family
+    config: DecoderConfig
+    vocabulary: Vocabulary
+
+    @classmethod
+    def find(cls, settings: Settings) -> Model:
+        """The one that the settings name. Raises UnsupportedModelError."""
+        path = find_model(settings.model, settings.cache_path)
+        family, config = read_model(path)
+        vocabulary = Vocabulary.read(path)
+        if vocabulary.full:
+            # Rows beyond the tokenizer's are padding: whatever they say has no text.
+            config = replace(config, vocab_size=min(config.vocab_size, len(vocabulary.full)))
+        return cls(path, family, config, vocabulary)
+
+
+def assemble(settings: Settings, on_lost: Callable[[str], None] | None = None) -> Engine:
     """Loads the model and makes everything ready for the first request.
+
+    on_lost: called from another thread, with the reason, when a rank other than this one ends by itself;
+    without it, the next step raises on a CPU (on GPUs a step that waits for NCCL does not).
+
+    Raises SettingsError, UnsupportedModelError, RankError.
+    """
+    check_nodes(settings)
+    model = Model.find(settings)
+    if settings.tensor_parallel_size == 1:
+        device = select_device(settings)
+        rank = load_rank(settings, model, device, ALONE)
+        return _make_engine(settings, model, rank, rank.runner)
+    make_shard(model.config, 0, settings.tensor_parallel_size)
+    with start_ranks(settings, on_lost) as ranks:
+        device = select_device(settings)
+        comm = ranks.join(device)
+        rank = load_rank(settings, model, device, comm)
+        return _make_engine(settings, model, rank, LeadingRunner(rank.runner, comm, ranks.wait))
+
+
+class Rank(NamedTuple):
+    """A loaded rank, and the sizes that all ranks have agreed on."""
+
+    runner: Runner
+    max_len: int
+    num_blocks: int
+    num_host_blocks: int
+
+
+def load_rank(settings: Settings, model: Model, device: Device, comm: Comm) -> Rank:
+    """Loads one rank's part of the model, and warms it up together with the others.
 
     Raises SettingsError, UnsupportedModelError.
     """
     # Kernels run on a thread of their own beside the loop's: without this, one could hold the interpreter
     # for 5 ms against the other.
     sys.setswitchinterval(2e-4)
-    model = find_model(settings.model, settings.cache_path)
-    family, config = read_model(model)
-    vocabulary = Vocabulary.read(model)
-    if vocabulary.full:
-        # Rows beyond the tokenizer's are padding: whatever they say has no text.
-        config = replace(config, vocab_size=min(config.vocab_size, len(vocabulary.full)))
-    device = select_device(settings)
     settings = settings.sized_for(device.torch_device.type)
-    dtype, rounds_kv = _dtype(settings, device), settings.kv_cache_dtype == "int8"
+    config, dtype, rounds_kv = model.config, _dtype(settings, device), settings.kv_cache_dtype == "int8"
+    shard = make_shard(config, comm.rank, comm.size)
 
     # Nothing may compute on this thread: a second OpenMP pool would make the first one sleep between its
     # kernels.
     def load(max_len: int) -> tuple[Ops, Decoder]:
         keeps = settings.keep_packed_weights and settings.load_format != "dummy"
-        folder = packed_folder(model, settings.cache_path) if keeps else None
-        ops = select_ops(device.torch_device, settings, dtype, model, folder)
-        checkpoint = _read_checkpoint(settings, model, dtype, device, family, config)
-        shape = layer_shape(config, settings.block_size, max_len, device.torch_device, rounds_kv)
-        return ops, Decoder(config, family, checkpoint, ops, shape, device.activation_dtype or dtype)
+        folder = packed_folder(model.path, settings.cache_path) if keeps else None
+        ops = select_ops(device.torch_device, settings, dtype, model.path, folder, comm)
+        checkpoint = _read_checkpoint(settings, model.path, dtype, device, model.family, config)
+        shape = layer_shape(shard.config, settings.block_size, max_len, device.torch_device, rounds_kv, comm)
+        activations = device.activation_dtype or dtype
+        return ops, Decoder(shard, model.family, checkpoint, ops, shape, activations)
 
     ops, decoder = device.run(load, settings.max_model_len or config.max_position)
+    if settings.deterministic and not (decoder.layers.is_deterministic and comm.size <= 2):
+        raise SettingsError(
+            "deterministic is true, which only the CPU's kernels are, on one or two ranks, with a model "
+            "whose sizes they take; leave it out, or use device cpu with ops auto"
+        )
     layout = decoder.kv_layout(torch.uint8 if rounds_kv else dtype)
-    num_blocks = settings.num_blocks or device.kv_cache_bytes(settings) // layout.block_bytes
+    block_bytes = layout.block_bytes
+    # Ranks of one machine share its memory; each GPU has its own.
+    host_bytes = comm.total(block_bytes) * settings.local_size // comm.size
+    shared_bytes = host_bytes if device.torch_device.type == "cpu" else block_bytes
+    num_blocks = settings.num_blocks or comm.smallest(device.kv_cache_bytes(settings) // shared_bytes)
     max_len = _max_model_len(settings, config, num_blocks)
-    num_host_blocks = device.host_cache_bytes(settings) // layout.block_bytes
+    num_host_blocks = comm.smallest(device.host_cache_bytes(settings) // host_bytes)
     if num_host_blocks and not settings.enable_prefix_caching:
         raise SettingsError(
             "swap_space_gb keeps blocks by their content, which needs enable_prefix_caching; use 0 without it"
@@ -75,31 +137,39 @@ def assemble(settings: Settings) -> Engine:
     rows = device.run(
         Rows, settings.max_num_seqs, max_len, settings.block_size, config.vocab_size, device.torch_device
     )
-    runner = device.run(Runner, device, decoder, store, ops, rows, settings.block_size)
+    runner = device.run(Runner, device, decoder, store, ops, rows, settings.block_size, comm)
     runner.warm_up(min(settings.max_num_batched_tokens, max_len - 1))
     if device.records:
         device.run(runner.record_decode, settings.max_num_seqs)
-    limits = ModelLimits(vocabulary, config.vocab_size, config.end_ids, max_len, settings.max_output_tokens)
+    return Rank(runner, max_len, num_blocks, num_host_blocks)
+
+
+def _make_engine(settings: Settings, model: Model, rank: Rank, runner: StepRunner) -> Engine:
+    device, config, vocabulary = rank.runner.device, model.config, model.vocabulary
+    settings = settings.sized_for(device.torch_device.type)
+    limits = ModelLimits(
+        vocabulary, config.vocab_size, config.end_ids, rank.max_len, settings.max_output_tokens
+    )
     guides = GrammarCompiler(vocabulary, config.vocab_size, config.end_ids)
     scheduler = Scheduler(
         settings,
         limits,
         BlockManager(
-            num_blocks,
+            rank.num_blocks,
             settings.block_size,
             settings.enable_prefix_caching,
-            HostBlocks(num_host_blocks) if num_host_blocks else None,
+            HostBlocks(rank.num_host_blocks) if rank.num_host_blocks else None,
         ),
         guides,
     )
     info = EngineInfo(
-        model=str(model),
+        model=str(model.path),
         vocab_size=config.vocab_size,
-        max_model_len=max_len,
+        max_model_len=rank.max_len,
         max_num_seqs=settings.max_num_seqs,
         pad_id=config.pad_id,
         device=device.torch_device.type,
-        num_blocks=num_blocks,
+        num_blocks=rank.num_blocks,
         block_size=settings.block_size,
         allows_logits=settings.allow_logits,
     )

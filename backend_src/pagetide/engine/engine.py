@@ -11,7 +11,7 @@ from pagetide.engine.requests import Refusal
 from pagetide.engine.scheduler import Scheduler
 from pagetide.engine.statistics import Statistics
 from pagetide.runner.plan import StepPlan, StepTokens
-from pagetide.types import EngineInfo, Output, Request
+from pagetide.types import EngineError, EngineInfo, Output, Request
 
 
 class StepRunner(Protocol):
@@ -63,6 +63,12 @@ class Engine:
         self._overlaps = overlaps
         self._check_integrity = check_integrity
         self._last: StepPlan | None = None
+        self._has_failed = False
+
+    @property
+    def has_failed(self) -> bool:
+        """True if a step raised an error or was interrupted: step() then raises EngineError."""
+        return self._has_failed
 
     @property
     def has_room(self) -> bool:
@@ -90,7 +96,19 @@ class Engine:
         self.scheduler.cancel([*numbers, *named])
 
     def step(self) -> StepResult:
-        """One step of all requests; waits shortly if all that is to do is on its way."""
+        """One step of all requests; waits shortly if all that is to do is on its way.
+
+        Raises what the device raised; from then on EngineError.
+        """
+        if self._has_failed:
+            raise EngineError("the engine failed in an earlier step, whose error says why; start another")
+        try:
+            return self._step()
+        except BaseException:
+            self._has_failed = True
+            raise
+
+    def _step(self) -> StepResult:
         plan = self.scheduler.schedule()
         if plan is None and self._last is None:
             self.scheduler.requests.wait_for_guides()

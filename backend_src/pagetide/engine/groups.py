@@ -32,8 +32,8 @@ class ModelLimits:
     max_output_tokens: int
 
 
-def group_of(request: Request, limits: ModelLimits, arrival: int, now_ns: int) -> SequenceGroup:
-    """A request's group.
+def group_of(request: Request, limits: ModelLimits, turn: float, arrival: int, now_ns: int) -> SequenceGroup:
+    """A request's group. turn, arrival: when it is served, beside others of its priority.
 
     Its sequences beside the first are followers of that, or, with beam search, come later.
     """
@@ -48,7 +48,7 @@ def group_of(request: Request, limits: ModelLimits, arrival: int, now_ns: int) -
     num_samples = 1 if group.is_beam_search else params.num_sequences
     for index in range(num_samples):
         sampling = row_params(request, _seed_of_sample(seed, index), edits)
-        order = (request.priority, arrival + index)
+        order = (request.priority, turn, arrival + index)
         stops, max_len = StopChecker(rules), max_len_of(request, limits)
         prompt, plain = list(request.prompt_ids), is_plain(request, sampling)
         group.unfinished.append(Sequence(group, index, order, prompt, max_len, stops, sampling, plain))

@@ -39,6 +39,14 @@ class Cancel(msgspec.Struct, tag=True, frozen=True):
     request_id: str = ""
 
 
+class Drain(msgspec.Struct, tag=True, frozen=True):
+    """The server is about to stop: the engine takes no more requests, and ends those that it has with an
+    error when the time is up. Drained is the answer, when none is left.
+    """
+
+    timeout_s: float
+
+
 class Ready(msgspec.Struct, tag=True, frozen=True):
     """The engine's answer to Hello."""
 
@@ -78,5 +86,14 @@ class Refused(msgspec.Struct, tag=True, frozen=True):
         )
 
 
-ToEngine = Hello | Submit | Cancel
-FromEngine = Ready | Outputs | Statistics | Refused
+class Drained(msgspec.Struct, tag=True, frozen=True):
+    """No request is left, and none is taken any more. Of the num_found that were there, num_cut had to be
+    ended.
+    """
+
+    num_found: int
+    num_cut: int
+
+
+ToEngine = Hello | Submit | Cancel | Drain
+FromEngine = Ready | Outputs | Statistics | Refused | Drained

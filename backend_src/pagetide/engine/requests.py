@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import heapq
 import logging
+from collections import deque
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, wait
 from contextlib import contextmanager
@@ -13,8 +14,10 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from pagetide.engine.fairness import Turns
 from pagetide.engine.groups import ModelLimits, give_guides, group_of
 from pagetide.engine.guides import GuideCompiler, GuideState
+from pagetide.engine.journal import Journal
 from pagetide.engine.sequence import Sequence, SequenceGroup
 from pagetide.engine.statistics import Counters, Observations
 from pagetide.runner.plan import bits_of
@@ -40,6 +43,7 @@ class Requests:
     """Takes requests in, and keeps them until they end.
 
     max_requests: more are refused. leave: takes a sequence that has ended out of its queue. now: in ns.
+    max_queue_ns: so long a request may wait; 0: for ever.
     """
 
     def __init__(
@@ -49,18 +53,25 @@ class Requests:
         guides: GuideCompiler,
         counters: Counters,
         observed: Observations,
+        journal: Journal,
         leave: Callable[[Sequence], None],
         now: Callable[[], int],
+        turns: Turns,
+        max_queue_ns: int,
     ):
         self._max_requests = max_requests
         self._limits = limits
         self._guides = guides
         self._counters = counters
         self._observed = observed
+        self._journal = journal
         self._leave = leave
         self._now = now
         self._groups: dict[int, SequenceGroup] = {}
         self._compiling: dict[int, Future[Callable[[], GuideState]]] = {}
+        self._turns = turns
+        self._max_queue_ns = max_queue_ns
+        self._queued: deque[tuple[int, int]] = deque()  # until when each of them may wait, in their order
         self._deadlines: list[tuple[int, int]] = []  # heap of (deadline, request number)
         self._refusals: list[Refusal] = []
         self._arrivals = 0
@@ -91,16 +102,21 @@ class Requests:
             raise QueueFullError(
                 f"Exceeds maximum queue size: Maximum queue size of {limit} requests reached"
             )
+        turn, cost = self._turns.take(request)
         try:
-            group = group_of(request, self._limits, self._arrivals, self._now())
-        except RequestError:
-            raise
+            group = group_of(request, self._limits, turn, self._arrivals, self._now())
         except Exception as error:
+            self._turns.note_end(request, cost)
+            if isinstance(error, RequestError):
+                raise
             raise internal_error(error) from error
+        group.cost = cost
         self._arrivals += len(group.unfinished)
         self._groups[request.number] = group
         if request.deadline_ns:
             self._note_deadline(request)
+        if self._max_queue_ns:
+            self._queued.append((self._now() + self._max_queue_ns, request.number))
         if request.params.guide is None:
             return group
         with self.on_behalf_of(group):
@@ -117,9 +133,11 @@ class Requests:
 
     def forget(self, group: SequenceGroup) -> None:
         """The request has its last answer."""
+        self._note_end(group)
         self._stop_compiling(group.request.number)
         del self._groups[group.request.number]
         self._observed.e2e_s.append((self._now() - group.arrival_ns) / 1e9)
+        self._journal.close(group)
 
     # -- deadlines ---------------------------------------------------------------------------------------
 
@@ -138,6 +156,15 @@ class Requests:
                 late.append(number)
         return late
 
+    def take_overdue(self) -> list[SequenceGroup]:
+        """The requests that still wait though their time for that is up, each of them once."""
+        now, overdue = self._now(), []
+        while self._queued and self._queued[0][0] <= now:
+            group = self._groups.get(self._queued.popleft()[1])
+            if group is not None and not group.has_run:
+                overdue.append(group)
+        return overdue
+
     # -- what goes wrong because of one request ------------------------------------------------------------
 
     @contextmanager
@@ -154,16 +181,22 @@ class Requests:
         """
         if isinstance(error, KeyboardInterrupt | SystemExit):
             raise error
-        if not isinstance(error, RequestError):
+        if not isinstance(error, RequestError | QueueFullError):
             error = internal_error(error)
         if self._groups.pop(group.request.number, None) is None:
             return  # it has ended in another way already
+        self._note_end(group)
         self._counters.failed += 1
+        self._journal.close(group, error)
         self._stop_compiling(group.request.number)
         for sequence in group.unfinished:
             self._leave(sequence)
         group.unfinished = []
         self._refusals.append(Refusal(group.request.number, error))
+
+    def _note_end(self, group: SequenceGroup) -> None:
+        if not group.has_run:
+            self._turns.note_end(group.request, group.cost)
 
     def take_refusals(self) -> list[Refusal]:
         """The requests that turned out to be wrong since the last call; nothing more comes of them."""

@@ -15,8 +15,10 @@ import numpy as np
 from pagetide.config import Settings
 from pagetide.engine.admissions import admittance, num_promised_rows, num_rows_for
 from pagetide.engine.blocks import BlockManager
+from pagetide.engine.fairness import QueueTime, Turns
 from pagetide.engine.groups import ModelLimits
 from pagetide.engine.guides import GuideCompiler
+from pagetide.engine.journal import Journal, writers_of
 from pagetide.engine.outputs import OutputQueue, SampledToken, keep_report, no_token_left, sampled_tokens
 from pagetide.engine.plan_builder import PlanBuilder, StepSequences
 from pagetide.engine.queues import Queues
@@ -48,8 +50,19 @@ class Scheduler:
         self.waiting, self.running = self.queues.waiting, self.queues.running
         self.counters = Counters()
         self.observed = Observations()
+        self._journal = Journal(writers_of(settings), now)
+        self.turns, self.queue_time = Turns(), QueueTime(settings.max_queue_s)
         self.requests = Requests(
-            settings.max_queued_requests, limits, guides, self.counters, self.observed, self.queues.leave, now
+            settings.max_queued_requests,
+            limits,
+            guides,
+            self.counters,
+            self.observed,
+            self._journal,
+            self.queues.leave,
+            now,
+            self.turns,
+            self.queue_time.limit_ns,
         )
         self.outputs = OutputQueue(self.observed)
         self._in_flight: dict[int, StepSequences] = {}  # by step
@@ -68,8 +81,13 @@ class Scheduler:
 
     def add(self, request: Request) -> None:
         """Queues a request that has been checked. Raises QueueFullError, RequestError, EngineError."""
+        self.queue_time.check(self.waiting, request.priority, self.turns.next_turn(request))
         if (group := self.requests.add(request)) is not None:
-            self.queues.enqueue(group.unfinished[0])
+            self._enqueue(group)
+
+    def _enqueue(self, group: SequenceGroup) -> None:
+        group.queued_ns = self._now()
+        self.queues.enqueue(group.unfinished[0])
 
     def cancel(self, numbers: Iterable[int]) -> None:
         """Ends the requests with these numbers; unknown ones have ended already."""
@@ -84,6 +102,8 @@ class Scheduler:
             if (group := self.requests.find(number)) is not None:
                 self.counters.timed_out += 1
                 self._end(group, group.unfinished, "timeout")
+        for group in self.requests.take_overdue():
+            self.requests.fail(group, self.queue_time.late())
 
     def _end(self, group: SequenceGroup, sequences: list[Sequence], reason: str) -> None:
         """Ends some of a request's sequences, or all of them from outside: answers get what there is."""
@@ -95,6 +115,7 @@ class Scheduler:
 
     def _answer(self, group: SequenceGroup, answers: list[Answer]) -> None:
         self.outputs.add_answers(group, answers)
+        self._journal.note(group, answers)
         if not group.unfinished:
             self.requests.forget(group)
 
@@ -107,7 +128,7 @@ class Scheduler:
         """
         self._end_late()
         for group in self.requests.take_compiled():
-            self.queues.enqueue(group.unfinished[0])
+            self._enqueue(group)
         step = PlanBuilder(self._settings.max_num_batched_tokens)
         for sequence in list(self.running):
             if sequence.status is Status.RUNNING and step.room_for(sequence) and sequence.can_run:
@@ -191,9 +212,12 @@ class Scheduler:
     def _note_admission(self, sequence: Sequence) -> None:
         """A request's first admission tells how long it has waited, and what the cache had of it."""
         group, num_prompt = sequence.group, sequence.num_prompt
-        if group.first_scheduled_ns:
+        if group.has_run:
             return
-        group.first_scheduled_ns = self._now()
+        group.has_run = True
+        group.first_scheduled_ns = now = self._now()
+        self.turns.note_start(group.request, group.cost)
+        self.queue_time.note_admission(group.queued_ns, now)
         group.num_cached = sequence.num_computed
         group.num_reused_blocks = group.num_cached // self.blocks.block_size
         group.num_new_blocks = self.blocks.num_blocks_for(num_prompt) - group.num_reused_blocks
@@ -272,6 +296,7 @@ class Scheduler:
         if not reason and len(sequence.token_ids) >= sequence.max_len:
             reason = "length"
         if reason:
+            self.turns.note_answer(len(sequence.token_ids) - sequence.num_prompt)
             self._end(sequence.group, [sequence], reason)
             return
         if len(sequence.token_ids) // self.blocks.block_size > sequence.num_published:

@@ -72,6 +72,7 @@ class SequenceGroup:
     reports_prompt: what the model thinks of the prompt's own tokens is asked for.
     num_prompt_reported: prompt tokens whose successor's log-probability, or whose logits, have been asked
         for (see StepPlan); prompt_scores, context_logits: what came.
+    reasons, num_generated: of the answers that have ended, for the journal.
     """
 
     request: Request
@@ -79,6 +80,9 @@ class SequenceGroup:
     search: Search | None
     arrival_ns: int
     unfinished: list[Sequence] = field(default_factory=list)
+    has_run: bool = False
+    queued_ns: int = 0
+    cost: int = 0  # in tokens, as far as that could be told when it came
     first_scheduled_ns: int = 0
     first_token_ns: int = 0
     last_token_ns: int = 0
@@ -89,6 +93,8 @@ class SequenceGroup:
     allowed_bits: np.ndarray | None = None
     prompt_scores: list[TokenScore] = field(default_factory=list)
     context_logits: list[np.ndarray] = field(default_factory=list)
+    reasons: list[str] = field(default_factory=list)
+    num_generated: int = 0
     params: SamplingParams = field(init=False)
     is_beam_search: bool = field(init=False)
     streams: bool = field(init=False)
@@ -118,7 +124,7 @@ class SequenceGroup:
 class Sequence:
     """One sample or beam of a request. Counts are in tokens.
 
-    order: (priority, arrival in the engine), unique; a preempted sequence keeps its place.
+    order: (priority, its user's turn, arrival in the engine), unique; a preempted sequence keeps its place.
     followers: samples of the same prompt that fork from this one when its prompt has been computed.
     is_plain: asks for nothing but tokens, and changes no logits.
     num_placed: blocks that its row on the device knows; None: the row does not have its tokens either.
@@ -132,7 +138,7 @@ class Sequence:
 
     group: SequenceGroup
     index: int
-    order: tuple[int, int]
+    order: tuple[int, float, int]
     token_ids: list[int]
     max_len: int
     stops: StopChecker

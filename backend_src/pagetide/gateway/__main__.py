@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import logging
 import os
+import socket
 from pathlib import Path
 
 import uvicorn
@@ -32,9 +33,20 @@ def parse_arguments() -> argparse.Namespace:
         "--api-keys-file", type=Path, help="file with one key a line; also PAGETIDE_API_KEYS, with commas"
     )
     parser.add_argument("--max-body-mb", type=float, default=16.0, help="larger bodies are refused")
+    parser.add_argument(
+        "--max-stall-s", type=float, default=60.0, help="a client that reads nothing for so long has left"
+    )
+    parser.add_argument(
+        "--drain-s", type=int, default=30, help="seconds that answers under way may take at the end"
+    )
     parser.add_argument("--cors-origin", action="append", default=[], help="page that may call; * for all")
     parser.add_argument(
         "--tool-call-format", choices=FORMATS, help="how the model writes calls; by its template otherwise"
+    )
+    parser.add_argument(
+        "--otlp-traces-endpoint",
+        default="",
+        help="an OpenTelemetry collector's URL for traces (OTLP over HTTP)",
     )
     return parser.parse_args()
 
@@ -54,11 +66,29 @@ def main() -> None:
     arguments = parse_arguments()
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(name)s: %(message)s")
     rules = Rules(
-        keys_of(arguments.api_keys_file), int(arguments.max_body_mb * 2**20), tuple(arguments.cors_origin)
+        keys=keys_of(arguments.api_keys_file),
+        max_body_bytes=int(arguments.max_body_mb * 2**20),
+        origins=tuple(arguments.cors_origin),
+        max_stall_s=arguments.max_stall_s,
     )
     metrics = _addresses(arguments.metrics)
-    app = make_app(_addresses(arguments.triton), rules, arguments.tool_call_format or "", metrics)
-    uvicorn.run(app, host=arguments.host, port=arguments.port, log_level="warning", access_log=False)
+    tritons, token = _addresses(arguments.triton), os.environ.get("ADMIN_TOKEN", "")
+    app = make_app(
+        tritons, rules, arguments.tool_call_format or "", metrics, token, arguments.otlp_traces_endpoint
+    )
+    config = uvicorn.Config(
+        app,
+        host=arguments.host,
+        port=arguments.port,
+        log_level="warning",
+        access_log=False,
+        timeout_graceful_shutdown=arguments.drain_s,
+    )
+    listening = config.bind_socket()
+    # The kernel, too, gives up on who reads nothing: what is left to send would keep the connection for ever.
+    stall_ms = max(1, int(1000 * arguments.max_stall_s))
+    listening.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, stall_ms)
+    uvicorn.Server(config).run(sockets=[listening])
 
 
 if __name__ == "__main__":

@@ -24,25 +24,36 @@ from pagetide.gateway.errors import ApiError, refused
 from pagetide.gateway.fields import prompt_to_tokenize
 from pagetide.gateway.page import Page, controls
 from pagetide.gateway.service import Gateway
+from pagetide.gateway.spans import Spans
 from pagetide.gateway.status import Status
 from pagetide.gateway.triton import Triton
 
 log = logging.getLogger("pagetide.gateway")
 
 
-def make_app(urls: list[str], rules: Rules, call_format: str = "", metrics: Sequence[str] = ()) -> FastAPI:
+def make_app(
+    urls: list[str],
+    rules: Rules,
+    call_format: str = "",
+    metrics: Sequence[str] = (),
+    admin_token: str = "",
+    traces: str = "",
+) -> FastAPI:
     """The application, as an ASGI server runs it. urls: the gRPC addresses of Tritons; metrics: those of
-    their metrics.
+    their metrics; traces: of a collector of spans.
     """
 
     @contextlib.asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
         # gRPC's channels belong to the event loop that runs by now.
-        triton = Triton(urls)
+        triton = Triton(urls, admin_token)
         app.state.gateway = Gateway(triton, call_format)
-        watching = asyncio.ensure_future(app.state.gateway.health.watch())
+        await triton.servers.look_up()
+        watches = (triton.servers.watch(), app.state.gateway.health.watch())
+        watching = [asyncio.ensure_future(watch) for watch in watches]
         yield
-        watching.cancel()
+        for one in watching:
+            one.cancel()
         await triton.close()
 
     app = FastAPI(title="Pagetide", lifespan=lifespan)
@@ -50,6 +61,7 @@ def make_app(urls: list[str], rules: Rules, call_format: str = "", metrics: Sequ
     _add_routes(app)
     _add_page(app, Status(metrics))
     app.add_middleware(Door, rules=rules)
+    app.add_middleware(Spans, endpoint=traces)
     return app
 
 
@@ -79,12 +91,14 @@ def _add_routes(app: FastAPI) -> None:
 
     @app.post("/tokenize")
     async def tokenize(body: TokenizeBody) -> dict[str, Any]:
-        tokens = await gateway().triton.tokenize(prompt_to_tokenize(body))
+        model = await gateway().models.find(body.model)
+        tokens = await gateway().triton.tokenize(model, prompt_to_tokenize(body))
         return {"tokens": tokens, "count": len(tokens)}
 
     @app.post("/detokenize")
     async def detokenize(body: DetokenizeBody) -> dict[str, str]:
-        return {"prompt": await gateway().triton.detokenize(body.tokens)}
+        model = await gateway().models.find(body.model)
+        return {"prompt": await gateway().triton.detokenize(model, body.tokens)}
 
     @app.get("/health")
     async def health() -> Response:

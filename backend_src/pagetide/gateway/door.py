@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import asyncio
 import hashlib
 import hmac
+import logging
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
 from typing import Any
@@ -13,6 +15,8 @@ from starlette.datastructures import Headers
 from starlette.middleware.cors import CORSMiddleware
 
 from pagetide.gateway.errors import ApiError
+
+log = logging.getLogger("pagetide.gateway")
 
 _OPEN = ("/health", "/metrics", "/", "/playground")
 _OPEN_BELOW = "/playground/"  # plain files; what they ask for needs the key
@@ -28,11 +32,13 @@ class Rules:
     """keys: who may come in; none: everyone. max_body_bytes: larger bodies are refused with 413.
 
     origins: web pages that may call; none by default, * for all.
+    max_stall_s: a client that reads nothing for so long, while there is something to read, has left.
     """
 
     keys: tuple[str, ...] = ()
     max_body_bytes: int = 16 * 2**20
     origins: tuple[str, ...] = ()
+    max_stall_s: float = 60.0
 
 
 class Door:
@@ -61,12 +67,15 @@ class Door:
             await self._answer(scope, receive, _counted(scope, send))
 
     async def _answer(self, scope: Any, receive: Receive, send: Send) -> None:
-        """Counts what really comes: a body in chunks does not say its size."""
-        size = 0
+        """Counts what really comes: a body in chunks does not say its size. And ends what nobody reads:
+        Triton would keep it all.
+        """
+        size, stalled = 0, asyncio.Event()
+        loop = asyncio.get_running_loop()
 
         async def counting() -> Any:
             nonlocal size
-            message = await receive()
+            message = await _unless(stalled, receive)
             size += len(message.get("body", b""))
             if size > self._rules.max_body_bytes:
                 raise self._too_large()
@@ -75,7 +84,11 @@ class Door:
         async def answering(message: Any) -> None:
             # What the application says of a body that it could not read is not what was wrong.
             if size <= self._rules.max_body_bytes:
-                await send(message)
+                timer = loop.call_later(self._rules.max_stall_s, stalled.set)
+                try:
+                    await send(message)
+                finally:
+                    timer.cancel()
 
         await self._app(scope, counting, answering)
         if size > self._rules.max_body_bytes:
@@ -84,20 +97,37 @@ class Door:
     def _check(self, scope: Any) -> None:
         headers = Headers(scope=scope)
         if self._digests and not _is_open(scope):
-            self._check_key(headers.get("authorization", ""))
+            scope.setdefault("state", {})["user"] = self._user_of(headers.get("authorization", ""))
         size = headers.get("content-length", "0")
         if not size.isdigit() or int(size) > self._rules.max_body_bytes:
             raise self._too_large()
 
-    def _check_key(self, header: str) -> None:
+    def _user_of(self, header: str) -> str:
+        """A name for who has this key, which does not tell it. Raises ApiError."""
         digest = hashlib.sha256(header.removeprefix("Bearer ").strip().encode()).digest()
         # All keys are compared, so that the time says nothing about any.
         matches = [hmac.compare_digest(digest, known) for known in self._digests]
         if not any(matches):
             raise ApiError(401, "the API key is missing or wrong", code="invalid_api_key")
+        return f"key {digest.hex()[:16]}"
 
     def _too_large(self) -> ApiError:
         return ApiError(413, f"the body may have {self._rules.max_body_bytes} bytes at most")
+
+
+async def _unless(stalled: asyncio.Event, receive: Receive) -> Any:
+    """What comes from the client, which has left as soon as it is stalled."""
+    waiting = asyncio.ensure_future(stalled.wait())
+    receiving = asyncio.ensure_future(receive())
+    try:
+        await asyncio.wait((waiting, receiving), return_when=asyncio.FIRST_COMPLETED)
+        if receiving.done():
+            return receiving.result()
+        log.warning("an answer is ended, since its client does not read it")
+        return {"type": "http.disconnect"}
+    finally:
+        waiting.cancel()
+        receiving.cancel()
 
 
 def _is_open(scope: Any) -> bool:

@@ -11,7 +11,7 @@ from collections.abc import Container
 import grpc
 from starlette.responses import JSONResponse
 
-RETRY_AFTER_S = 1
+RETRY_AFTER_S = 1  # where the server does not say it
 _TYPES = {
     401: "authentication_error",
     403: "permission_error",
@@ -22,13 +22,12 @@ _TYPES = {
 # Errors that are not the client's begin so (see serving/triton.py and serving/llm.py).
 _TEXTS = (
     (500, r"internal error|the engine failed at this request"),
-    (503, r"the engine |.*Stub process|.*is not ready"),
+    (503, r"the engine |the server is stopping|.*Stub process|.*is not ready|Request for unknown model"),
 )
 # Where the contract has another name for a field.
 _OPENAI_NAMES = {"num_return_sequences": "n", "stop_words": "stop"}
 _CODES = {
     grpc.StatusCode.INVALID_ARGUMENT: 400,
-    grpc.StatusCode.NOT_FOUND: 404,
     grpc.StatusCode.RESOURCE_EXHAUSTED: 413,
     grpc.StatusCode.UNAVAILABLE: 503,
     grpc.StatusCode.DEADLINE_EXCEEDED: 503,
@@ -52,10 +51,14 @@ class ApiError(Exception):
 
     def response(self) -> JSONResponse:
         """The whole answer; it says when to come back where that helps."""
-        headers = {"Retry-After": str(RETRY_AFTER_S)} if self.status in (429, 503) else {}
+        headers = {"Retry-After": self._retry_after()} if self.status in (429, 503) else {}
         if self.status == 401:
             headers["WWW-Authenticate"] = "Bearer"
         return JSONResponse(self.body(), self.status, headers)
+
+    def _retry_after(self) -> str:
+        found = re.search(r"again in (\d+) s$", self.message)
+        return found[1] if found else str(RETRY_AFTER_S)
 
 
 def refused(message: str, param: str | None = None) -> ApiError:
@@ -66,14 +69,16 @@ def refused(message: str, param: str | None = None) -> ApiError:
 def of_text(message: str) -> ApiError:
     """What Triton or the engine said in a stream, which has no codes."""
     message = re.sub(r"^in ensemble '[^']*', ", "", message)  # Triton's words
-    if "Exceeds maximum queue size" in message:
+    if re.match(r"Exceeds maximum queue size|the server is full", message):
         return ApiError(429, message, code="rate_limit_exceeded")
     return ApiError(next((status for status, text in _TEXTS if re.match(text, message)), 400), message)
 
 
 def of_triton(code: grpc.StatusCode, message: str) -> ApiError:
     """What Triton said to a call that failed."""
-    return ApiError(_CODES[code], message) if code in _CODES else of_text(message)
+    # A model that is being loaded anew is unknown for a while: the gateway has asked for the names before.
+    told = of_text(message)
+    return ApiError(_CODES[code], message) if code in _CODES and told.status != 429 else told
 
 
 def named(error: ApiError, fields: Container[str]) -> ApiError:

@@ -13,7 +13,6 @@ from pagetide.gateway.errors import refused
 MAX_PROMPTS = 256  # of one request; each is a stream to Triton
 # Names that change nothing in an answer here.
 _IGNORED = {
-    "user",
     "metadata",
     "store",
     "service_tier",

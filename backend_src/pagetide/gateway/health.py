@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 import time
 import uuid
 
 from pagetide.gateway.errors import ApiError
 from pagetide.gateway.triton import Generation, Triton
+from pagetide.tracing import TRACEPARENT, UNRECORDED
+
+log = logging.getLogger("pagetide.gateway")
 
 PROBE_EVERY_S = 3.0
 PATIENCE_S = 9.0  # without a sign of life; a stuck engine is noticed within ten seconds
@@ -34,7 +38,10 @@ class Health:
         """Until it is cancelled."""
         while True:
             if time.monotonic() - self._last_life > PROBE_EVERY_S:
-                await self._probe()
+                try:
+                    await self._probe()
+                except Exception:
+                    log.exception("the engine could not be asked; it is asked again")
             await asyncio.sleep(PROBE_EVERY_S / 3)
 
     async def _probe(self) -> None:
@@ -47,13 +54,20 @@ class Health:
             if error.status == 429:  # an engine that is full is alive
                 self.saw_life()
             self.reason = error.message
+            self._model = ""  # which may have been unloaded: the next probe looks for one that is there
 
     async def _ask(self) -> None:
         if not self._model:
             self._model = next(iter(await self._triton.models()), "")
         if not self._model:
             raise ApiError(503, "Triton serves no model that takes chats")
-        fields = {"max_tokens": 1, "temperature": 0, "stream": True, "priority": -(2**31 - 1)}
+        fields = {
+            "max_tokens": 1,
+            "temperature": 0,
+            "stream": True,
+            "priority": -(2**31 - 1),
+            TRACEPARENT: UNRECORDED,
+        }
         probe = Generation(self._model, f"probe-{uuid.uuid4().hex}", {"text_input": "."}, fields)
         async for _ in self._triton.generate(probe):
             pass

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from pagetide.gateway.calls import Thinking
-from pagetide.gateway.errors import ApiError
+from pagetide.gateway.errors import ApiError, refused
 from pagetide.gateway.triton import Triton
 
 log = logging.getLogger("pagetide.gateway")
@@ -72,6 +72,8 @@ class Models:
             return name
         if name is None and len(names) == 1:
             return names[0]
+        if name is None:
+            raise refused(f"model must be named; there are {', '.join(names)}", "model")
         message = f"there is no model {name!r}; there are {', '.join(names)}"
         raise ApiError(404, message, "model", "model_not_found")
 
@@ -91,28 +93,29 @@ class Models:
 
     async def habits(self, name: str) -> Habits:
         if name not in self._habits:
-            self._habits[name] = await self._ask()
+            self._habits[name] = await self._ask(name)
         return self._habits[name]
 
-    async def _ask(self) -> Habits:
+    async def _ask(self, model: str) -> Habits:
         """Renders small chats: the marker of a call, and whether old thoughts are left out, tell."""
-        called = await self._rendered([_USER, {"role": "assistant", "content": "", "tool_calls": [_CALL]}])
+        calling = {"role": "assistant", "content": "", "tool_calls": [_CALL]}
+        called = await self._rendered(model, [_USER, calling])
         calls = "hermes"
         if "[TOOL_CALLS]" in called:
             calls = "mistral"
         elif "<tool_call>" not in called and '"parameters"' in called:
             calls = "llama3"
         thought = {"role": "assistant", "content": "<think>\nthought\n</think>\n\nanswer"}
-        shown = await self._rendered([_USER, thought, _USER])
+        shown = await self._rendered(model, [_USER, thought, _USER])
         thinks = "answer" in shown and "thought" not in shown
-        opened = (await self._rendered([_USER], opens=True)).rstrip().endswith("<think>")
+        opened = (await self._rendered(model, [_USER], opens=True)).rstrip().endswith("<think>")
         return Habits(self._call_format or calls, thinks or opened, opened)
 
-    async def _rendered(self, messages: list[Any], opens: bool = False) -> str:
+    async def _rendered(self, model: str, messages: list[Any], opens: bool = False) -> str:
         """A chat as the template writes it; empty where it refuses such a one."""
         try:
-            ids = await self._triton.tokenize({"messages": messages, "add_generation_prompt": opens})
-            return await self._triton.detokenize(ids)
+            ids = await self._triton.tokenize(model, {"messages": messages, "add_generation_prompt": opens})
+            return await self._triton.detokenize(model, ids)
         except ApiError as error:
             if error.status == 503:
                 raise

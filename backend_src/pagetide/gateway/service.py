@@ -25,6 +25,7 @@ from pagetide.gateway.models import Models
 from pagetide.gateway.streams import merged
 from pagetide.gateway.tools import ToolUse
 from pagetide.gateway.triton import Generation, Triton
+from pagetide.tracing import TRACEPARENT
 
 log = logging.getLogger("pagetide.gateway")
 _CLIENT_LEFT = 499
@@ -42,7 +43,7 @@ class Gateway:
         model = await self.models.find(body.model)
         habits = await self.models.habits(model)
         tools = ToolUse(body, habits.calls)
-        fields = {**fields_of(body), **tools.fields()}
+        fields = {**fields_of(body), **_of_request(request), **tools.fields()}
         if tools.fields() and body.response_format and body.response_format.type != "text":
             raise refused("response_format does not go with tools that must be called", "response_format")
         prompt = chat_prompt(body, tools.shown())
@@ -56,9 +57,9 @@ class Gateway:
 
     async def complete(self, body: CompletionBody, request: Request) -> Response:
         model = await self.models.find(body.model)
-        fields, prompts = fields_of(body), prompts_of(body)
+        fields, prompts = {**fields_of(body), **_of_request(request)}, prompts_of(body)
         request_id = f"cmpl-{uuid.uuid4().hex}"
-        echoed = [await self._text_of(prompt) if body.echo else "" for prompt in prompts]
+        echoed = [await self._text_of(model, prompt) if body.echo else "" for prompt in prompts]
         per_prompt = body.n or 1
 
         def make_choice(index: int) -> CompletionChoice:
@@ -70,8 +71,8 @@ class Gateway:
         ]
         return await self._answer(body, request, answer, generations)
 
-    async def _text_of(self, prompt: dict[str, Any]) -> str:
-        return prompt.get("text_input") or await self.triton.detokenize(prompt["input_ids"])
+    async def _text_of(self, model: str, prompt: dict[str, Any]) -> str:
+        return prompt.get("text_input") or await self.triton.detokenize(model, prompt["input_ids"])
 
     async def _answer(
         self, body: GenerationBody, request: Request, answer: Answer, generations: list[Generation]
@@ -82,7 +83,7 @@ class Gateway:
             first = await _unless_left(request, anext(choices, None))
             if body.stream:
                 events = _events(answer, first, choices, body.stream_options or StreamOptions())
-                return StreamingResponse(events, media_type="text/event-stream", headers=_NO_CACHE)
+                return _EventStream(events, media_type="text/event-stream", headers=_NO_CACHE)
             found = [first] if first else []
             found += await _unless_left(request, _all(choices))
         except ApiError as error:
@@ -106,8 +107,26 @@ class Gateway:
 _NO_CACHE = {"Cache-Control": "no-cache", "X-Accel-Buffering": "no"}
 
 
+class _EventStream(StreamingResponse):
+    """Ends its events whenever it ends itself: who has left may not have read what was ready long ago."""
+
+    async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
+        try:
+            await super().__call__(scope, receive, send)
+        finally:
+            await self.body_iterator.aclose()  # type: ignore[union-attr]
+
+
 class _ClientLeftError(Exception):
     """Nobody waits for the answer."""
+
+
+def _of_request(request: Request) -> dict[str, str]:
+    """Fields that are not in the body: where there are keys, who has one is one user, whatever names his
+    requests have; and the trace that this is part of.
+    """
+    names = ("user", TRACEPARENT)
+    return {name: value for name in names if (value := getattr(request.state, name, ""))}
 
 
 async def _unless_left(request: Request, work: Any) -> Any:

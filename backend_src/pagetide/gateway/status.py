@@ -6,7 +6,7 @@ import asyncio
 import http.client
 import time
 import urllib.request
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 
 from prometheus_client.parser import text_string_to_metric_families
 
@@ -47,12 +47,13 @@ class Status:
 
     def _read_all(self) -> dict[str, float]:
         try:
-            return summed([_read(address) for address in self._addresses])
+            return summed([read_metrics(address) for address in self._addresses])
         except (OSError, http.client.HTTPException, ValueError) as error:
             raise ApiError(503, f"Triton's metrics cannot be read: {error}") from None
 
 
-def _read(address: str) -> str:
+def read_metrics(address: str) -> str:
+    """What Triton's metrics say at host:port. Raises OSError, HTTPException."""
     with _OPENER.open(f"http://{address}/metrics", timeout=_TIMEOUT_S) as answer:
         return answer.read().decode()
 
@@ -62,10 +63,17 @@ def summed(texts: Iterable[str]) -> dict[str, float]:
     values = dict.fromkeys(SAMPLES, 0.0)
     named = {sample: name for name, sample in SAMPLES.items()}
     for text in texts:
-        for family in text_string_to_metric_families(text):
-            for sample in family.samples:
-                # The parser gives every counter's name an end that Triton's have not.
-                name = named.get(sample.name) or named.get(sample.name.removesuffix("_total"))
-                if name:
-                    values[name] += sample.value
+        for sample, _, value in samples(text):
+            if name := named.get(sample):
+                values[name] += value
     return values
+
+
+def samples(text: str) -> Iterator[tuple[str, dict[str, str], float]]:
+    """Name, labels and value of each sample of a Prometheus text."""
+    for family in text_string_to_metric_families(text):
+        for sample in family.samples:
+            # The parser gives every counter's name an end that Triton's have not.
+            is_counter = family.type == "counter"
+            name = sample.name.removesuffix("_total") if is_counter else sample.name
+            yield name, sample.labels, sample.value

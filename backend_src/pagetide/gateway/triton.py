@@ -11,7 +11,6 @@ import contextlib
 import json
 import logging
 import struct
-import time
 from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any, TypeVar
@@ -19,16 +18,16 @@ from typing import Any, TypeVar
 import grpc
 import numpy as np
 from tritonclient.grpc import service_pb2 as pb
-from tritonclient.grpc import service_pb2_grpc
 
 from pagetide.gateway.errors import ApiError, of_text, of_triton
+from pagetide.gateway.servers import Server, Servers
+from pagetide.tracing import TRACEPARENT, valid
 
 log = logging.getLogger("pagetide.gateway")
 
 Answer = TypeVar("Answer")
 
-_REST_S = 5.0
-_CHANNEL = (("grpc.max_send_message_length", -1), ("grpc.max_receive_message_length", -1))
+_ADMIN_HEADER = "triton-grpc-protocol-admin-token"
 _PIECE = (
     "text_output",
     "finish_reason",
@@ -68,46 +67,27 @@ class Generation:
     fields: Mapping[str, Any]
 
 
-class Server:
-    """One Triton. rests_until: it has failed, and comes last until then."""
-
-    def __init__(self, url: str):
-        self.url = url
-        self.rests_until = 0.0
-        self.channel = grpc.aio.insecure_channel(url, options=_CHANNEL)
-        self.stub = service_pb2_grpc.GRPCInferenceServiceStub(self.channel)
-
-    def rest(self, reason: str) -> None:
-        self.rests_until = time.monotonic() + _REST_S
-        log.warning("%s does not serve, others are asked for %.0f s: %s", self.url, _REST_S, reason)
-
-
 class Triton:
-    """One or several Tritons with the same models; requests go to them in turn.
+    """One or several Tritons with the same models; prompts that begin alike go to the same.
 
-    What one cannot serve because it or its engine is not there goes to the next: nothing has come of it, and
-    to ask a model twice harms nobody.
+    What one cannot serve because it or its engine is not there, or is full, goes to the next: nothing has
+    come of it, and to ask a model twice harms nobody.
+
+    admin_token: for Tritons that tell which models they have only to who may manage them.
     """
 
-    def __init__(self, urls: Iterable[str]):
-        self._servers = [Server(url) for url in urls]
-        self._turn = 0
+    def __init__(self, urls: Iterable[str], admin_token: str = ""):
+        self.servers = Servers(urls)
+        self._admin = ((_ADMIN_HEADER, admin_token),) if admin_token else ()
+        self._prefixes: dict[str, str] = {}  # of the names of what a model is made of
         self._endings: set[asyncio.Future[None]] = set()
 
     async def close(self) -> None:
-        for server in self._servers:
-            await server.channel.close()
-
-    def _in_turn(self) -> list[Server]:
-        """All servers in the order in which they are asked: those that rest come last."""
-        self._turn = (self._turn + 1) % len(self._servers)
-        turned = self._servers[self._turn :] + self._servers[: self._turn]
-        now = time.monotonic()
-        return sorted(turned, key=lambda server: server.rests_until > now)
+        await self.servers.close()
 
     async def _first_good(self, ask: Callable[[Any], Awaitable[Answer]]) -> Answer:
         """What the first server that serves answers to a call with its stub. Raises ApiError."""
-        servers = self._in_turn()
+        servers = self.servers.in_turn()
         for server in servers[:-1]:
             try:
                 return await ask(server.stub)
@@ -123,28 +103,41 @@ class Triton:
         Whoever leaves the iterator before its end frees the request: the stream's cancelling reaches an
         ensemble with the next piece, the message by name at once. Raises ApiError.
         """
-        servers = self._in_turn()
+        servers = self.servers.for_prompt(generation.prompt)
         for server in servers[:-1]:
             has_begun = False
             try:
-                async with contextlib.aclosing(self._pieces(server.stub, generation)) as pieces:
+                async with contextlib.aclosing(self._pieces(server, generation)) as pieces:
                     async for piece in pieces:
                         has_begun = True
                         yield piece
                 return
             except ApiError as error:
-                if has_begun or error.status != 503:
+                if has_begun or error.status not in (429, 503):
                     raise
-                server.rest(error.message)
-        async with contextlib.aclosing(self._pieces(servers[-1].stub, generation)) as pieces:
+                if error.status == 503:
+                    server.rest(error.message)
+        async with contextlib.aclosing(self._pieces(servers[-1], generation)) as pieces:
             async for piece in pieces:
                 yield piece
 
-    async def _pieces(self, stub: Any, generation: Generation) -> AsyncGenerator[Piece, None]:
+    async def _pieces(self, server: Server, generation: Generation) -> AsyncGenerator[Piece, None]:
+        server.num_open += 1
+        try:
+            async with contextlib.aclosing(self._answer(server.stub, generation)) as pieces:
+                async for piece in pieces:
+                    yield piece
+        finally:
+            server.num_open -= 1
+
+    async def _answer(self, stub: Any, generation: Generation) -> AsyncGenerator[Piece, None]:
         logprobs = {"logprobs", "prompt_logprobs"} & generation.fields.keys()
         outputs = (*_PIECE, "logprobs") if logprobs else _PIECE
         # The header `triton_grpc_error` would give errors codes, but it makes Triton 2.51 crash.
-        call = stub.ModelStreamInfer(_once(_request(generation, outputs)))
+        parent = valid(generation.fields.get(TRACEPARENT))  # for Triton's own spans, if it makes any
+        call = stub.ModelStreamInfer(
+            _once(_request(generation, outputs)), metadata=((TRACEPARENT, parent),) if parent else None
+        )
         is_whole = False
         try:
             async for response in call:
@@ -170,24 +163,25 @@ class Triton:
 
     async def _end(self, stub: Any, generation: Generation) -> None:
         """Ends a request by its name, on the server that has it."""
-        request = pb.ModelInferRequest(model_name="llm_unary", id=generation.request_id)
+        name = self._prefixes.get(generation.model, "") + "llm_unary"
+        request = pb.ModelInferRequest(model_name=name, id=generation.request_id)
         _add(request, "cancel", "BOOL", (1, 1), b"\1")
         try:
             await stub.ModelInfer(request, timeout=5)
         except grpc.aio.AioRpcError as error:
             log.warning("%s could not be ended: %s", generation.request_id, error.details())
 
-    async def tokenize(self, prompt: Mapping[str, Any]) -> list[int]:
+    async def tokenize(self, model: str, prompt: Mapping[str, Any]) -> list[int]:
         """The token ids of one prompt: {"text_input": text} or {"messages": ..., ...}."""
-        request = pb.ModelInferRequest(model_name="preprocessing")
+        request = pb.ModelInferRequest(model_name=self._prefixes.get(model, "") + "preprocessing")
         for name, value in prompt.items():
             _add_value(request, "QUERY" if name == "text_input" else name, value)
         request.outputs.add(name="INPUT_ID")
         return np.frombuffer(await self._infer(request), np.int32).tolist()
 
-    async def detokenize(self, ids: list[int]) -> str:
+    async def detokenize(self, model: str, ids: list[int]) -> str:
         """The text of tokens, special ones included."""
-        request = pb.ModelInferRequest(model_name="postprocessing")
+        request = pb.ModelInferRequest(model_name=self._prefixes.get(model, "") + "postprocessing")
         _add(request, "TOKENS_BATCH", "INT32", (1, 1, len(ids)), np.array(ids, np.int32).tobytes())
         _add(request, "SEQUENCE_LENGTH", "INT32", (1, 1), np.array([len(ids)], np.int32).tobytes())
         _add(request, "SKIP_SPECIAL_TOKENS", "BOOL", (1, 1), b"\0")
@@ -200,14 +194,18 @@ class Triton:
 
     async def _models(self, stub: Any) -> list[str]:
         try:
-            index = await stub.RepositoryIndex(pb.RepositoryIndexRequest(ready=True), timeout=5)
+            index = await stub.RepositoryIndex(
+                pb.RepositoryIndexRequest(ready=True), timeout=5, metadata=self._admin
+            )
             names = sorted(model.name for model in index.models)
             configs = [
                 (await stub.ModelConfig(pb.ModelConfigRequest(name=name), timeout=5)).config for name in names
             ]
         except grpc.aio.AioRpcError as error:
             raise ApiError(503, f"Triton cannot be asked: {error.details()}") from None
-        return [config.name for config in configs if _serves_chats(config)]
+        found = {config.name: prefix for config in configs if (prefix := _prefix(config)) is not None}
+        self._prefixes |= found
+        return list(found)
 
     async def _infer(self, request: Any) -> bytes:
         """The one output that is asked for."""
@@ -222,9 +220,14 @@ class Triton:
         return await self._first_good(ask)
 
 
-def _serves_chats(config: Any) -> bool:
-    has_messages = any(tensor.name == "messages" for tensor in config.input)
-    return has_messages and any(step.model_name == "llm" for step in config.ensemble_scheduling.step)
+def _prefix(config: Any) -> str | None:
+    """What the names of a model's steps begin with, empty for the models that are there from the beginning;
+    None if it takes no chats or does not stream.
+    """
+    if not any(tensor.name == "messages" for tensor in config.input):
+        return None
+    names = (step.model_name for step in config.ensemble_scheduling.step)
+    return next((name.removesuffix("llm") for name in names if name == "llm" or name.endswith("_llm")), None)
 
 
 async def _once(request: Any) -> AsyncIterator[Any]:

@@ -10,35 +10,35 @@ from pagetide.kv_cache.layout import KVLayout
 from pagetide.models.config import DecoderConfig
 from pagetide.models.families import Family
 from pagetide.models.rotary import rotary_table
+from pagetide.models.sharding import Shard, ShardedEmbedding
 from pagetide.models.weights import Tensors
 from pagetide.ops.attention import HeadShape
 from pagetide.ops.batch import Batch
-from pagetide.ops.layers import Affine, EmbeddingWeights, LayerShape, LayerWeights
+from pagetide.ops.comm import ALONE, Comm
+from pagetide.ops.layers import Affine, Embedding, EmbeddingWeights, LayerShape, LayerWeights
 from pagetide.ops.table import Ops
 
 
 class Decoder:
-    """Pre-norm transformer decoder with rotary attention and SwiGLU MLP (Llama, arXiv:2302.13971), its
-    weights read from a checkpoint.
+    """Pre-norm transformer decoder with rotary attention and SwiGLU MLP (Llama, arXiv:2302.13971), or one
+    rank's part of it, its weights read from a checkpoint.
     """
 
     def __init__(
         self,
-        config: DecoderConfig,
+        shard: Shard,
         family: Family,
         checkpoint: Tensors,
         ops: Ops,
         shape: LayerShape,
         activations: torch.dtype,
     ):
-        self._config, self._family, self._checkpoint, self._activations = (
-            config,
-            family,
-            checkpoint,
-            activations,
-        )
+        self._config, self._family, self._checkpoint = shard.model, family, checkpoint
+        self._shard, self._activations = shard, activations
         self.layers = ops.make_layers(shape, self._read_layers())
-        self._embedding = ops.make_embedding(self._read_embedding())
+        self._embedding: Embedding = ops.make_embedding(shard.embedding(self._read_embedding()))
+        if shard.size > 1:
+            self._embedding = ShardedEmbedding(self._embedding, shard.vocabulary, shape.comm)
 
     def kv_layout(self, dtype: torch.dtype) -> KVLayout:
         """The cache that forward() takes, with keys and values of this type."""
@@ -47,7 +47,7 @@ class Decoder:
     def forward(self, batch: Batch, pool: torch.Tensor) -> torch.Tensor:
         """Runs the step's tokens; their keys and values go into the pool.
 
-        Returns logits float32 [s, vocab_size].
+        Returns logits float32 [s, vocab_size], on rank 0; anything on other ranks.
         """
         residual = self._embedding.embed(batch.ids)
         self.layers(residual, batch, pool)
@@ -67,7 +67,8 @@ class Decoder:
     def _read_layers(self) -> Iterator[LayerWeights]:
         """One after the other: a device that stores them in another form never needs room for both."""
         for index in range(self._config.num_layers):
-            yield self._read_layer(self._family.layer.format(index), self._config.windows[index])
+            whole = self._read_layer(self._family.layer.format(index), self._config.windows[index])
+            yield self._shard.layer(whole)
 
     def _read_layer(self, prefix: str, window: int) -> LayerWeights:
         family = self._family
@@ -94,9 +95,16 @@ class Decoder:
 
 
 def layer_shape(
-    config: DecoderConfig, block_size: int, max_len: int, device: torch.device, rounds_kv: bool = False
+    config: DecoderConfig,
+    block_size: int,
+    max_len: int,
+    device: torch.device,
+    rounds_kv: bool = False,
+    comm: Comm = ALONE,
 ) -> LayerShape:
-    """The sizes of a model's layers. max_len: the longest sequence, in tokens."""
+    """The sizes of a model's layers, or of one rank's part of them. max_len: the longest sequence, in
+    tokens.
+    """
     return LayerShape(
         num_layers=config.num_layers,
         hidden_size=config.hidden_size,
@@ -106,4 +114,5 @@ def layer_shape(
         eps=config.norm_eps,
         cos_sin=rotary_table(config, max_len, device),
         rounds_kv=rounds_kv,
+        comm=comm,
     )

@@ -4,6 +4,7 @@ with.
 
 from __future__ import annotations
 
+import zlib
 from dataclasses import replace
 from pathlib import Path
 from typing import Protocol
@@ -149,7 +150,9 @@ class RandomTensors:
         tensor = torch.empty(
             self._shapes[name.removesuffix(".weight")], dtype=self._dtype, device=self._device
         )
-        return tensor.fill_(1) if tensor.dim() == 1 else tensor.normal_(0, 0.02)
+        # Made from its name, so that all ranks have parts of one model.
+        noise = torch.Generator(self._device).manual_seed(zlib.crc32(name.encode()))
+        return tensor.fill_(1) if tensor.dim() == 1 else tensor.normal_(0, 0.02, generator=noise)
 
     def read_weight(self, names: tuple[str, ...]) -> Weight:
         return stacked([DenseWeight(self.read(name)) for name in names])

@@ -12,6 +12,7 @@ import torch
 
 from pagetide.ops.attention import AttentionBackend, HeadShape, LayerAttention
 from pagetide.ops.batch import Batch
+from pagetide.ops.comm import ALONE, Comm
 from pagetide.ops.weights import Weight
 
 Tensor = torch.Tensor
@@ -20,7 +21,8 @@ Tensor = torch.Tensor
 @dataclass(frozen=True)
 class LayerShape:
     """Sizes that all layers share. cos_sin: as LayerAttention's. rounds_kv: the cache keeps keys and values
-    as 8-bit integers (a pool of uint8).
+    as 8-bit integers (a pool of uint8). comm: to the ranks that have the other heads and the rest of the
+    MLP's width; what the last matrices of attention and MLP give is a part of a sum over them.
     """
 
     num_layers: int
@@ -31,6 +33,7 @@ class LayerShape:
     eps: float
     cos_sin: Tensor
     rounds_kv: bool = False
+    comm: Comm = ALONE
 
 
 @dataclass(frozen=True)
@@ -66,6 +69,10 @@ class Layers(Protocol):
     def block_shape(self) -> tuple[int, ...]:
         """The shape of a block of one layer of the KV pool (KVLayout)."""
 
+    @property
+    def is_deterministic(self) -> bool:
+        """Whether a token's result is the same to the last bit whatever else its step has."""
+
     def __call__(self, residual: Tensor, batch: Batch, pool: Tensor) -> None:
         """Runs the step's tokens through all layers, in place; residual [t, hidden].
 
@@ -98,24 +105,29 @@ class ComposedLayers:
     def __init__(self, ops: LayerOps, shape: LayerShape, layers: Iterable[LayerWeights]):
         self._ops = ops
         self._eps = shape.eps
+        self._comm = shape.comm
         self._block_size = shape.block_size
         self._attention = ops.make_attention(shape.heads)
         self._layers = [_Layer(ops, shape, weights) for weights in layers]
+
+    is_deterministic = False
 
     @property
     def block_shape(self) -> tuple[int, ...]:
         return self._attention.block_shape(self._block_size)
 
     def __call__(self, residual: Tensor, batch: Batch, pool: Tensor) -> None:
-        add_rms_norm, attention = self._ops.add_rms_norm, self._attention
+        add_rms_norm, attention, comm = self._ops.add_rms_norm, self._attention, self._comm
         plan = attention.plan(batch)
         update = None
         for layer, kv in zip(self._layers, pool, strict=True):
             x = add_rms_norm(update, residual, layer.attention_norm, self._eps)
             q = attention.write(layer.qkv(x, batch), kv, layer.attention, batch)
             update = layer.out(attention.attend(q, kv, layer.attention, batch, plan), batch)
+            comm.all_reduce(update)
             x = add_rms_norm(update, residual, layer.mlp_norm, self._eps)
             update = layer.mlp(x, batch)
+            comm.all_reduce(update)
         if update is not None:
             residual += update
 

@@ -8,16 +8,23 @@ from pathlib import Path
 import torch
 
 from pagetide.config import Settings, SettingsError
+from pagetide.ops.comm import ALONE, Comm
 from pagetide.ops.plain import REFERENCE
 from pagetide.ops.table import Ops
 
 
 def select_ops(
-    device: torch.device, settings: Settings, dtype: torch.dtype, model: Path, folder: Path | None = None
+    device: torch.device,
+    settings: Settings,
+    dtype: torch.dtype,
+    model: Path,
+    folder: Path | None = None,
+    comm: Comm = ALONE,
 ) -> Ops:
     """The fastest set that this device has; the reference set if the settings say so. Raises SettingsError.
 
-    folder: where the model's weights of this type may be kept as the device takes them.
+    folder: where the model's weights of this type may be kept as the device takes them; comm: whose part they
+    are.
     """
     if settings.ops == "triton" and device.type == "cpu" and not os.environ.get("TRITON_INTERPRET"):
         raise SettingsError("ops is triton, which a CPU can only interpret: set TRITON_INTERPRET=1 for that")
@@ -34,5 +41,7 @@ def select_ops(
         form = str(dtype).removeprefix("torch.")
         if settings.quantization != "none":
             form += f"_{settings.quantization}"
+        if comm.size > 1:
+            form += f"_{comm.rank}of{comm.size}"
         return make_cpu_ops(keeper(model, folder, form))
     return REFERENCE

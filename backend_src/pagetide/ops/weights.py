@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import TypeAlias
@@ -90,6 +91,28 @@ def rearranged(weight: Weight, order: Callable[[torch.Tensor], torch.Tensor]) ->
         return DenseWeight(order(weight.values))
     return replace(
         weight, codes=order(weight.codes), scales=order(weight.scales), minima=order(weight.minima)
+    )
+
+
+def columns_of(weight: Weight, part: range) -> Weight:
+    """Some inputs, in memory of their own. Raises ValueError where the edges of the part cut a group of codes
+    that cannot be made smaller.
+    """
+    if isinstance(weight, DenseWeight):
+        return DenseWeight(weight.values[:, part.start : part.stop].contiguous())
+    group = math.gcd(weight.group, part.start, part.stop)
+    if group < GROUPS[-1]:
+        raise ValueError(f"inputs {part.start} to {part.stop} are no whole groups of {GROUPS[-1]}")
+
+    def of_groups(values: torch.Tensor) -> torch.Tensor:
+        smaller = values.repeat_interleave(weight.group // group, 1)
+        return smaller[:, part.start // group : part.stop // group].contiguous()
+
+    return replace(
+        weight,
+        codes=weight.codes[:, part.start : part.stop].contiguous(),
+        scales=of_groups(weight.scales),
+        minima=of_groups(weight.minima),
     )
 
 

@@ -56,19 +56,22 @@ class Device(Protocol):
 
 
 class CpuDevice:
-    """One worker thread for all kernels: an OpenMP pool belongs to the thread that opens it."""
+    """One worker thread for all kernels: an OpenMP pool belongs to the thread that opens it.
+
+    share: as open_pools takes it.
+    """
 
     torch_device = torch.device("cpu")
     activation_dtype: torch.dtype | None = torch.float32
     overlaps = False
     records = False
 
-    def __init__(self, num_threads: int):
+    def __init__(self, num_threads: int, share: tuple[int, int] = (0, 1)):
         self._worker = ThreadPoolExecutor(1, "pagetide-device")
         self._queued: list[Future[Any]] = []
         from pagetide.ops.cpu.threads import open_pools  # imports Numba, which a GPU does not need
 
-        self.run(open_pools, num_threads)
+        self.run(open_pools, num_threads, share)
 
     def run(self, function: Callable[..., Result], *args: Any) -> Result:
         return self._worker.submit(function, *args).result()
@@ -108,13 +111,14 @@ class CpuDevice:
 
 
 class CudaDevice:
-    """The current CUDA stream; results come through pinned memory and an event."""
+    """The current CUDA stream of one GPU; results come through pinned memory and an event."""
 
     activation_dtype: torch.dtype | None = None
     overlaps = True
 
-    def __init__(self, records: bool) -> None:
+    def __init__(self, records: bool, index: int) -> None:
         self.records = records
+        torch.cuda.set_device(index)
         self.torch_device = torch.device("cuda", torch.cuda.current_device())
         self._graphs = torch.cuda.graph_pool_handle()
 
@@ -160,13 +164,21 @@ class CudaDevice:
         torch.cuda.synchronize(self.torch_device)
 
 
-def select_device(settings: Settings) -> Device:
-    """The device that the settings ask for; raises SettingsError if this machine has none of the kind."""
+def select_device(settings: Settings, rank: int = 0) -> Device:
+    """The device that the settings ask for, or this rank's share of it; raises SettingsError if this machine
+    has none of the kind.
+    """
+    local_size = settings.local_size
+    local_rank = rank % local_size
     has_gpu = torch.cuda.is_available()
     if settings.device == "cuda" and not has_gpu:
         raise SettingsError("device is cuda, but torch sees no CUDA GPU here; use auto or cpu")
-    return (
-        CudaDevice(settings.cuda_graphs)
-        if has_gpu and settings.device != "cpu"
-        else CpuDevice(settings.num_threads)
-    )
+    if not has_gpu or settings.device == "cpu":
+        return CpuDevice(settings.num_threads, (local_rank, local_size))
+    if local_size > torch.cuda.device_count():
+        raise SettingsError(
+            f"{local_size} ranks are to run on this machine, each on a GPU of its own, but torch sees "
+            f"{torch.cuda.device_count()} (tensor_parallel_size, ranks_per_node)"
+        )
+    index = local_rank if local_size > 1 else torch.cuda.current_device()
+    return CudaDevice(settings.cuda_graphs, index)

@@ -12,6 +12,7 @@ import torch
 from pagetide.kv_cache.store import KVStore
 from pagetide.models.decoder import Decoder
 from pagetide.ops.batch import Batch
+from pagetide.ops.comm import ALONE, Comm
 from pagetide.ops.table import Ops
 from pagetide.runner.batch import make_batch
 from pagetide.runner.device import Device
@@ -26,7 +27,14 @@ class Runner:
     """The model, its KV cache and the rows of one device."""
 
     def __init__(
-        self, device: Device, decoder: Decoder, store: KVStore, ops: Ops, rows: Rows, block_size: int
+        self,
+        device: Device,
+        decoder: Decoder,
+        store: KVStore,
+        ops: Ops,
+        rows: Rows,
+        block_size: int,
+        comm: Comm = ALONE,
     ):
         self.device = device
         self.decoder = decoder
@@ -34,7 +42,7 @@ class Runner:
         self._block_size = block_size
         self._rows = rows
         self._ops = ops
-        self._sampler = Sampler(self._rows, ops)
+        self._sampler = Sampler(self._rows, ops, comm)
         self._tensors: PlanTensors | None = None
         self._logits: torch.Tensor | None = None
         self._ids: torch.Tensor | None = None
@@ -48,7 +56,11 @@ class Runner:
         self._results[plan.step] = self.device.fetch(self._sample, plan, masks)
 
     def wait(self, plan: StepPlan) -> StepTokens:
-        return read_results(plan, self._results.pop(plan.step)())
+        return read_results(plan, self.finish(plan))
+
+    def finish(self, plan: StepPlan) -> list[np.ndarray]:
+        """As wait(), with the tensors as the sampler gave them."""
+        return self._results.pop(plan.step)()
 
     @torch.inference_mode()
     def record_decode(self, max_size: int) -> None:

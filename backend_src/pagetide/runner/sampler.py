@@ -8,6 +8,7 @@ import numpy as np
 import torch
 
 from pagetide.ops import reference
+from pagetide.ops.comm import ALONE, Comm
 from pagetide.ops.table import Ops
 from pagetide.runner.plan import BeamCandidates, StepPlan, StepTokens, TokenScores
 from pagetide.runner.plan_tensors import PlanTensors
@@ -15,11 +16,14 @@ from pagetide.runner.rows import Rows
 
 
 class Sampler:
-    """Samples a plan's tokens and writes them into the rows' history, where the next step reads them."""
+    """Samples a plan's tokens and writes them into the rows' history, where the next step reads them; on
+    ranks other than 0, which have no logits, those that rank 0 has sampled.
+    """
 
-    def __init__(self, rows: Rows, ops: Ops):
+    def __init__(self, rows: Rows, ops: Ops, comm: Comm = ALONE):
         self._rows = rows
         self._ops = ops
+        self._comm = comm
 
     def __call__(
         self, plan: StepPlan, tensors: PlanTensors, logits: torch.Tensor, masks: np.ndarray | None
@@ -30,6 +34,8 @@ class Sampler:
         """
         state = self._rows
         rows, positions = tensors.sample_rows, tensors.sample_positions
+        if self._comm.rank:
+            return [self.draw(logits, rows[: plan.num_sampled], positions[: plan.num_sampled])]
         raw = _take(logits, tensors.score_index, plan.adjusts_logits)
         raw_of_beams = _take(logits, tensors.beam_index, will_change=True) if plan.adjusts_logits else None
         returned = _take(
@@ -57,7 +63,14 @@ class Sampler:
         """Tokens int64 [s] from logits [s, vocabulary], as the rows' parameters say, also written into the
         rows' history.
         """
-        ids = self._ops.argmax(logits) if is_greedy else self._sample(logits, rows, positions)
+        if self._comm.rank:
+            ids = torch.empty_like(rows, dtype=torch.int64)
+        elif is_greedy:
+            ids = self._ops.argmax(logits)
+        else:
+            ids = self._sample(logits, rows, positions)
+        if len(rows):
+            self._comm.broadcast(ids)
         # A row without a token has ended, but its next step may be on its way: that reads token 0.
         self._rows.history[rows, positions] = ids.clamp(min=0)
         return ids

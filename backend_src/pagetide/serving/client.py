@@ -5,9 +5,10 @@ from __future__ import annotations
 import logging
 import os
 import queue
-import stat
-import tempfile
+import re
+import socket
 import threading
+import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -17,6 +18,8 @@ import zmq.utils.monitor
 
 from pagetide.engine.messages import (
     Cancel,
+    Drain,
+    Drained,
     FromEngine,
     Hello,
     Outputs,
@@ -26,12 +29,15 @@ from pagetide.engine.messages import (
     ToEngine,
 )
 from pagetide.engine.statistics import Statistics
+from pagetide.folders import private_folder
 from pagetide.types import EngineInfo, Output, Request
 
 log = logging.getLogger("pagetide.client")
 
 _MAX_SOCKET_PATH = 107  # sockaddr_un's 108 bytes with a zero at the end
 _SEND_TIMEOUT_MS = 1000
+_DRAINED_S = 5  # in which an engine ends what it has cut
+_DELIVERED_S = 2.0  # in which the last chunks have gone through Triton
 NOT_RUNNING = "the engine is not running; it is being started again"
 
 
@@ -39,21 +45,16 @@ class EngineStartError(RuntimeError):
     """The engine did not become ready; the message says why."""
 
 
-def socket_path(server_pid: int) -> Path:
-    """Where the engine of the Triton server with this process id listens.
+def socket_path(server_pid: int, engine: str = "") -> Path:
+    """Where the engine of this name, of the Triton server with this process id, listens.
 
     Raises EngineStartError if no such place is safe.
     """
-    folder = Path(tempfile.gettempdir()) / f"pagetide-{os.getuid()}"
-    folder.mkdir(mode=0o700, exist_ok=True)
-    facts = folder.lstat()
-    if not stat.S_ISDIR(facts.st_mode) or facts.st_uid != os.getuid() or facts.st_mode & 0o022:
-        # Whoever can write there could put a socket of his own in the engine's place.
-        raise EngineStartError(
-            f"{folder} must be a folder that only user {os.getuid()} can write to; remove it, or "
-            "set TMPDIR to another place"
-        )
-    path = folder / f"engine-{server_pid}.sock"
+    try:
+        folder = private_folder()
+    except PermissionError as error:
+        raise EngineStartError(str(error)) from None
+    path = folder / f"engine-{server_pid}{f'-{engine}' if engine else ''}.sock"
     if len(os.fsencode(path)) > _MAX_SOCKET_PATH:
         raise EngineStartError(
             f"{path} is too long for a socket (more than {_MAX_SOCKET_PATH} bytes); set TMPDIR to "
@@ -69,8 +70,8 @@ class EngineClient:
 
     on_outputs: what a step brought. on_refused(number, error): a request that the engine does not take, and
     what its client is told.
-    on_lost: the engine is gone, and with it everything that was sent to it. on_statistics: called a few
-    times a second, if given.
+    on_ready: there is an engine, at first or again. on_lost: it is gone, and with it everything that was sent
+    to it. on_statistics: called a few times a second, if given.
     """
 
     def __init__(
@@ -80,11 +81,13 @@ class EngineClient:
         on_refused: Callable[[int, Exception], None],
         on_lost: Callable[[], None],
         on_statistics: Callable[[Statistics], None] | None = None,
+        on_ready: Callable[[], None] = lambda: None,
     ):
         self._on_statistics = on_statistics
         self._on_outputs = on_outputs
         self._on_refused = on_refused
         self._on_lost = on_lost
+        self._on_ready = on_ready
         self._decoder = msgspec.msgpack.Decoder(FromEngine)
         self._to_send: queue.SimpleQueue[tuple[bytes, list[int]] | None] = (
             queue.SimpleQueue()
@@ -156,8 +159,10 @@ class EngineClient:
                     is_open = self._send_all()
             except Exception:
                 # Only a bug comes here. This thread must live on, and nobody may wait for what it has lost.
-                log.exception("the engine's client failed; all open requests fail with it")
+                log.exception("the engine's client failed; all open requests fail with it, or begin again")
                 self._on_lost()
+                if self._connected.is_set():
+                    self._on_ready()
         self._socket.disable_monitor()
         self._socket.close()
         os.close(self._wake_read)
@@ -176,6 +181,7 @@ class EngineClient:
                 case Ready(info):
                     self.engine = info
                     self._connected.set()
+                    self._on_ready()
 
     def _follow_connection(self) -> None:
         event = zmq.utils.monitor.recv_monitor_message(self._monitor)["event"]
@@ -206,5 +212,42 @@ class EngineClient:
         except zmq.Again:
             # What waits behind it would wait as long, and the news of the end with it.
             self._connected.clear()
+            return False
+        return True
+
+
+def drain(server_pid: int, timeout_s: float) -> int:
+    """Brings all engines of a server to an end before it is told to stop, since what is under way when Triton
+    stops never ends: they take no more requests, and what has not been answered in time ends with an error.
+    Returns how many that were. An engine that is not there is not waited for.
+    """
+    poller, sockets = zmq.Poller(), []
+    own = re.compile(rf"engine-{server_pid}(-.*)?\.sock")
+    for path in private_folder().iterdir():
+        if not own.fullmatch(path.name) or not _is_listening(path):
+            continue
+        sockets.append(engine := zmq.Context.instance().socket(zmq.DEALER))
+        engine.linger = 0
+        engine.connect(f"ipc://{path}")
+        engine.send(msgspec.msgpack.encode(Drain(timeout_s)))
+        poller.register(engine, zmq.POLLIN)
+    answers: list[Drained] = []
+    end = time.monotonic() + timeout_s + _DRAINED_S
+    while len(answers) < len(sockets) and (left := end - time.monotonic()) > 0:
+        answers += [
+            msgspec.msgpack.decode(one.recv(), type=Drained) for one, _ in poller.poll(int(left * 1000))
+        ]
+    for engine in sockets:
+        engine.close()
+    if any(answer.num_found for answer in answers):
+        time.sleep(_DELIVERED_S)
+    return sum(answer.num_cut for answer in answers)
+
+
+def _is_listening(path: Path) -> bool:
+    with socket.socket(socket.AF_UNIX) as probe:
+        try:
+            probe.connect(str(path))
+        except OSError:
             return False
         return True

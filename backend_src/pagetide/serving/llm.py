@@ -12,6 +12,7 @@ import logging
 import os
 import threading
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -19,24 +20,26 @@ import msgspec
 import numpy as np
 import triton_python_backend_utils as pb_utils
 
-from pagetide.config import settings_beside
 from pagetide.contract.checks import check_request
 from pagetide.contract.parse import parse
 from pagetide.contract.parsed import ParsedRequest, timed
-from pagetide.engine.parent import end_with_parent
 from pagetide.serving import triton
 from pagetide.serving.client import NOT_RUNNING, EngineClient, EngineStartError, socket_path
 from pagetide.serving.defaults import read_defaults
-from pagetide.serving.metrics import EngineMetrics
+from pagetide.serving.metrics import Engine, EngineMetrics
 from pagetide.serving.pacer import ResponsePacer
+from pagetide.serving.passage import Passage, passed_file
 from pagetide.serving.responses import ClientRequest, send
-from pagetide.serving.supervisor import EngineSupervisor, wait_for_engine
+from pagetide.serving.siblings import Siblings
+from pagetide.serving.supervisor import EngineSupervisor, has_owner, wait_for_engine
 from pagetide.serving.tensors import Prompt, TokenTexts, is_vllm_face
+from pagetide.tracing import nearest
 from pagetide.types import EngineError, Output, Request, RequestError
 
 log = logging.getLogger("pagetide.llm")
 
 _CANCEL_POLL_S = 0.05
+_UNLOADED_S = 1.0  # after which a model that starts an engine has not just been replaced by another
 
 
 class LlmModel:
@@ -45,30 +48,39 @@ class LlmModel:
     def initialize(self, args: dict[str, str]) -> None:
         config = json.loads(args["model_config"])
         # Triton's stub ends by itself only if none of its threads waits for the server.
-        end_with_parent(triton.server_pid())
+        self._siblings = Siblings(args["model_instance_name"], triton.server_pid())
         self._is_decoupled = config.get("model_transaction_policy", {}).get("decoupled", False)
-        self._settings = settings_beside(args["model_repository"])
+        self._settings = triton.settings_of(args)
         self._open: dict[int, ClientRequest] = {}  # request number of each prompt -> its client request
         self._lock = threading.Lock()
+        # What an engine took with it and the next one is to be asked, and when it was lost.
+        self._interrupted: list[tuple[float, ClientRequest]] = []
         self._numbers = itertools.count(os.getpid() << 32)
         try:
-            path = socket_path(triton.server_pid())
+            self._path = path = socket_path(triton.server_pid(), triton.engine_of(args))
             # Only one of the engine's clients starts it.
             self._supervisor = (
-                EngineSupervisor(self._settings, path, log.warning) if self._is_decoupled else None
+                EngineSupervisor(self._settings, path, args["model_instance_name"], log.warning)
+                if self._is_decoupled
+                else None
             )
         except EngineStartError as error:
             raise pb_utils.TritonModelException(str(error)) from error
-        self._pacer = ResponsePacer(self._send)
+        self._passage = Passage(passed_file(path)) if self._is_decoupled else None
+        self._pacer = ResponsePacer(self._send, self._passage)
         self._metrics = None
         if self._supervisor is not None:
             self._metrics = EngineMetrics(
                 args["model_name"], self._settings.metric_names, self._supervisor, self._pacer.take_gaps
             )
         on_statistics = self._metrics.update if self._metrics is not None else None
-        self._client = EngineClient(path, self._pacer.put, self._on_refused, self._on_lost, on_statistics)
+        self._client = EngineClient(
+            path, self._pacer.put, self._on_refused, self._on_lost, on_statistics, self._on_ready
+        )
         try:
-            wait_for_engine(self._client, path, self._settings.engine_start_timeout_s)
+            wait_for_engine(
+                self._client, path, self._settings.engine_start_timeout_s, self._supervisor is not None
+            )
         except EngineStartError as error:
             self._close()
             raise pb_utils.TritonModelException(str(error)) from error
@@ -83,6 +95,7 @@ class LlmModel:
         self._closing = threading.Event()
         self._poller = threading.Thread(target=self._poll_cancels, name="pagetide-cancels", daemon=True)
         self._poller.start()
+        self._siblings.join()
 
     def execute(self, requests: list[Any]) -> None:
         """Parses and queues; returns at once. Responses come from the pacer's thread."""
@@ -96,6 +109,8 @@ class LlmModel:
         self._submit(submitted)
 
     def _submit(self, requests: list[Request]) -> None:
+        with self._lock:
+            requests = [request for request in requests if request.number in self._open]
         if not requests:
             return
         try:
@@ -106,23 +121,28 @@ class LlmModel:
     def _accept(self, request: Any, sender: Any) -> list[Request]:
         """Checks a client request and registers it; returns its engine requests, none for a cancel."""
         engine = self._client.engine
-        if engine is None or not self._client.is_ready:
-            raise ConnectionError(NOT_RUNNING)
         prompts = self._read_prompts(request)
+        is_cancel = any(prompt.parsed.cancel for prompt in prompts)
+        if engine is None or not (self._client.is_ready or is_cancel):
+            raise ConnectionError(NOT_RUNNING)
         wanted = request.requested_output_names()
         collects = not self._is_decoupled or is_vllm_face(wanted)
-        opened = ClientRequest(sender, wanted, prompts, self._is_decoupled, collects, engine, self._texts)
-        if any(prompt.parsed.cancel for prompt in prompts):
+        opened = ClientRequest(
+            sender, wanted, prompts, self._is_decoupled, collects, engine, self._texts, self._passage
+        )
+        if is_cancel:
             self._cancel_named(request.request_id(), opened)
             return []
-        requests = [self._engine_request(prompt, request.request_id()) for prompt in prompts]
+        parent = triton.traceparent(request) if self._settings.otlp_traces_endpoint else ""
+        requests = [self._engine_request(prompt, request.request_id(), parent) for prompt in prompts]
         for one in requests:
             check_request(one, engine)
+        opened.requests = requests
         with self._lock:
             self._open.update((one.number, opened) for one in requests)
         return requests
 
-    def _engine_request(self, prompt: Prompt, request_id: str) -> Request:
+    def _engine_request(self, prompt: Prompt, request_id: str, traceparent: str) -> Request:
         parsed = prompt.parsed
         return Request(
             number=prompt.number,
@@ -134,6 +154,8 @@ class LlmModel:
             deadline_ns=parsed.deadline_ns,
             priority=parsed.priority,
             salt=parsed.salt,
+            user=parsed.user,
+            traceparent=nearest(parsed.traceparent, traceparent),
             context_logits="return_context_logits" in parsed.returns,
             timings="return_perf_metrics" in parsed.returns,
             generation_logits="return_generation_logits" in parsed.returns,
@@ -187,13 +209,58 @@ class LlmModel:
 
     def _on_lost(self) -> None:
         with self._lock:
-            numbers = list(self._open)
+            opened = list({id(one): one for one in self._open.values()}.values())
         self._pacer.forget_all()
+        repeated = [one for one in opened if self._settings.repeat_interrupted and self._begin_again(one)]
+        if repeated:
+            log.warning("%d requests that had not been answered begin again", len(repeated))
+        failed = [number for one in opened if one not in repeated for number in one.numbers]
         if self._metrics is not None:
-            self._metrics.count_failed(len(numbers))
+            self._metrics.show_engine(Engine.DOWN)
+            self._metrics.count_failed(len(failed))
         self._fail(
-            numbers, EngineError("the engine failed while it was working on this request; send it again")
+            failed, EngineError("the engine failed while it was working on this request; send it again")
         )
+
+    def _begin_again(self, opened: ClientRequest) -> bool:
+        """As soon as there is an engine; False if it may not."""
+        before = opened.numbers
+        if not opened.begin_again(self._numbers):
+            return False
+        self._client.cancel(before)  # if there is an engine all the same
+        with self._lock:
+            for number in before:
+                self._open.pop(number, None)
+            self._open.update((number, opened) for number in opened.numbers)
+            self._interrupted.append((time.monotonic(), opened))
+        return True
+
+    def _on_ready(self) -> None:
+        if self._metrics is not None:
+            self._metrics.show_engine(Engine.UP)
+        with self._lock:
+            waiting, self._interrupted = self._interrupted, []
+        self._submit([request for _, opened in waiting for request in opened.requests])
+
+    def _give_up(self) -> None:
+        """On requests that no engine has taken: their time is up, their client gone, or no engine comes."""
+        patience_s = self._settings.engine_start_timeout_s if has_owner(self._path) else _UNLOADED_S
+        latest, now_ns = time.monotonic() - patience_s, time.monotonic_ns()
+        self._end_interrupted(lambda opened: opened.is_late(now_ns), "timeout")
+        self._end_interrupted(lambda opened: opened.is_direct and opened.is_cancelled(), "cancelled")
+        with self._lock:
+            late = [opened for since, opened in self._interrupted if since < latest]
+            self._interrupted = [one for one in self._interrupted if one[0] >= latest]
+        self._fail([number for opened in late for number in opened.numbers], ConnectionError(NOT_RUNNING))
+
+    def _end_interrupted(self, is_meant: Callable[[ClientRequest], bool], reason: str) -> None:
+        """Answers those of them with what there is of their answers: nothing."""
+        with self._lock:
+            meant = [opened for _, opened in self._interrupted if is_meant(opened)]
+            self._interrupted = [one for one in self._interrupted if one[1] not in meant]
+        for opened in meant:
+            self._forget(opened)
+            opened.end(reason)
 
     def _fail(self, numbers: list[int], error: Exception) -> None:
         with self._lock:
@@ -217,11 +284,13 @@ class LlmModel:
         if not request_id:
             raise RequestError("cancel needs the request_id of the requests to end, and it is empty")
         self._client.cancel([], request_id)
-        for prompt in opened.prompts:
-            opened.take(Output(prompt.number, 0, [], finish_reason="cancelled"))
+        self._end_interrupted(
+            lambda waiting: any(one.request_id == request_id for one in waiting.requests), "cancelled"
+        )
+        opened.end("cancelled")
 
     def _poll_cancels(self) -> None:
-        """Looks for clients that are gone.
+        """Looks for clients that are gone, and for requests that no engine takes.
 
         Inside an ensemble Triton never says so here, and `postprocessing` hears of it instead.
         """
@@ -231,8 +300,10 @@ class LlmModel:
             for one in opened:
                 if one.is_direct and one.is_cancelled():
                     self._client.cancel(one.numbers)
+            self._give_up()
 
     def finalize(self) -> None:
+        self._siblings.leave()
         self._closing.set()
         self._poller.join()
         self._close()
@@ -240,6 +311,8 @@ class LlmModel:
     def _close(self) -> None:
         self._client.close()
         self._pacer.close()
+        if self._passage is not None:  # before another one of this model may begin
+            self._passage.close()
         if self._supervisor is not None:
             self._supervisor.stop()
         if self._metrics is not None:

@@ -13,6 +13,7 @@ import threading
 import time
 from bisect import bisect_right
 from collections.abc import Callable
+from enum import Enum, auto
 from typing import Any
 
 import triton_python_backend_utils as pb_utils
@@ -27,6 +28,7 @@ GAUGES = {
     "waiting": ("pagetide_requests_waiting", "sequences that wait for their turn"),
     "blocks_total": ("pagetide_kv_blocks_total", "KV cache blocks"),
     "blocks_used": ("pagetide_kv_blocks_used", "KV cache blocks that running sequences hold"),
+    "kv_usage": ("pagetide_kv_usage", "share of the KV cache blocks that running sequences hold"),
     "blocks_cached": ("pagetide_kv_blocks_cached", "free KV cache blocks whose content can be found again"),
 }
 COUNTERS = {
@@ -41,6 +43,7 @@ COUNTERS = {
     "failed": ("pagetide_requests_failed", "requests that could not be answered"),
     "restarts": ("pagetide_engine_restarts", "times that the engine was started again"),
 }
+ENGINE_UP = ("pagetide_engine_up", "1 while there is an engine that takes requests, 0 while there is none")
 _WRITE_S = 1.0  # between two writings of what is added up
 # Bounds for 1 ms and for 100 s.
 _SECONDS = [0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 25, 50, 100, 250]
@@ -69,6 +72,7 @@ OTHER_NAMES: dict[str, dict[str, tuple[str, dict[str, str]]]] = {
     "vllm": {
         "running": ("vllm:num_requests_running", {}),
         "waiting": ("vllm:num_requests_waiting", {}),
+        "kv_usage": ("vllm:kv_cache_usage_perc", {}),
         "prompt_tokens": ("vllm:prompt_tokens_total", {}),
         "generated_tokens": ("vllm:generation_tokens_total", {}),
         "preemptions": ("vllm:num_preemptions_total", {}),
@@ -117,6 +121,13 @@ class AddedHistogram:
         self._sum.increment(sum(values))
 
 
+class Engine(Enum):
+    """Whether there is one."""
+
+    UP = auto()
+    DOWN = auto()
+
+
 class EngineMetrics:
     """Counters go on over restarts of the engine: what each engine counted since its start is added up.
 
@@ -141,14 +152,15 @@ class EngineMetrics:
             field: self._metrics(field, *about[:2], kinds.HISTOGRAM, about[2])
             for field, about in HISTOGRAMS.items()
         }
+        self._engine_up = self._metric(*ENGINE_UP, kinds.GAUGE, {}, None)
         self._added = {
             field: self._added_histograms(field, *about) for field, about in ADDED_HISTOGRAMS.items()
         }
         self._added_at = 0.0
         self._before: dict[str, int] = {}
-        self._shown: dict[str, int] = {}
+        self._shown: dict[str, float] = {}
         self._num_restarts = 0
-        self._news: queue.SimpleQueue[Statistics | int | None] = queue.SimpleQueue()
+        self._news: queue.SimpleQueue[Statistics | Engine | int | None] = queue.SimpleQueue()
         self._thread = threading.Thread(target=self._run, name="pagetide-metrics", daemon=True)
         self._thread.start()
 
@@ -160,18 +172,24 @@ class EngineMetrics:
         """Requests that an engine has taken with it."""
         self._news.put(count)
 
+    def show_engine(self, engine: Engine) -> None:
+        """The engine is there, or gone."""
+        self._news.put(engine)
+
     def _run(self) -> None:
         while (news := self._next()) is not None:
             try:
                 if isinstance(news, Statistics):
                     self._show(news)
+                elif isinstance(news, Engine):
+                    self._engine_up.set(news is Engine.UP)
                 else:
                     self._increment("failed", news)
                 self._write_added()
             except Exception:
                 log.exception("a report of the engine could not be shown")
 
-    def _next(self) -> Statistics | int | None:
+    def _next(self) -> Statistics | Engine | int | None:
         """None: close. 0 from time to time: the last chunks are sent after the engine's last report."""
         try:
             return self._news.get(timeout=_WRITE_S)
@@ -195,11 +213,13 @@ class EngineMetrics:
         self._num_restarts = self._supervisor.num_restarts
         if not now.gauges["running"]:
             self._write_added(at_once=True)
+        held, of_all = now.gauges["blocks_used"], now.gauges["blocks_total"]
+        shown = {**now.gauges, "kv_usage": held / max(1, of_all)}
         for field, gauges in self._gauges.items():
-            if self._shown.get(field) != now.gauges[field]:
-                self._shown[field] = now.gauges[field]
+            if self._shown.get(field) != shown[field]:
+                self._shown[field] = shown[field]
                 for gauge in gauges:
-                    gauge.set(now.gauges[field])
+                    gauge.set(shown[field])
 
     def _write_added(self, at_once: bool = False) -> None:
         now = time.monotonic()
@@ -266,4 +286,5 @@ class EngineMetrics:
         self._thread.join()
         for metrics in (self._gauges, self._counters, self._histograms, self._added):
             metrics.clear()
+        del self._engine_up
         self._families.clear()

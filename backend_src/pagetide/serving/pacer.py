@@ -16,6 +16,7 @@ from collections.abc import Callable
 
 import msgspec
 
+from pagetide.serving.passage import Passage
 from pagetide.types import Output
 
 Key = tuple[int, int]  # request number, sample
@@ -31,6 +32,7 @@ _FEW, _MANY, _VERY_MANY = 8, 32, 256  # streams
 _STEPS_OF_FEW = 1.5  # up to _FEW streams wait so many steps, which makes it every second one
 _GAP_OF_MANY_S, _GAP_OF_VERY_MANY_S = 0.15, 0.4
 _SMOOTHING = 0.1  # weight of the newest observation
+_LOOK_S = 0.001  # between two looks whether a full way is free
 _MAX_GAPS = 20_000  # nobody may be there to take them
 
 
@@ -79,9 +81,11 @@ class ChunkQueue:
         if output.finish_reason:
             self._begun.discard(key)
 
-    def take(self, now: float, waits: bool = True) -> Output | None:
-        """The chunk that may go now, None if there is none. waits: others than urgent ones go in rounds."""
-        if not self._pending:
+    def take(self, now: float, waits: bool = True, is_free: bool = True) -> Output | None:
+        """The chunk that may go now, None if there is none. waits: others than urgent ones go in rounds;
+        is_free: whether they may go at all.
+        """
+        if not self._pending or not (is_free or self._urgent):
             return None
         if not self._urgent and not self._round:
             if waits and not self._is_ripe and now < self.due:
@@ -151,10 +155,13 @@ class ChunkQueue:
 
 
 class ResponsePacer:
-    """put() never blocks; send(output) is called once for each chunk, in order within a sequence."""
+    """put() never blocks; send(output) is called once for each chunk, in order within a sequence.
 
-    def __init__(self, send: Callable[[Output], None]):
-        self._send = send
+    passage: says whether the way is free; none: it always is.
+    """
+
+    def __init__(self, send: Callable[[Output], None], passage: Passage | None):
+        self._send, self._passage = send, passage
         self._queue = ChunkQueue()
         self._changed = threading.Condition()
         self._is_open = True
@@ -204,12 +211,16 @@ class ResponsePacer:
         with self._changed:
             while True:
                 now = time.monotonic()
-                if (output := self._queue.take(now, waits=self._is_open)) is not None:
+                is_free = self._passage is None or self._passage.is_free(now)
+                if (output := self._queue.take(now, self._is_open, is_free)) is not None:
                     return output
                 if not len(self._queue) and not self._is_open:
                     return None
-                # Before the next round is due, put() need not wake anybody.
-                self._changed.wait(self._queue.due - now if self._queue.due > now else None)
+                if len(self._queue) and not is_free:
+                    self._changed.wait(_LOOK_S)
+                else:
+                    # Before the next round is due, put() need not wake anybody.
+                    self._changed.wait(self._queue.due - now if self._queue.due > now else None)
 
 
 def join(earlier: Output, later: Output) -> Output:

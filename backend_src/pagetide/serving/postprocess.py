@@ -11,11 +11,12 @@ from typing import Any
 import numpy as np
 import triton_python_backend_utils as pb_utils
 
-from pagetide.config import settings_beside
 from pagetide.contract.faces import PASSED, POSTPROCESSING_NAMES
 from pagetide.models.source import find_model
 from pagetide.serving import triton
 from pagetide.serving.client import EngineClient, socket_path
+from pagetide.serving.passage import Passed, passed_file
+from pagetide.serving.siblings import Siblings
 from pagetide.text.tokens import Vocabulary, decode
 
 log = logging.getLogger("pagetide.postprocess")
@@ -30,14 +31,18 @@ class PostprocessModel:
     """
 
     def initialize(self, args: dict[str, str]) -> None:
-        settings = settings_beside(args["model_repository"])
+        settings = triton.settings_of(args)
         self._vocabulary = Vocabulary.read(find_model(settings.model, settings.cache_path))
+        engine = socket_path(triton.server_pid(), triton.engine_of(args))
+        self._passed = Passed(passed_file(engine))
         self._client = EngineClient(
-            socket_path(triton.server_pid()),
+            engine,
             on_outputs=lambda outputs: None,
             on_refused=lambda number, error: None,
             on_lost=lambda: None,
         )
+        self._siblings = Siblings(args["model_instance_name"], triton.server_pid())
+        self._siblings.join()
 
     def execute(self, requests: list[Any]) -> list[Any]:
         return [self._answer(request) for request in requests]
@@ -54,6 +59,8 @@ class PostprocessModel:
         # text there is instead.
         try:
             self._report_cancel(request, arrays)
+            if "CHUNK_NUMBER" in arrays:
+                self._passed.note(int(arrays["CHUNK_NUMBER"].flat[0]))
             texts = self._texts(arrays) if "OUTPUT" in wanted else []
         except Exception:
             log.exception("a chunk could not be turned into text")
@@ -86,6 +93,7 @@ class PostprocessModel:
         ]
 
     def finalize(self) -> None:
+        self._siblings.leave()
         self._client.close()
 
 

@@ -10,7 +10,6 @@ import msgspec
 import numpy as np
 import triton_python_backend_utils as pb_utils
 
-from pagetide.config import settings_beside
 from pagetide.contract.faces import PREPROCESSING_NAMES, VLLM_PROMPT
 from pagetide.contract.parse import parse
 from pagetide.contract.parsed import Defaults, timed
@@ -18,6 +17,7 @@ from pagetide.models.source import find_model
 from pagetide.serving import triton
 from pagetide.serving.defaults import read_defaults
 from pagetide.serving.prompts import PromptReader, PromptText
+from pagetide.serving.siblings import Siblings
 
 _FIELD_OF_TENSOR = {tensor: field for field, tensor in PREPROCESSING_NAMES.items()}
 _VLLM_MAX_TOKENS = 16
@@ -30,7 +30,7 @@ class PreprocessModel:
     """Triton's Python model class."""
 
     def initialize(self, args: dict[str, str]) -> None:
-        settings = settings_beside(args["model_repository"])
+        settings = triton.settings_of(args)
         model = find_model(settings.model, settings.cache_path)
         self._defaults = read_defaults(model, settings)
         params = msgspec.structs.replace(self._defaults.params, max_tokens=_VLLM_MAX_TOKENS)
@@ -38,6 +38,8 @@ class PreprocessModel:
             params, is_greedy=False, excludes_input=False, flag_asks_for_logprobs=False
         )
         self._reader = PromptReader(model, settings)
+        self._siblings = Siblings(args["model_instance_name"], triton.server_pid())
+        self._siblings.join()
 
     def execute(self, requests: list[Any]) -> list[Any]:
         parsed = [_or_error(self._read, request) for request in requests]
@@ -74,6 +76,9 @@ class PreprocessModel:
         packed = triton.text_array([prompt.packed() for prompt in prompts]).reshape(-1, 1)
         tensors = {"INPUT_ID": ids, "REQUEST_INPUT_LEN": lengths, "PARAMS": packed}
         return pb_utils.InferenceResponse([triton.tensor(*one) for one in tensors.items()])
+
+    def finalize(self) -> None:
+        self._siblings.leave()
 
 
 def _or_error(function: Callable[[Argument], Result], argument: Argument) -> Result | Exception:

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import fcntl
 import os
+import shutil
+import signal
 import subprocess
 import sys
 import threading
@@ -14,13 +17,23 @@ from typing import TextIO
 
 import msgspec
 
-import pagetide
 from pagetide.config import Settings
 from pagetide.engine.messages import BEAT_PREFIX, ERROR_PREFIX
+from pagetide.engine.parent import environment_of_children
+from pagetide.folders import ranks_folder, write_whole
 from pagetide.serving.client import EngineClient, EngineStartError
+from pagetide.serving.left_behind import remove_left_behind
 from pagetide.serving.pulse import Pulse
 
 _KILLED_S = 10  # in which a killed process is gone
+_UNLOADED_S = 60  # in which a model that is being unloaded has answered its last requests
+_LOOK_S = 0.1
+_STALE_S = 5  # in which the owner of a new engine has removed what is said of the last one
+
+
+def has_owner(path: Path) -> bool:
+    """Whether some model starts the engine at this socket, and starts it again when it has ended."""
+    return path.with_suffix(".lock").exists()
 
 
 def failure_file(path: Path) -> Path:
@@ -31,19 +44,22 @@ def failure_file(path: Path) -> Path:
 class EngineSupervisor:
     """Owns the engine process: starts it, ends it when it is stuck, and starts it again whenever it ends.
 
-    Raises EngineStartError if another one of the same server does so already: two engines cannot listen on
-    one socket.
+    owner: the model's instance. Raises EngineStartError if another one of the same server has an engine
+    already: two cannot listen on one socket. The same one that is being unloaded is waited for.
     """
 
-    def __init__(self, settings: Settings, path: Path, log: Callable[[str], None]):
+    command = (sys.executable, "-m", "pagetide.engine")  # scripts/way_out.py has another
+
+    def __init__(self, settings: Settings, path: Path, owner: str, log: Callable[[str], None]):
         self._settings = settings
         self._path = path
         self._log = log
         self._stopping = threading.Event()
         self._has_started = threading.Event()
         self.num_restarts = 0
-        self._lock = _exclusive_lock(path.with_suffix(".lock"))
+        self._lock = _exclusive_lock(path.with_suffix(".lock"), owner)
         failure_file(path).unlink(missing_ok=True)
+        remove_left_behind()
         self._pulse = Pulse(settings.step_timeout_s, settings.engine_start_timeout_s + 5)
         self._end_reason = ""
         self._process = self._spawn()
@@ -58,28 +74,24 @@ class EngineSupervisor:
     def stop(self) -> None:
         """Ends the engine and removes its socket."""
         self._stopping.set()
-        self._process.kill()
+        _kill(self._process)
         self._watcher.join()
         self._path.unlink(missing_ok=True)
         self._path.with_suffix(".lock").unlink(missing_ok=True)
         self._lock.close()
 
     def _spawn(self) -> subprocess.Popen[str]:
-        source = str(Path(pagetide.__file__).parents[1])
-        environment = {
-            **os.environ,
-            "PYTHONPATH": os.pathsep.join(filter(None, (source, os.environ.get("PYTHONPATH")))),
-        }
         self._pulse.start()
         settings = msgspec.json.encode(self._settings).decode()
-        command = [sys.executable, "-m", "pagetide.engine", str(os.getpid()), settings, f"ipc://{self._path}"]
+        command = [*self.command, str(os.getpid()), settings, f"ipc://{self._path}"]
         return subprocess.Popen(
             command,
             stdout=subprocess.PIPE,
             stdin=subprocess.DEVNULL,
             text=True,
             errors="replace",
-            env=environment,
+            env=environment_of_children(),
+            start_new_session=True,  # with its other ranks, so that all can be ended at once
         )
 
     def _watch(self) -> None:
@@ -90,7 +102,7 @@ class EngineSupervisor:
             if self._stopping.is_set():
                 return
             if not self._has_started.is_set():
-                failure_file(self._path).write_text(reason, encoding="utf-8")
+                write_whole(failure_file(self._path), reason)
                 return
             # An engine that lived is started at once; one that cannot start is tried less and less often.
             delay = 0.0 if time.monotonic() - begin > 60 else min(30.0, delay * 2 + 0.5)
@@ -100,7 +112,7 @@ class EngineSupervisor:
                 return
             self._process = self._spawn()
             if self._stopping.is_set():
-                self._process.kill()
+                _kill(self._process)
 
     def _feel_pulse(self) -> None:
         """Ends an engine that is stuck; what follows is as for one that has ended by itself."""
@@ -109,7 +121,7 @@ class EngineSupervisor:
             if reason := self._pulse.tick():
                 self._end_reason = reason
                 self._log(f"the engine is ended: {reason}")
-                process.kill()
+                _kill(process)
                 self._pulse.start()
                 try:
                     process.wait(_KILLED_S)
@@ -128,36 +140,71 @@ class EngineSupervisor:
                     self._pulse.beat(int(number))
             elif line.startswith(ERROR_PREFIX):
                 said = line.removeprefix(ERROR_PREFIX).strip()
+        # Its other ranks, of which one may be too stuck to see that this one has ended; before that is
+        # reaped, when its number may be another's. (Who ends it for being stuck has ended them too.)
+        with contextlib.suppress(ChildProcessError):
+            os.waitid(os.P_PID, self._process.pid, os.WEXITED | os.WNOWAIT)
+        _kill(self._process)
         code = self._process.wait()
+        shutil.rmtree(ranks_folder(self._process.pid), ignore_errors=True)
         said = self._end_reason or said
         return said or (f"signal {-code}" if code < 0 else f"exit code {code}")
 
 
-def _exclusive_lock(file: Path) -> TextIO:
-    """Holds the file until it is closed, or this process ends."""
-    opened = file.open("w")
-    try:
-        fcntl.flock(opened, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
+def _kill(engine: subprocess.Popen[str]) -> None:
+    """Ends the engine, if it has not been waited for, and its other ranks."""
+    if engine.returncode is None:
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(engine.pid, signal.SIGKILL)
+
+
+def _exclusive_lock(file: Path, owner: str) -> TextIO:
+    """Holds the file, which says who does, until it is closed or this process ends."""
+    deadline = time.monotonic() + _UNLOADED_S
+    while True:
+        opened = file.open("a+")
+        try:
+            fcntl.flock(opened, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            if file.exists() and os.path.samestat(os.fstat(opened.fileno()), file.stat()):
+                break  # and not one that its last owner has just removed
+        except BlockingIOError:
+            opened.seek(0)
+            if opened.read() != owner or time.monotonic() > deadline:
+                opened.close()
+                raise EngineStartError(
+                    "another model of this server runs its engine already: `llm` must have one instance, "
+                    "and no copy; unload it before it is loaded again"
+                ) from None
         opened.close()
-        raise EngineStartError(
-            "another model of this server runs its engine already: `llm` must have one instance, "
-            "and no copy; unload it before it is loaded again"
-        ) from None
+        time.sleep(_LOOK_S)
+    opened.truncate(0)
+    opened.write(owner)
+    opened.flush()
     return opened
 
 
-def wait_for_engine(client: EngineClient, path: Path, timeout_s: float) -> None:
+def _text_of(file: Path) -> str | None:
+    try:
+        return file.read_text(encoding="utf-8")
+    except FileNotFoundError:
+        return None
+
+
+def wait_for_engine(client: EngineClient, path: Path, timeout_s: float, is_owner: bool) -> None:
     """Returns when the engine is ready; raises EngineStartError with the reason if it is not in time, or
     ended.
     """
     begin = time.monotonic()
     failed = failure_file(path)
+    patience = 0.0 if is_owner else _STALE_S
+    since: float | None = None
     while not client.wait_until_ready(0.1):
-        # A file that is older than this wait belongs to an earlier start.
-        if failed.exists() and time.time() - failed.stat().st_mtime < time.monotonic() - begin + 1:
-            raise EngineStartError(f"the engine could not start: {failed.read_text(encoding='utf-8')}")
-        if time.monotonic() - begin > timeout_s:
+        now = time.monotonic()
+        reason = _text_of(failed)
+        since = (since or now) if reason is not None else None
+        if since is not None and now - since >= patience:
+            raise EngineStartError(f"the engine could not start: {reason}")
+        if now - begin > timeout_s:
             raise EngineStartError(
                 f"the engine was not ready within {timeout_s:.0f} s (the setting engine_start_timeout_s)"
             )

@@ -20,6 +20,8 @@ from pagetide.serving.shared_memory import check_room
 from pagetide.text.tokens import Vocabulary
 from pagetide.types import EngineInfo, Output, TokenScore
 
+# Outputs that only `postprocessing` reads, on its way.
+NOTES = {"request_number", "chunk_number"}
 _VERY_UNLIKELY = -9999.0  # JSON has no infinity
 
 
@@ -101,12 +103,12 @@ class ResponseTensors:
         self._is_vllm = is_vllm_face(wanted)
         self._makers: dict[frozenset[str], list[tuple[str, Maker]]] = {}
 
-    def __call__(self, rows: list[Chunk], asks_for_client: bool) -> list[Any]:
-        """asks_for_client: `postprocessing` is to look whether the client is gone."""
+    def __call__(self, rows: list[Chunk], notes: dict[str, int]) -> list[Any]:
+        """notes: for `postprocessing`, by the names of outputs, of which NOTES has all."""
         asked = rows[0].prompt.asked.union(*(chunk.prompt.asked for chunk in rows[1:]))
         found = {name: make(rows, self) for name, make in self._makers_for(asked)}
-        if not asks_for_client:
-            found.pop("request_number", None)
+        for name in notes.keys() & self._wanted:
+            found[name] = np.full((len(rows), 1), notes[name], np.uint64)
         arrays = {name: array for name, array in found.items() if array is not None}
         check_room(arrays.values())
         return [triton.tensor(name, array) for name, array in arrays.items()]
@@ -117,6 +119,7 @@ class ResponseTensors:
                 (name, _MAKERS[name])
                 for name, output in ALL_OUTPUTS.items()
                 if name in self._wanted
+                and name not in NOTES
                 and (not output.asked_by or output.asked_by in asked)
                 and (output not in VLLM_OUTPUTS or self._is_vllm)
             ]
@@ -237,7 +240,6 @@ _VALUES: dict[str, Callable[[Chunk], Any]] = {
     "batch_index": lambda chunk: chunk.prompt.batch_index,
     "sequence_index": lambda chunk: chunk.output.index,
     "response_index": lambda chunk: chunk.response_index,
-    "request_number": lambda chunk: chunk.output.number,
     "num_input_tokens": lambda chunk: len(chunk.prompt.ids),
     "num_output_tokens": lambda chunk: len(chunk.output.ids),
     "num_cached_tokens": lambda chunk: chunk.output.num_cached_tokens,

@@ -7,12 +7,15 @@ from __future__ import annotations
 import json
 import logging
 import os
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import triton_python_backend_utils as pb_utils
 
+from pagetide.config import Settings, SettingsError, read_settings, settings_file
 from pagetide.contract.values import integer
+from pagetide.tracing import TRACEPARENT
 from pagetide.types import EngineError, QueueFullError, RequestError
 
 log = logging.getLogger("pagetide.triton")
@@ -37,6 +40,12 @@ def timeout_us(request: Any, parameters: dict[str, Any]) -> int:
     if given < 0:
         raise RequestError(f"timeout is {given}, must be a number of microseconds, 0 for no limit")
     return given or request.timeout()
+
+
+def traceparent(request: Any) -> str:
+    """Of Triton's own span of this request, if Triton is told to trace (in its mode `opentelemetry`)."""
+    context = request.trace().get_context()
+    return str(json.loads(context).get(TRACEPARENT, "")) if context else ""
 
 
 def tensor(name: str, array: np.ndarray) -> Any:
@@ -75,3 +84,20 @@ def error_response(error: Exception) -> Any:
 def server_pid() -> int:
     """The process id of the Triton server: stubs are its children."""
     return os.getppid()
+
+
+def engine_of(args: dict[str, str]) -> str:
+    """The name of a model's engine, from initialize()'s arguments: the parameter `engine` of its
+    config.pbtxt, empty for the models that are there from the beginning.
+    """
+    parameter = json.loads(args["model_config"]).get("parameters", {}).get("engine", {})
+    return parameter.get("string_value", "")
+
+
+def settings_of(args: dict[str, str]) -> Settings:
+    """The settings of a model's engine, from initialize()'s arguments. Raises SettingsError."""
+    engine = engine_of(args)
+    file = Path(args["model_repository"]).parent / settings_file(engine)
+    if engine and not file.exists():  # the defaults are those of another model
+        raise SettingsError(f"{file} is missing, which has the settings of {engine}")
+    return read_settings(file)

@@ -4,7 +4,8 @@
 A task is one (sequence, KV head, tile of queries, range of keys): all query heads that share the KV head
 are rows of one matrix, so that keys and values are read once for the whole group. Long contexts of single
 queries are split over several tasks, whose parts are merged afterwards (Flash-Decoding,
-https://pytorch.org/blog/flash-decoding).
+https://pytorch.org/blog/flash-decoding). Whoever computes them, sums are made of segments of 512 keys, one
+after the other: a query's result is the same to the last bit, whatever its step has besides.
 
 Pages lie anywhere in memory, so the processor cannot guess the next ones: a span's values are asked for
 while its keys are multiplied, and the next span's keys while its values are.
@@ -15,8 +16,8 @@ from __future__ import annotations
 import numpy as np
 
 from pagetide.kv_cache.layout import PAGE
-from pagetide.ops.cpu.attention_tasks import SPAN
-from pagetide.ops.cpu.compiled import by_form, device_function, fast_exp, store
+from pagetide.ops.cpu.attention_tasks import SEGMENT, SPAN
+from pagetide.ops.cpu.compiled import by_form, device_function, fast_exp
 from pagetide.ops.cpu.rounded_kv import add_rounded_values, round_queries, rounded_page_size, score_rounded
 from pagetide.ops.cpu.scratch import KEYS, NEXT_KEYS, VALUES
 from pagetide.ops.cpu.sync import take
@@ -57,6 +58,7 @@ def attend(sync, phase, thread, scratch, q, layer, kv, block_table, work, window
         scratch.sums[thread],
     )
     peaks, totals, places = scratch.peaks[thread], scratch.totals[thread], scratch.places[thread]
+    folded = scratch.folded[thread]
     number = take(sync, phase, thread, work.tasks.shape[0])
     while number >= 0:
         sequence, head, first, num_queries = (
@@ -74,10 +76,11 @@ def attend(sync, phase, thread, scratch, q, layer, kv, block_table, work, window
         _prepare_queries(rows, queries, kv, scratch, thread)
         clear(sums, 0, (rows + TILE_ROWS - 1) // TILE_ROWS * TILE_ROWS * head_dim)
         if window > 0:
-            begin = max(begin, max(0, start - window + 1) // PAGE * PAGE)
+            begin = max(begin, max(0, start - window + 1) // SPAN * SPAN)
         _find_pages(layer, kv, 0, head, block_table, sequence, begin, last, head_dim, places, KEYS)
         for key in range(begin, min(begin + SPAN, last), PAGE):
             prefetch(kv, places[KEYS, (key - begin) // PAGE], page_size(kv, head_dim))
+        is_folded = False
         for at in range(begin, last, SPAN):
             end = min(at + SPAN, last)
             _find_pages(layer, kv, 0, head, block_table, sequence, at, last, head_dim, places, KEYS)
@@ -88,6 +91,17 @@ def attend(sync, phase, thread, scratch, q, layer, kv, block_table, work, window
             _score(rows, queries, kv, places, end - at, scratch, thread, scores)
             _weigh(rows, group, scores, at, end, start, window, peaks, totals, weights, sums)
             _add_values(rows, weights, kv, places, end - at, scratch, thread, sums)
+            if end < last and end % SEGMENT == 0:
+                for row in range(rows):
+                    _fold(sums, row, peaks[row], totals[row], folded, row, is_folded)
+                    peaks[row], totals[row] = _MINUS_INFINITY, 0
+                clear(sums, 0, (rows + TILE_ROWS - 1) // TILE_ROWS * TILE_ROWS * head_dim)
+                is_folded = True
+        if is_folded:
+            for row in range(rows):
+                _fold(sums, row, peaks[row], totals[row], folded, row, True)
+                copy(folded, row * (head_dim + 2), head_dim, sums, row * head_dim)
+                totals[row] = folded[row, head_dim + 1]
         for row in range(rows):
             if part >= 0:
                 copy(sums, row * head_dim, head_dim, work.parts, (part * group + row) * (head_dim + 2))
@@ -100,10 +114,36 @@ def attend(sync, phase, thread, scratch, q, layer, kv, block_table, work, window
 
 
 @device_function
+def _fold(sums, row, peak, total, folded, to, adds):  # type: ignore[no-untyped-def]
+    """Joins a row's sums over one segment to those over all before, or begins with them if not adds.
+
+    folded float32 [rows, D + 2]: sums, then peak and total, as parts have them.
+    """
+    head_dim = sums.shape[1]
+    if not adds:
+        copy(sums, row * head_dim, head_dim, folded, to * (head_dim + 2))
+        folded[to, head_dim], folded[to, head_dim + 1] = peak, total
+        return
+    before = folded[to, head_dim]
+    # One product only: of two, the compiler may round either before the sum.
+    if peak > before:
+        decay = fast_exp(before - peak)
+        for i in range(head_dim):
+            folded[to, i] = folded[to, i] * decay + sums[row, i]
+        folded[to, head_dim] = peak
+        folded[to, head_dim + 1] = folded[to, head_dim + 1] * decay + total
+    else:
+        decay = fast_exp(peak - before)
+        for i in range(head_dim):
+            folded[to, i] += sums[row, i] * decay
+        folded[to, head_dim + 1] += total * decay
+
+
+@device_function
 def merge(sync, phase, thread, scratch, work, head_dim, out):  # type: ignore[no-untyped-def]
     """Joins the parts of queries whose keys were split; out as in attend."""
     group = work.parts.shape[1]
-    sums = scratch.sums[thread]
+    sums, folded = scratch.sums[thread], scratch.folded[thread]
     number = take(sync, phase, thread, work.merges.shape[0])
     while number >= 0:
         token, head, first, count = (
@@ -113,19 +153,13 @@ def merge(sync, phase, thread, scratch, work, head_dim, out):  # type: ignore[no
             work.merges[number, 3],
         )
         for g in range(group):
-            peak = _MINUS_INFINITY
             for part in range(first, first + count):
-                peak = max(peak, work.parts[part, g, head_dim])
-            for i in range(head_dim):
-                sums[0, i] = 0
-            total = np.float32(0)
-            for part in range(first, first + count):
-                factor = fast_exp(work.parts[part, g, head_dim] - peak)
-                total += factor * work.parts[part, g, head_dim + 1]
-                for i in range(head_dim):
-                    sums[0, i] += factor * work.parts[part, g, i]
-            for i in range(head_dim):
-                store(out, token * out.shape[1] + (head * group + g) * head_dim + i, sums[0, i] / total)
+                copy(work.parts, (part * group + g) * (head_dim + 2), head_dim, sums, 0)
+                peak, total = work.parts[part, g, head_dim], work.parts[part, g, head_dim + 1]
+                _fold(sums, 0, peak, total, folded, 0, part > first)
+            inverse = np.float32(1) / folded[0, head_dim + 1]
+            place = token * out.shape[1] + (head * group + g) * head_dim
+            scale(folded, 0, inverse, head_dim, out, place)
         number = take(sync, phase, thread, work.merges.shape[0])
 
 
@@ -181,6 +215,9 @@ def _weigh(rows, group, scores, begin, end, start, window, peaks, totals, weight
         position, at = start + row // group, row * SPAN
         low = max(position - window + 1 - begin, 0) if window > 0 else 0
         high = min(position + 1, end) - begin
+        if low >= min(high, width):  # it sees none: what fills up the last page may be anything
+            clear(weights, at, width)
+            continue
         before = peaks[row]
         peak, total = soften(scores, at, low, high, width, before, weights, at)
         decay = np.float32(1)

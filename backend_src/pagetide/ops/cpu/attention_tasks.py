@@ -12,7 +12,7 @@ from pagetide.ops.cpu.compiled import device_function
 
 MAX_ROWS = 48  # of a task: queries times heads of the group
 SPAN = 128  # keys that are looked at together
-_SHORTEST_PART = 512  # keys; merging costs more than it gains for fewer
+SEGMENT = 512  # keys whose sums are made by themselves, whoever makes them; parts of split contexts
 _TASKS_PER_THREAD = 4
 
 
@@ -35,14 +35,13 @@ def plan_tasks(batch: Batch, shape: HeadShape, num_threads: int) -> AttentionTas
     """Divides a step's attention into tasks."""
     heads, counts, starts = shape.num_kv_heads, batch.counts, batch.starts
     # Single queries may be split along the keys, but only as far as there would be too few tasks otherwise.
-    share = max(_SHORTEST_PART, int((starts + counts).sum()) * heads // (_TASKS_PER_THREAD * num_threads))
-    share = -(-share // SPAN) * SPAN
+    longest = max(SEGMENT, int((starts + counts).sum()) * heads // (_TASKS_PER_THREAD * num_threads))
     tile_queries = max(1, MAX_ROWS // shape.group)
-    num_tasks, num_parts, num_merges = _count(starts, counts, tile_queries, share)
+    num_tasks, num_parts, num_merges = _count(starts, counts, tile_queries, longest)
     tasks, ends = np.empty((heads * num_tasks, 7), np.int64), np.empty(heads * num_tasks, np.int64)
     merges = np.empty((heads * num_merges, 4), np.int64)
     cost = np.empty(heads * num_tasks, np.int64)
-    _divide(starts, counts, tile_queries, share, heads, tasks, ends, cost, merges)
+    _divide(starts, counts, tile_queries, longest, heads, tasks, ends, cost, merges)
     order = np.argsort(-cost, kind="stable")
     # Each thread's contiguous share is about the same work, costly tasks first.
     order = np.concatenate([order[thread::num_threads] for thread in range(num_threads)])
@@ -51,19 +50,24 @@ def plan_tasks(batch: Batch, shape: HeadShape, num_threads: int) -> AttentionTas
 
 
 @device_function
-def _count(starts, counts, tile_queries, share):  # type: ignore[no-untyped-def]
-    """Numbers of tasks, parts and merges for each KV head."""
+def _count(starts, counts, tile_queries, longest):  # type: ignore[no-untyped-def]
+    """Numbers of tasks, parts and merges for each KV head; longest: keys of a single query that is not
+    split.
+    """
     num_tasks = num_parts = num_merges = 0
     for i in range(counts.shape[0]):
-        num_ranges = (starts[i] + share) // share if counts[i] == 1 else 1
-        num_tasks += num_ranges if counts[i] == 1 else (counts[i] + tile_queries - 1) // tile_queries
-        num_parts += num_ranges if num_ranges > 1 else 0
-        num_merges += num_ranges > 1
+        if counts[i] == 1 and starts[i] + 1 > longest:
+            num_ranges = (starts[i] + SEGMENT) // SEGMENT
+            num_tasks += num_ranges
+            num_parts += num_ranges
+            num_merges += 1
+        else:
+            num_tasks += (counts[i] + tile_queries - 1) // tile_queries
     return num_tasks, num_parts, num_merges
 
 
 @device_function
-def _divide(starts, counts, tile_queries, share, heads, tasks, ends, cost, merges):  # type: ignore[no-untyped-def]
+def _divide(starts, counts, tile_queries, longest, heads, tasks, ends, cost, merges):  # type: ignore[no-untyped-def]
     """Fills tasks, ends and merges, as AttentionTasks says, and what each task costs."""
     number = part = merged = 0
     for head in range(heads):
@@ -73,12 +77,12 @@ def _divide(starts, counts, tile_queries, share, heads, tasks, ends, cost, merge
                 queries = min(tile_queries, counts[i] - offset)
                 position = starts[i] + offset
                 last = position + queries
-                is_split = counts[i] == 1 and last > share
+                is_split = counts[i] == 1 and last > longest
                 if is_split:
-                    merges[merged] = first, head, part, (last + share - 1) // share
+                    merges[merged] = first, head, part, (last + SEGMENT - 1) // SEGMENT
                     merged += 1
-                for begin in range(0, last, share if is_split else last):
-                    ends[number] = min(begin + share, last) if is_split else last
+                for begin in range(0, last, SEGMENT if is_split else last):
+                    ends[number] = min(begin + SEGMENT, last) if is_split else last
                     tasks[number] = (
                         i,
                         head,

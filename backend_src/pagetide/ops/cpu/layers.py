@@ -1,5 +1,6 @@
 """All layers of the decoder in one call: the threads of one parallel region go through the phases of every
-layer and wait for each other in between.
+layer and wait for each other in between. Where several ranks share a model, a call has one half of a layer,
+attention or MLP, after which the ranks add up what they have.
 
 phase of a layer    reads        writes
 0 norm              residual     normed
@@ -117,98 +118,78 @@ class Places(NamedTuple):
 
 
 @kernel
-def _run(sync, weights, acts, rounded, scratch, places, work, kv, eps, scale):  # type: ignore[no-untyped-def]
+def _run(sync, halves, adds, weights, acts, rounded, scratch, places, work, kv, eps, scale):  # type: ignore[no-untyped-def]
+    """halves: (first, last) of all layers' halves in turn. adds: to the residual, instead of taking its place
+    with a rank's part of a sum.
+    """
     for thread in prange(sync.shape[1]):
         own = borrowed((weights, acts, rounded, scratch, places, work))
-        _run_thread(np.int64(thread), borrowed(sync), *own, borrowed(kv), eps, scale)
+        _run_thread(np.int64(thread), borrowed(sync), halves, adds, *own, borrowed(kv), eps, scale)
 
 
 @device_function
-def _run_thread(thread, sync, weights, acts, rounded, scratch, places, work, kv, eps, scale):  # type: ignore[no-untyped-def]
-    t, hidden = len(places.slots), acts.residual.shape[1]
-    head_dim, attended = acts.queries.shape[2], acts.attended.shape[1]
-    sums = scratch.scores[thread].reshape(-1)
-    residual, normed, gated = acts.residual, acts.normed, acts.gated
+def _run_thread(thread, sync, halves, adds, weights, acts, rounded, scratch, places, work, kv, eps, scale):  # type: ignore[no-untyped-def]
     begin(sync, thread)
-    for layer in range(weights.attention_norm.shape[0]):
-        phase = layer * _NUM_PHASES
-        norm, matrix, bias = (
-            weights.attention_norm[layer],
-            Packed(weights.qkv, weights.qkv_forms),
-            weights.qkv_bias[layer],
-        )
-        normalize(sync, phase, thread, residual, t, norm, eps, normed, matrix, layer, rounded)
-        finish(sync, phase, thread)
-        project(sync, phase + 1, thread, normed, rounded, t, matrix, layer, hidden, bias, False, acts.qkv)
-        finish(sync, phase + 1, thread)
-        norms = weights.q_norm[layer], weights.k_norm[layer]
-        write(sync, phase + 2, thread, scratch, acts.qkv, layer, kv, places, norms, eps, scale, acts.queries)
-        finish(sync, phase + 2, thread)
-        attend(
-            sync,
-            phase + 3,
-            thread,
-            scratch,
-            acts.queries,
-            layer,
-            kv,
-            places.block_table,
-            work,
-            weights.windows[layer],
-            acts.attended,
-        )
-        finish(sync, phase + 3, thread)
-        if len(work.merges):
-            merge(sync, phase + 4, thread, scratch, work, head_dim, acts.attended)
-            finish(sync, phase + 4, thread)
-        _add_product(
-            sync,
-            phase + 5,
-            thread,
-            acts.attended,
-            rounded,
-            t,
-            Packed(weights.out, weights.out_forms),
-            layer,
-            attended,
-            weights.out_bias[layer],
-            residual,
-        )
-        norm, up, bias = (
-            weights.mlp_norm[layer],
-            Packed(weights.gate_up, weights.gate_up_forms),
-            weights.gate_up_bias[layer],
-        )
-        normalize(sync, phase + 7, thread, residual, t, norm, eps, normed, up, layer, rounded)
-        finish(sync, phase + 7, thread)
-        project_gated(sync, phase + 8, thread, sums, normed, rounded, t, up, layer, hidden, bias, gated)
-        finish(sync, phase + 8, thread)
-        _add_product(
-            sync,
-            phase + 9,
-            thread,
-            gated,
-            rounded,
-            t,
-            Packed(weights.down, weights.down_forms),
-            layer,
-            gated.shape[1],
-            weights.down_bias[layer],
-            residual,
-        )
+    own = weights, acts, rounded, scratch
+    for half in range(halves[0], halves[1]):
+        layer, is_mlp = half // 2, half % 2
+        if is_mlp:
+            _mlp(sync, thread, layer, adds, *own, len(places.slots), eps)
+        else:
+            _attention(sync, thread, layer, adds, *own, places, work, kv, eps, scale)
 
 
 @device_function
-def _add_product(sync, phase, thread, x, rounded, t, weight, layer, size, bias, residual):  # type: ignore[no-untyped-def]
-    """residual += x @ weight.T + bias, in two phases."""
+def _attention(sync, thread, layer, adds, weights, acts, rounded, scratch, places, work, kv, eps, scale):  # type: ignore[no-untyped-def]
+    phase, t, hidden = layer * _NUM_PHASES, len(places.slots), acts.residual.shape[1]
+    residual, normed, attended = acts.residual, acts.normed, acts.attended
+    norm, bias = weights.attention_norm[layer], weights.qkv_bias[layer]
+    matrix = Packed(weights.qkv, weights.qkv_forms)
+    normalize(sync, phase, thread, residual, t, norm, eps, normed, matrix, layer, rounded)
+    finish(sync, phase, thread)
+    project(sync, phase + 1, thread, normed, rounded, t, matrix, layer, hidden, bias, False, acts.qkv)
+    finish(sync, phase + 1, thread)
+    norms = weights.q_norm[layer], weights.k_norm[layer]
+    write(sync, phase + 2, thread, scratch, acts.qkv, layer, kv, places, norms, eps, scale, acts.queries)
+    finish(sync, phase + 2, thread)
+    table, window = places.block_table, weights.windows[layer]
+    attend(sync, phase + 3, thread, scratch, acts.queries, layer, kv, table, work, window, attended)
+    finish(sync, phase + 3, thread)
+    if len(work.merges):
+        merge(sync, phase + 4, thread, scratch, work, acts.queries.shape[2], attended)
+        finish(sync, phase + 4, thread)
+    matrix, bias = Packed(weights.out, weights.out_forms), weights.out_bias[layer]
+    _add_product(sync, phase + 5, thread, attended, rounded, t, matrix, layer, bias, adds, residual)
+
+
+@device_function
+def _mlp(sync, thread, layer, adds, weights, acts, rounded, scratch, t, eps):  # type: ignore[no-untyped-def]
+    phase, hidden = layer * _NUM_PHASES, acts.residual.shape[1]
+    residual, normed, gated = acts.residual, acts.normed, acts.gated
+    norm, bias = weights.mlp_norm[layer], weights.gate_up_bias[layer]
+    matrix, sums = Packed(weights.gate_up, weights.gate_up_forms), scratch.scores[thread].reshape(-1)
+    normalize(sync, phase + 7, thread, residual, t, norm, eps, normed, matrix, layer, rounded)
+    finish(sync, phase + 7, thread)
+    project_gated(sync, phase + 8, thread, sums, normed, rounded, t, matrix, layer, hidden, bias, gated)
+    finish(sync, phase + 8, thread)
+    matrix, bias = Packed(weights.down, weights.down_forms), weights.down_bias[layer]
+    _add_product(sync, phase + 9, thread, gated, rounded, t, matrix, layer, bias, adds, residual)
+
+
+@device_function
+def _add_product(sync, phase, thread, x, rounded, t, weight, layer, bias, adds, residual):  # type: ignore[no-untyped-def]
+    """residual += x @ weight.T + bias, or = if not adds, in two phases."""
+    size = x.shape[1]
     if prepare_rows(sync, phase, thread, x, t, size, weight, layer, rounded):
         finish(sync, phase, thread)
-    project(sync, phase + 1, thread, x, rounded, t, weight, layer, size, bias, True, residual)
+    project(sync, phase + 1, thread, x, rounded, t, weight, layer, size, bias, adds, residual)
     finish(sync, phase + 1, thread)
 
 
 class CompiledLayers:
     """ops.layers.Layers on a CPU."""
+
+    is_deterministic = True
 
     def __init__(self, shape: LayerShape, layers: Iterable[LayerWeights], keep: Keeper = no_keeper):
         self._shape = shape
@@ -248,19 +229,18 @@ class CompiledLayers:
         acts = self._make_room(t)
         acts.residual[:t] = residual.numpy()
         scale = np.float32(shape.heads.head_dim**-0.5)
-        _run(
-            sync,
-            self._weights,
-            acts,
-            self._rounded,
-            self._scratch,
-            places,
-            work,
-            as_numpy(pool),
-            np.float32(shape.eps),
-            scale,
-        )
-        residual.copy_(torch.from_numpy(acts.residual[:t]))
+        kv, eps = as_numpy(pool), np.float32(shape.eps)
+        result = torch.from_numpy(acts.residual[:t])
+        # Rank 0's part of a sum has what was there before.
+        adds = shape.comm.rank == 0
+        num_halves = 2 * shape.num_layers
+        step = num_halves if shape.comm.size == 1 else 1
+        for first in range(0, num_halves, step):
+            halves = (first, first + step)
+            own = self._weights, acts, self._rounded, self._scratch
+            _run(sync, halves, adds, *own, places, work, kv, eps, scale)
+            shape.comm.all_reduce(result)
+        residual.copy_(result)
 
     def _make_room(self, t: int) -> Activations:
         """Those of the largest step so far serve all smaller ones."""

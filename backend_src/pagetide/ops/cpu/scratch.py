@@ -25,6 +25,7 @@ class Scratch(NamedTuple):
     sums: np.ndarray  # float32 [threads, rows, D]
     peaks: np.ndarray  # float32 [threads, rows]
     totals: np.ndarray
+    folded: np.ndarray  # float32 [threads, rows, D + 2]: sums of the segments so far, peak, total
     places: np.ndarray  # int64 [threads, 3, pages of a span]: where they begin
     query_codes: np.ndarray  # int8 [threads, rows * 2 * D]: for a cache of integers
     query_scales: np.ndarray  # float32 [threads, rows * 2]
@@ -43,6 +44,7 @@ def make_scratch(num_threads: int, head_dim: int, dtype: type[np.generic], round
         sums=np.zeros((*shape, head_dim), np.float32),
         peaks=np.zeros(shape, np.float32),
         totals=np.zeros(shape, np.float32),
+        folded=np.zeros((*shape, head_dim + 2), np.float32),
         places=np.zeros((num_threads, 3, SPAN // PAGE), np.int64),
         query_codes=np.zeros((num_threads, rows * 2 * head_dim), np.int8),
         query_scales=np.zeros((num_threads, rows * 2), np.float32),

@@ -26,17 +26,19 @@ def _touch(counts):  # type: ignore[no-untyped-def]
         counts[i] += 1
 
 
-def open_pools(num_threads: int) -> None:
+def open_pools(num_threads: int, share: tuple[int, int] = (0, 1)) -> None:
     """Opens the calling thread's pools with num_threads threads (0: one for each core that this process may
-    use).
+    use), or with this process's share of them and of the cores: (number, of how many).
 
     Each thread is held on a core of its own, where the pool has a thread for every core of the machine:
     elsewhere another process (another server, the neighbours of a container) may be on the cores that would
     be chosen here, while others are idle.
     """
     cores = sorted(os.sched_getaffinity(0))
-    count = min(num_threads or num_usable_cores(), len(cores))
-    owns_all = count == len(cores) == os.cpu_count()
+    number, size = share
+    count = max(1, min(num_threads or num_usable_cores(), len(cores)) // size)
+    owns_all = count * size == len(cores) == os.cpu_count()
+    cores = cores[number * count :][:count] if owns_all else cores
     for open_pool in (_open_numba_pool, _open_torch_pool):
         made = _threads_made_by(lambda: open_pool(count))  # noqa: B023 (called at once)
         for core, thread in zip(cores[1:], made if owns_all else (), strict=False):

@@ -23,8 +23,8 @@ class _BFloat(ir.Type):  # type: ignore[misc]
 
 BFLOAT = _BFloat()
 _BFLOATS = ir.VectorType(BFLOAT, 2 * LANES)
-_FAST = ("reassoc", "contract")
-_CHAINS = 12  # independent sums that hide the latency of a multiplication
+_FUSED = ("contract",)  # into one instruction; never in another order
+_STEPS = 8  # along k of one row and panel, between two jumps
 
 
 def data_of(context: Any, builder: ir.IRBuilder, kind: Any, array: ir.Value) -> ir.Value:
@@ -102,12 +102,9 @@ class Tile:
         if self._looks_ahead:
             next_panels = builder.add(w[1], builder.mul(w[2], _int(self._panels)))
             self._ahead = _Walk(builder, w[0], next_panels, w[2], self._panels)
-        sums_each = _CHAINS // (self._rows * self._panels)
-        self._unroll = 4 if sums_each >= 4 else 2 if sums_each >= 2 else 1
-        self._sums = [
-            [[self._start(r, p, u) for u in range(self._unroll)] for p in range(self._panels)]
-            for r in range(self._rows)
-        ]
+        self._unroll = max(1, min(4, _STEPS // (self._rows * self._panels)))
+        # One for each element, whatever the tile's size: a row's result does not depend on its neighbours.
+        self._sums = [[self._start(r, p) for p in range(self._panels)] for r in range(self._rows)]
 
     def emit(self, k: ir.Value) -> None:
         """Of k elements that stand one behind the other."""
@@ -134,21 +131,18 @@ class Tile:
         whole = builder.and_(steps, _int(-unroll))
         with cgutils.for_range_slice(builder, _int(0), whole, _int(unroll), _INDEX):
             for u in range(unroll):
-                self._multiply(u, u)
+                self._multiply(u)
             self._advance(unroll)
         if unroll > 1:
             with cgutils.for_range_slice(builder, whole, steps, _int(1), _INDEX):
-                self._multiply(0, 0)
+                self._multiply(0)
                 self._advance(1)
 
     def _store(self) -> None:
         builder = self._builder
         for r in range(self._rows):
             for p in range(self._panels):
-                total = builder.load(self._sums[r][p][0])
-                for other in self._sums[r][p][1:]:
-                    total = builder.fadd(total, builder.load(other), flags=_FAST)
-                builder.store(total, self._out_place(r, p), align=4)
+                builder.store(builder.load(self._sums[r][p]), self._out_place(r, p), align=4)
 
     @property
     def _x_bytes(self) -> int:
@@ -161,15 +155,12 @@ class Tile:
         if self._looks_ahead:
             self._ahead.advance(4 * LANES * steps)
 
-    def _start(self, r: int, p: int, u: int) -> ir.Value:
-        builder = self._builder
-        is_kept = self._keeps and u == 0
-        return cgutils.alloca_once_value(
-            builder,
-            builder.load(self._out_place(r, p), align=4) if is_kept else ir.Constant(_FLOATS, [0.0] * LANES),
-        )
+    def _start(self, r: int, p: int) -> ir.Value:
+        builder, zeros = self._builder, ir.Constant(_FLOATS, [0.0] * LANES)
+        first = builder.load(self._out_place(r, p), align=4) if self._keeps else zeros
+        return cgutils.alloca_once_value(builder, first)
 
-    def _multiply(self, u: int, step: int) -> None:
+    def _multiply(self, step: int) -> None:
         """Adds the products of the step with this number from where the walks are."""
         builder, sums = self._builder, self._sums
         offset = 4 * LANES * step
@@ -185,15 +176,14 @@ class Tile:
             if self._is_dot:
                 pair = self._broadcast(builder.load(self._x.place(r, _WORD, first), align=2))
                 for p, weight in enumerate(weights):
-                    self._dot(sums[r][p][u], pair, weight)
+                    self._dot(sums[r][p], pair, weight)
             else:
                 for i in range(2 if self._is_packed else 1):
                     element = self._broadcast(builder.load(self._x.place(r, _FLOAT, first + 4 * i), align=4))
                     for p, weight in enumerate(weights):
-                        product = builder.fmul(element, weight[i], flags=_FAST)
-                        builder.store(
-                            builder.fadd(builder.load(sums[r][p][u]), product, flags=_FAST), sums[r][p][u]
-                        )
+                        product = builder.fmul(element, weight[i], flags=_FUSED)
+                        total = builder.fadd(builder.load(sums[r][p]), product, flags=_FUSED)
+                        builder.store(total, sums[r][p])
 
     def _dot(self, total: ir.Value, a: ir.Value, b: ir.Value) -> None:
         """total += the two products of each lane's pair."""
