@@ -249,7 +249,7 @@ def test_quantized_models(tmp_path, family, quantization):
         context_logprobs(LLM(str(tmp_path), **settings, quantization=each, ops=ops), PROMPT)
         for each, ops in (("none", "auto"), (quantization, "reference"), (quantization, "auto"))
     )
-    assert divergence(expected, own).max() < (1e-6 if quantization.endswith("a16") else 0.1)
+    assert divergence(expected, own).max() < (1e-5 if quantization.endswith("a16") else 0.1)
     assert 1e-5 < divergence(full, own).max() < (0.2 if quantization.startswith("w8") else 5)
 
 
