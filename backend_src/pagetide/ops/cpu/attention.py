@@ -17,10 +17,19 @@ import numpy as np
 
 from pagetide.kv_cache.layout import PAGE
 from pagetide.ops.cpu.attention_tasks import SEGMENT, SPAN
-from pagetide.ops.cpu.compiled import by_form, device_function, fast_exp
+from pagetide.ops.cpu.compiled import HAS_MATRIX_TILES, by_form, device_function, fast_exp
+from pagetide.ops.cpu.matrix_tile import (
+    MATRIX_DEPTH,
+    MATRIX_ROWS,
+    begin_tiles,
+    end_tiles,
+    matrix_tile,
+    matrix_tile_of_pages,
+)
 from pagetide.ops.cpu.rounded_kv import add_rounded_values, round_queries, rounded_page_size, score_rounded
 from pagetide.ops.cpu.scratch import KEYS, NEXT_KEYS, VALUES
 from pagetide.ops.cpu.sync import take
+from pagetide.ops.cpu.tile_code import LANES
 from pagetide.ops.cpu.tiles import TILE_ROWS, depth_of, tile, tile_of_pages
 from pagetide.ops.cpu.vectors import clear, copy, prefetch, scale, soften
 
@@ -332,5 +341,68 @@ def _add_two(rows, looks_ahead, weights, x_at, kv, places, p, ahead, pages, at, 
         )
 
 
-_score = by_form(2, _score_dense, score_rounded)
-_add_values = by_form(2, _add_dense_values, add_rounded_values)
+@device_function
+def _score_halves(rows, queries, kv, places, num_keys, scratch, thread, scores):  # type: ignore[no-untyped-def]
+    """As _score_dense, with the processor's matrix tiles, if they go into a head."""
+    head_dim = queries.shape[1]
+    if head_dim % MATRIX_DEPTH != 0:
+        _score_dense(rows, queries, kv, places, num_keys, scratch, thread, scores)
+        return
+    begin_tiles(rows, MATRIX_DEPTH)
+    for page in range(0, (num_keys + PAGE - 1) // PAGE, 2):
+        at, apart = places[KEYS, page], places[KEYS, page + 1] - places[KEYS, page]
+        prefetch(kv, places[VALUES, page], PAGE * head_dim)
+        prefetch(kv, places[VALUES, page + 1], PAGE * head_dim)
+        for row in range(0, rows, MATRIX_ROWS):
+            x_at, to = row * head_dim, row * SPAN + page * PAGE
+            if rows - row <= LANES:
+                matrix_tile(
+                    1, False, False, queries, x_at, head_dim, kv, at, apart, head_dim, scores, to, SPAN
+                )
+            else:
+                matrix_tile(
+                    2, False, False, queries, x_at, head_dim, kv, at, apart, head_dim, scores, to, SPAN
+                )
+    end_tiles()
+
+
+@device_function
+def _add_half_values(rows, weights, kv, places, num_keys, scratch, thread, sums):  # type: ignore[no-untyped-def]
+    """As _add_dense_values, with the processor's matrix tiles, if they go into a head."""
+    head_dim, whole = sums.shape[1], num_keys // PAGE
+    if head_dim % MATRIX_DEPTH != 0:
+        _add_dense_values(rows, weights, kv, places, num_keys, scratch, thread, sums)
+        return
+    for page in range(whole):
+        prefetch(kv, places[NEXT_KEYS, page], PAGE * head_dim)
+    _add_matrix_pages(rows, weights, 0, kv, places, 0, whole, PAGE, sums)
+    if num_keys % PAGE:  # what lies behind the last value may be anything
+        size = (num_keys % PAGE + 1) // 2 * 2
+        _add_matrix_pages(rows, weights, whole * PAGE, kv, places, whole, 1, size, sums)
+
+
+@device_function
+def _add_matrix_pages(rows, weights, weights_at, kv, places, page, pages, size, sums):  # type: ignore[no-untyped-def]
+    """The same for so many pages, of each so many keys."""
+    head_dim, apart = sums.shape[1], PAGE * PAGE
+    p = VALUES * places.shape[1] + page
+    begin_tiles(rows, size)
+    for row in range(0, rows, MATRIX_ROWS):
+        x_at = row * SPAN + weights_at
+        for column in range(0, head_dim, 2 * PAGE):
+            at, to = column * PAGE, row * head_dim + column
+            if rows - row <= LANES:
+                matrix_tile_of_pages(
+                    1, weights, x_at, SPAN, kv, places, p, pages, at, apart, PAGE, sums, to, head_dim
+                )
+            else:
+                matrix_tile_of_pages(
+                    2, weights, x_at, SPAN, kv, places, p, pages, at, apart, PAGE, sums, to, head_dim
+                )
+    end_tiles()
+
+
+_score = by_form(2, _score_dense, score_rounded, _score_halves if HAS_MATRIX_TILES else None)
+_add_values = by_form(
+    2, _add_dense_values, add_rounded_values, _add_half_values if HAS_MATRIX_TILES else None
+)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import ctypes
 import hashlib
+import platform
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -42,12 +43,6 @@ def source_hash() -> str:
     return hashlib.blake2b(b"".join(source.read_bytes() for source in sources), digest_size=8).hexdigest()
 
 
-# Where that cannot be written, Numba goes on to its other places.
-numba.config.CACHE_DIR = numba.config.CACHE_DIR or str(
-    Path(__file__).parent / "__pycache__" / f"kernels-{source_hash()}"
-)
-
-
 def _features() -> set[str]:
     """What the processor that kernels are compiled for has; Numba's settings may name an older one."""
     chosen = numba.config.CPU_FEATURES
@@ -56,11 +51,25 @@ def _features() -> set[str]:
     return {feature for feature, is_there in llvm.get_host_cpu_features().items() if is_there}
 
 
+def _may_use_matrix_tiles() -> bool:
+    """Asks Linux for the registers of AMX, which it lends to a whole process for good, if it can."""
+    arch_prctl, request_permission, tile_data = 158, 0x1023, 18
+    is_known = platform.system() == "Linux" and platform.machine() == "x86_64"
+    return is_known and ctypes.CDLL(None).syscall(arch_prctl, request_permission, tile_data) == 0
+
+
 HAS_BF16_DOT = "avx512bf16" in _features()
+HAS_MATRIX_TILES = HAS_BF16_DOT and {"amx-tile", "amx-bf16"} <= _features() and _may_use_matrix_tiles()
 HAS_BYTE_DOT = "avx512vnni" in _features()
 HAS_SHORT_DOT = "avx2" in _features()
 HAS_WIDE_SHORTS = "avx512bw" in _features()  # 16-bit integers in registers of 64 bytes
 VECTOR_BYTES = 64 if "avx512f" in _features() else 32
+
+# Numba tells processors apart, but not whether Linux lends their registers. Where the folder cannot be
+# written, Numba goes on to its other places.
+numba.config.CACHE_DIR = numba.config.CACHE_DIR or str(
+    Path(__file__).parent / "__pycache__" / f"kernels-{source_hash()}{'-amx' if HAS_MATRIX_TILES else ''}"
+)
 
 # Sums may be reordered, products and sums fused; but NaN and infinity keep their meaning.
 FAST_MATH = {"reassoc", "contract", "arcp", "nsz"}
@@ -82,12 +91,19 @@ def device_function(function: Callable[..., Any]) -> Any:
     )
 
 
-def by_form(at: int, dense: Callable[..., Any], rounded: Callable[..., Any]) -> Any:
-    """A function for use inside kernels: `rounded` where its argument number `at` is an array of bytes, or a
-    tuple that begins with one, and `dense` where it is not; chosen when a kernel is compiled.
+def by_form(
+    at: int,
+    dense: Callable[..., Any],
+    rounded: Callable[..., Any],
+    halves: Callable[..., Any] | None = None,
+) -> Any:
+    """A function for use inside kernels, chosen when a kernel is compiled by its argument number `at`, an
+    array or a tuple that begins with one: `rounded` for bytes, `halves`, if there is one, for bfloat16, and
+    `dense` otherwise.
 
-    Both take the same arguments.
+    All take the same arguments.
     """
+    functions = {types.uint8: rounded, types.uint16: halves or dense}
 
     def chosen(*arguments: Any) -> Any:
         raise NotImplementedError("compiled code only")
@@ -95,7 +111,7 @@ def by_form(at: int, dense: Callable[..., Any], rounded: Callable[..., Any]) -> 
     def choose(*kinds: Any) -> Callable[..., Any]:
         kind = kinds[at]
         array = kind.types[0] if isinstance(kind, types.BaseTuple) else kind
-        function = rounded if array.dtype == types.uint8 else dense
+        function = functions.get(array.dtype, dense)
         return getattr(function, "py_func", function)
 
     options: Any = {"fastmath": FAST_MATH, "nogil": True, "error_model": "numpy", "boundscheck": False}

@@ -10,11 +10,10 @@ from pagetide.ops.cpu.codes import join_codes, make_rounded, pack_codes, read_co
 from pagetide.ops.cpu.compiled import as_numpy, as_tensor, borrowed, device_function, kernel
 from pagetide.ops.cpu.kept import Arrays, Keeper, no_keeper
 from pagetide.ops.cpu.layers import activation_type
-from pagetide.ops.cpu.matmul import project
+from pagetide.ops.cpu.matmul import ROOM, project
 from pagetide.ops.cpu.norm import normalize
 from pagetide.ops.cpu.packing import GROUP, Packed, pack, packed_dense, read_rows
 from pagetide.ops.cpu.sync import finish, make_sync, num_concurrent_threads
-from pagetide.ops.cpu.tiles import TILE_ROWS
 from pagetide.ops.layers import EmbeddingWeights
 from pagetide.ops.weights import QuantizedWeight, Weight
 
@@ -57,7 +56,7 @@ class CompiledEmbedding:
         return read_rows(as_tensor(self._head.data[0]), self._hidden_size, ids)
 
     def logits(self, residual: torch.Tensor) -> torch.Tensor:
-        head, rows = self._head, len(residual) + TILE_ROWS
+        head, rows = self._head, len(residual) + ROOM
         normed = np.empty((rows, self._hidden_size), activation_type(head))
         rounded = make_rounded(rows if head.is_quantized else 0, self._hidden_size)
         out = self._room(rows, self._columns)

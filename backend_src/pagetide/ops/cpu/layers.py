@@ -36,14 +36,13 @@ from pagetide.ops.cpu.codes import IS_HALF, join_codes, make_rounded, pack_codes
 from pagetide.ops.cpu.compiled import HAS_BF16_DOT, as_numpy, borrowed, device_function, kernel
 from pagetide.ops.cpu.kept import Keeper, no_keeper
 from pagetide.ops.cpu.kv_tile import PAGE_HEADER
-from pagetide.ops.cpu.matmul import prepare_rows, project, project_gated
+from pagetide.ops.cpu.matmul import ROOM, prepare_rows, project, project_gated
 from pagetide.ops.cpu.norm import normalize
 from pagetide.ops.cpu.packing import GROUP, Packed, pack, packed_dense
 from pagetide.ops.cpu.rotary import write
 from pagetide.ops.cpu.scratch import make_scratch
 from pagetide.ops.cpu.sync import begin, finish, make_sync, num_concurrent_threads, phase_ticks
 from pagetide.ops.cpu.tile_code import LANES
-from pagetide.ops.cpu.tiles import TILE_ROWS
 from pagetide.ops.layers import LayerShape, LayerWeights
 from pagetide.ops.weights import QuantizedWeight, Weight, rearranged
 
@@ -244,8 +243,8 @@ class CompiledLayers:
 
     def _make_room(self, t: int) -> Activations:
         """Those of the largest step so far serve all smaller ones."""
-        if self._activations is None or len(self._activations.residual) < t + TILE_ROWS:
-            self._activations = acts = _allocate(t + TILE_ROWS, self._shape, self._weights)
+        if self._activations is None or len(self._activations.residual) < t + ROOM:
+            self._activations = acts = _allocate(t + ROOM, self._shape, self._weights)
             is_quantized = self._weights.first.is_quantized
             size = max(acts.residual.shape[1], acts.attended.shape[1], acts.gated.shape[1])
             self._rounded = make_rounded(len(acts.residual) if is_quantized else 0, size)

@@ -2,7 +2,7 @@
 
 Threads take groups of 32 outputs. Weights stream from memory once, as long as all rows of x fit into the
 cache. Tiles write where the result belongs, whole tiles at a time: every array of rows has room for
-TILE_ROWS - 1 more than are used.
+ROOM more than are used.
 
 A quantized weight (codes.py) multiplies the rows of x that prepare_row or prepare_rows has rounded.
 """
@@ -13,7 +13,8 @@ import numpy as np
 
 from pagetide.ops.cpu.codes import add_block, encode_row, encode_rows
 from pagetide.ops.cpu.codes_tile import CODE_ROWS
-from pagetide.ops.cpu.compiled import by_form, device_function
+from pagetide.ops.cpu.compiled import HAS_MATRIX_TILES, by_form, device_function
+from pagetide.ops.cpu.matrix_tile import MATRIX_DEPTH, MATRIX_ROWS, begin_tiles, end_tiles, matrix_tile
 from pagetide.ops.cpu.packing import GROUP
 from pagetide.ops.cpu.sync import take
 from pagetide.ops.cpu.tile_code import LANES
@@ -21,7 +22,10 @@ from pagetide.ops.cpu.tiles import TILE_ROWS, multiply, multiply_add
 from pagetide.ops.cpu.vectors import clear, gate
 
 _TASKS_PER_THREAD = 4
-GATED_ROWS = 24  # that are multiplied before they are gated: whole tiles of every kind
+# Rows that are multiplied before they are gated: whole tiles of every kind.
+GATED_ROWS = 96 if HAS_MATRIX_TILES else 24
+DENSE_ROWS = MATRIX_ROWS if HAS_MATRIX_TILES else TILE_ROWS
+ROOM = DENSE_ROWS - 1
 
 
 @device_function
@@ -106,6 +110,28 @@ def _multiply_dense(x, rounded, first, last, weight, layer, size, column, keeps,
 
 
 @device_function
+def _multiply_halves(x, rounded, first, last, weight, layer, size, column, keeps, out, out_at, out_stride):  # type: ignore[no-untyped-def]
+    """The same with the processor's matrix tiles, as far as they go into a row."""
+    if size % MATRIX_DEPTH != 0:
+        _multiply_dense(x, rounded, first, last, weight, layer, size, column, keeps, out, out_at, out_stride)
+        return
+    data, w_at, apart = weight.data, layer * weight.data.shape[1] + column * size, LANES * size
+    begin_tiles(last - first, MATRIX_DEPTH)
+    for row in range(first, last, MATRIX_ROWS):
+        at, to = row * size, out_at + (row - first) * out_stride
+        is_one = last - row <= LANES
+        if keeps and is_one:
+            matrix_tile(1, True, True, x, at, size, data, w_at, apart, size, out, to, out_stride)
+        elif keeps:
+            matrix_tile(2, True, True, x, at, size, data, w_at, apart, size, out, to, out_stride)
+        elif is_one:
+            matrix_tile(1, False, True, x, at, size, data, w_at, apart, size, out, to, out_stride)
+        else:
+            matrix_tile(2, False, True, x, at, size, data, w_at, apart, size, out, to, out_stride)
+    end_tiles()
+
+
+@device_function
 def _multiply_codes(x, rounded, first, last, weight, layer, size, column, keeps, out, out_at, out_stride):  # type: ignore[no-untyped-def]
     """The same of a quantized matrix."""
     if not keeps:
@@ -124,8 +150,8 @@ def _leave_rows(sync, phase, thread, x, num_rows, size, weight, layer, rounded):
     return False
 
 
-_tile_rows = by_form(0, lambda weight: TILE_ROWS, lambda weight: CODE_ROWS)
-_multiply_block = by_form(4, _multiply_dense, _multiply_codes)
+_tile_rows = by_form(0, lambda weight: DENSE_ROWS, lambda weight: CODE_ROWS)
+_multiply_block = by_form(4, _multiply_dense, _multiply_codes, _multiply_halves if HAS_MATRIX_TILES else None)
 # Make one row of x [m, size] ready to be multiplied by a layer's matrix, if that needs it; or all of them, as
 # a phase of its own, and say whether there was anything to do.
 prepare_row = by_form(3, _leave_row, encode_row)

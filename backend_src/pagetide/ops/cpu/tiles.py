@@ -25,7 +25,8 @@ from pagetide.ops.cpu.tile_code import Tile, data_of
 TILE_ROWS = 8 if VECTOR_BYTES == 64 else 3
 
 
-def _literals(*values: types.Type) -> list[int] | None:
+def literals(*values: types.Type) -> list[int] | None:
+    """The values that an intrinsic was given as literals; None if Numba has not made them literals yet."""
     return (
         [value.literal_value for value in values]
         if all(isinstance(value, types.Literal) for value in values)
@@ -58,7 +59,7 @@ def tile(  # type: ignore[no-untyped-def]
     which the operand begins; x_stride, w_stride,
     out_stride: elements from one row, panel, row to the next. k is even where w is bfloat16.
     """
-    found = _literals(rows, panels, keeps, looks_ahead)
+    found = literals(rows, panels, keeps, looks_ahead)
     if found is None:
         return None
 
@@ -105,7 +106,7 @@ def tile_of_pages(  # type: ignore[no-untyped-def]
     places int64: from its element places_at on, where pages begin; panels begin w_at elements behind. If it
     looks ahead, the same panels of the pages from ahead_at on are on their way into the cache afterwards.
     """
-    found = _literals(rows, panels, looks_ahead)
+    found = literals(rows, panels, looks_ahead)
     if found is None:
         return None
 
