@@ -323,15 +323,17 @@ class TritonServer:
                 print(f"answers that are under way may be lost: {error}", file=sys.stderr)
         stop_gateway(self.folder)
         if processes:
-            processes[0].send_signal(signal.SIGTERM)
+            with contextlib.suppress(psutil.NoSuchProcess):
+                processes[0].send_signal(signal.SIGTERM)
         if self._process is not None:
             with contextlib.suppress(subprocess.TimeoutExpired):
                 self._process.wait(EXIT_TIMEOUT_S + 15)
         _, left = psutil.wait_procs(
             processes, timeout=5 if self._process is not None else EXIT_TIMEOUT_S + 15
         )
-        for process in left:  # the server first: its stubs then tidy up, and end
-            process.kill()
+        for process in sorted(left, key=processes.index):  # the server first: its stubs then tidy up, and end
+            with contextlib.suppress(psutil.NoSuchProcess):
+                process.kill()
             psutil.wait_procs([process], timeout=5)
         return not left
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import ctypes
 import hashlib
+import os
 import platform
 from collections.abc import Callable
 from pathlib import Path
@@ -65,11 +66,27 @@ HAS_SHORT_DOT = "avx2" in _features()
 HAS_WIDE_SHORTS = "avx512bw" in _features()  # 16-bit integers in registers of 64 bytes
 VECTOR_BYTES = 64 if "avx512f" in _features() else 32
 
-# Numba tells processors apart, but not whether Linux lends their registers. Where the folder cannot be
-# written, Numba goes on to its other places.
-numba.config.CACHE_DIR = numba.config.CACHE_DIR or str(
-    Path(__file__).parent / "__pycache__" / f"kernels-{source_hash()}{'-amx' if HAS_MATRIX_TILES else ''}"
-)
+
+def _cache_folder() -> str:
+    """Where compiled kernels are kept: below NUMBA_CACHE_DIR, beside the sources, or else in the user's own
+    cache. Numba tells processors apart, but neither sources nor whether Linux lends registers, so both are
+    in the name.
+    """
+    name = f"kernels-{source_hash()}{'-amx' if HAS_MATRIX_TILES else ''}"
+    beside = Path(__file__).parent / "__pycache__"
+    folders = [Path(numba.config.CACHE_DIR or beside) / name, Path("~/.cache/pagetide").expanduser() / name]
+    return str(next((folder for folder in folders if _is_writable(folder)), folders[0]))
+
+
+def _is_writable(folder: Path) -> bool:
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError:
+        return False
+    return os.access(folder, os.W_OK)
+
+
+numba.config.CACHE_DIR = _cache_folder()
 
 # Sums may be reordered, products and sums fused; but NaN and infinity keep their meaning.
 FAST_MATH = {"reassoc", "contract", "arcp", "nsz"}

@@ -77,7 +77,7 @@ class CompiledEmbedding:
 
     def _room(self, rows: int, columns: int) -> torch.Tensor:
         """The same memory for every usual step: fresh memory costs the kernel time for each page."""
-        if rows > _MOST_KEPT_ROWS:
+        if rows > _MOST_KEPT_ROWS + ROOM:
             return torch.empty((rows, columns), dtype=torch.float32)
         if self._logits.numel() < rows * columns:
             self._logits = torch.empty(rows * columns, dtype=torch.float32)

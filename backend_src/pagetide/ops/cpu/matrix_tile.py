@@ -17,7 +17,7 @@ from llvmlite import ir
 from numba.core import cgutils, types
 from numba.extending import intrinsic
 
-from pagetide.ops.cpu.lanes import INDEX, int_constant
+from pagetide.ops.cpu.lanes import HALF, INDEX, int_constant
 from pagetide.ops.cpu.tile_code import LANES, data_of, emit_prefetch
 from pagetide.ops.cpu.tiles import literals
 
@@ -158,6 +158,7 @@ class _MatrixTile:
     """Emits one tile. x, out: (data, first element, stride); w_stride: elements from panel to panel."""
 
     def __init__(self, builder: ir.IRBuilder, blocks: int, x: Any, w_stride: ir.Value, out: Any):
+        assert x[0].type.pointee == HALF, "rows are bfloat16, as the panels"
         self._builder, self._blocks = builder, blocks
         self._x, self._x_stride = self._bytes(x[0], x[1]), builder.mul(x[2], int_constant(2))
         self._w_stride = w_stride
