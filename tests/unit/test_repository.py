@@ -104,6 +104,12 @@ def test_nothing_that_decides_reads_the_wall_clock():
     assert not any(clock.search(file.read_text()) for file in starting)
 
 
+def test_compose_files_keep_to_their_schema():
+    check = ["check-jsonschema", "--builtin-schema", "vendor.compose-spec", ROOT / "docker-compose.yml"]
+    done = subprocess.run(check, capture_output=True, text=True, env=WITH_VENV)
+    assert done.returncode == 0, done.stdout
+
+
 def test_compose_has_what_triton_needs():
     compose = yaml.safe_load((ROOT / "docker-compose.yml").read_text())
     for name, service in compose["services"].items():

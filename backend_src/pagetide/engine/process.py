@@ -18,6 +18,7 @@ import zmq
 from pagetide.config import Settings
 from pagetide.engine.assemble import assemble
 from pagetide.engine.engine import Engine
+from pagetide.engine.lookout import Lookout
 from pagetide.engine.messages import (
     BEAT_PREFIX,
     ERROR_PREFIX,
@@ -89,11 +90,13 @@ class EngineServer:
                 self._follow(self._drain)
             self._send_statistics()
 
-    def beat(self) -> None:
+    def beat(self, lookout: Lookout) -> None:
         """Says once a second on standard output at which round it is."""
         while True:
-            sys.stdout.write(f"{BEAT_PREFIX}{0 if self._is_waiting else self._num_rounds}\n")
+            number = 0 if self._is_waiting else self._num_rounds
+            sys.stdout.write(f"{BEAT_PREFIX}{number}\n")
             sys.stdout.flush()
+            lookout.look(number, time.monotonic())
             time.sleep(1)
 
     def _receive_all(self) -> None:
@@ -210,7 +213,10 @@ def serve(settings_json: str, address: str) -> int:
     socket.sndhwm = socket.rcvhwm = 0
     socket.bind(address)
     server = EngineServer(engine, socket)
-    threading.Thread(target=server.beat, name="pagetide-beat", daemon=True).start()
+    beat = threading.Thread(
+        target=server.beat, args=[Lookout(threading.get_ident())], name="pagetide-beat", daemon=True
+    )
+    beat.start()
     try:
         server.run()
     except Exception as error:
