@@ -9,6 +9,7 @@ import signal
 import socket
 import subprocess
 import sys
+import time
 from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
@@ -16,6 +17,7 @@ import psutil
 import pytest
 import tritonclient.grpc as grpc
 from client import CACHE, Streams, generate, metric, start, stream_one, wait_for, wait_until_idle
+from pagetide.engine.lookout import LONG_S
 from parrot import TEXT, pieces_of, write_parrot
 from processes import ServerError
 from triton_server import REPOSITORY, ROOT, TritonServer, free_address
@@ -242,6 +244,19 @@ def test_a_stuck_engine_is_ended_and_comes_back(tmp_path):
     server.stop()
     status, said = ask_health(server)
     assert status == 1 and said.startswith("not ready: nothing answers at")
+
+
+def test_a_pause_of_the_machine_ends_nothing_and_is_told(parrot):
+    stream = Streams(parrot)
+    sent = stream.send("ensemble", "paused", **{**LONG, "max_tokens": 3000})
+    wait_for(lambda: sent.responses, 60, "a first response")
+    engine = next(p for p in parrot.processes() if "pagetide.engine" in p.cmdline())
+    engine.send_signal(signal.SIGSTOP)
+    time.sleep(LONG_S + 2)
+    engine.send_signal(signal.SIGCONT)
+    assert sent.done.wait(120) and not sent.errors
+    wait_for(lambda: "nothing ran here for" in parrot.log.read_text(), 60, "a line in the log")
+    stream.close()
 
 
 def ask_health(server: TritonServer, *options: str, question: str = "ready") -> tuple[int, str]:
