@@ -311,6 +311,31 @@ def test_a_request_whose_time_is_up_gets_what_it_has():
     assert small.scheduler.counters.timed_out == 2 and small.blocks.num_used == 0
 
 
+@pytest.mark.parametrize("wide", [{"n": 4}, {"beam_width": 4, "n": 4}], ids=["samples", "beams"])
+def test_who_wants_many_rows_keeps_nobody_waiting_and_is_not_overtaken_for_ever(wide):
+    small = SmallEngine(num_blocks=200)
+    small.add(1, [1], max_tokens=40)
+    small.step()
+    small.add(2, [2], max_tokens=5, **wide)
+    for number in range(3, 9):
+        small.add(number, [number], max_tokens=3)
+    small.run_until(lambda: all(small.reason(number) for number in range(3, 9)))
+    assert not small.reason(1) and not small.tokens(2)
+    number = 8
+    while not small.reason(2):
+        number += 1
+        small.add(number, [number % 50], max_tokens=30)
+        small.step()
+        assert number < 90
+    waited = len(small.tokens(1)) - 40 if not small.reason(1) else 0
+    assert waited == 0 and small.scheduler.counters.preemptions > 0, "those behind have given way"
+    small.run()
+    for other in (1, *range(3, number + 1)):
+        long = 40 if other == 1 else 3 if other < 9 else 30
+        assert small.tokens(other) == expected_tokens([other % 50], long, 0), other
+    assert small.blocks.num_used == 0
+
+
 def test_prompts_with_different_salts_share_no_blocks():
     small = SmallEngine()
     for number, salt in enumerate(("", "a", "b", "a")):

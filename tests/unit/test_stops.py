@@ -46,6 +46,20 @@ def test_bytes_that_are_no_character_are_replaced_and_do_not_block():
     assert "".join(texts) == b"a\xff\xf0\x9fb".decode("utf-8", "replace")
 
 
+@given(
+    st.lists(st.sampled_from([b"\xf0", b"\xf0\x9f", b"\x9f", b"\xe2\x82", b"\xed\xa0", b"a", b"\x8c\x8a"]))
+)
+def test_what_never_becomes_a_character_is_shown_as_it_comes(tokens):
+    """A model that repeats the beginning of one forever is not silent."""
+    checker, shown, longest = StopChecker(StopRules(tokens, tokens)), [], 2
+    for token in range(len(tokens)):
+        checker.push(token)
+        shown.append(decode(tokens, checker.take(is_last=False)))
+        assert len(checker._held) < 3 + longest
+    shown.append(decode(tokens, checker.take(is_last=True)))
+    assert "".join(shown) == b"".join(tokens).decode(errors="replace")
+
+
 @pytest.mark.parametrize(
     "stop, expected", [("ST", "ab"), ("bS", "a"), ("TOP", "abS"), ("abSTOPc", ""), ("x", None)]
 )

@@ -123,6 +123,8 @@ class Scheduler:
 
     def schedule(self) -> StepPlan | None:
         """What runs next: running sequences first, then waiting ones, as far as budget and blocks reach.
+        Nobody waits because one who wants many rows does: who fits overtakes him, and gives way as soon as he
+        fits in his place.
 
         None: nothing can run now.
         """
@@ -130,6 +132,7 @@ class Scheduler:
         for group in self.requests.take_compiled():
             self._enqueue(group)
         step = PlanBuilder(self._settings.max_num_batched_tokens)
+        step.preempted = self._may_admit() and self._give_way()
         for sequence in list(self.running):
             if sequence.status is Status.RUNNING and step.room_for(sequence) and sequence.can_run:
                 self._continue(step, sequence)
@@ -163,6 +166,23 @@ class Scheduler:
         """
         return self._settings.batching == "continuous" or self._batch_is_open or not self.running
 
+    def _give_way(self) -> bool:
+        """Preempts those who have overtaken the first in line where their rows are what he lacks. True if any
+        had to.
+        """
+        first = next((sequence for sequence in self.waiting if sequence.can_run), None)
+        if first is None or (num_rows := num_rows_for(first)) == 1:
+            return False
+        number = first.request.number
+        overtakers = [sequence for sequence in self.running if sequence.group.overtook == number]
+        others = [sequence for sequence in self.running if sequence.group.overtook != number]
+        num_lacking = num_rows + num_promised_rows(others) - self.queues.num_free_rows
+        if not 0 < num_lacking <= len(overtakers):
+            return False
+        for sequence in overtakers[-num_lacking:]:
+            self._preempt(sequence)
+        return True
+
     def _continue(self, step: PlanBuilder, sequence: Sequence) -> None:
         """Gives a running sequence its share of the step, if need be by preempting the last in order."""
         count = min(sequence.num_wanted - sequence.num_computed, step.room_for(sequence))
@@ -176,17 +196,21 @@ class Scheduler:
 
     def _admit_waiting(self, step: PlanBuilder) -> None:
         at, num_promised = 0, num_promised_rows(self.running)
-        while at < len(self.waiting):
+        first: Sequence | None = None  # in line of those who lack rows
+        while at < len(self.waiting) and (num_rows := self.queues.num_free_rows - num_promised) > 0:
             sequence = self.waiting[at]
             if not sequence.can_run:
                 # A preempted beam: its next token is chosen when the others of its search have theirs.
                 at += 1
                 continue
-            if self.queues.num_free_rows - num_promised < num_rows_for(sequence) or not self._admit(
-                step, sequence
-            ):
-                return  # who does not fit stops those behind, so that nobody is overtaken for ever
+            if num_rows < num_rows_for(sequence):
+                first = first or sequence
+                at += 1
+                continue
+            if not self._admit(step, sequence):
+                return  # who lacks blocks stops those behind: these would only take them
             del self.waiting[at]
+            sequence.group.overtook = None if first is None else first.request.number
             if sequence.followers or sequence.group.is_beam_search:
                 num_promised = num_promised_rows(self.running)
 

@@ -40,6 +40,14 @@ def _may_go_on(text: bytes | bytearray) -> bool:
     return low <= text[1] <= high
 
 
+def _is_inside_character(text: bytearray, at: int) -> bool:
+    """True if a character that begins before this place goes on behind it."""
+    count = num_incomplete_bytes(text[max(0, at - 4) : at])
+    if not count or at == len(text):
+        return count > 0
+    return 0x80 <= text[at] <= 0xBF and _may_go_on(text[at - count : at + 1])
+
+
 class StopText:
     """A text that ends a sequence, searched for byte by byte (Knuth, Morris and Pratt 1977): each byte is
     looked at once.
@@ -192,7 +200,7 @@ class StopChecker:
             position += len(_bytes_of(self._rules.shown, token))
             if position > num_free:
                 break
-            if not num_incomplete_bytes(self._held[max(0, position - 4) : position]):
+            if not _is_inside_character(self._held, position):
                 best, end = count, position
         ids, self._held_ids, self._held = self._held_ids[:best], self._held_ids[best:], self._held[end:]
         return ids
