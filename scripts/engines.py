@@ -285,7 +285,13 @@ def _percentile(values: list[float], share: float = 0.99) -> float | None:
     return sorted(values)[min(len(values) - 1, int(share * len(values)))] if values else None
 
 
-QUANTIZATIONS = next(field.choices for field in settings_fields() if field.name == "quantization")[1:]
+QUANTIZATIONS = [  # of a CPU
+    choice
+    for field in settings_fields()
+    if field.name == "quantization"
+    for choice in field.choices
+    if choice not in ("none", "fp8")
+]
 PEERS = ROOT / ".peers"  # where scripts/peers.sh installs other engines
 
 

@@ -27,10 +27,12 @@ DEFAULT_PARTS = [
     "limits",
     "decode-attention",
     "prefill-attention",
+    "products",
     "sampling",
     "steps",
     "prefill",
     "serving",
+    "quantized",
 ]
 
 
@@ -52,7 +54,12 @@ def parse() -> argparse.Namespace:
 
 def run_tests() -> Rows:
     """The kernels against their references, the engine against transformers."""
-    files = ["tests/gpu", "tests/engine/test_gpu_ops.py", "tests/engine/test_gpu_engine.py"]
+    files = [
+        "tests/gpu",
+        "tests/engine/test_gpu_ops.py",
+        "tests/engine/test_gpu_products.py",
+        "tests/engine/test_gpu_engine.py",
+    ]
     # By themselves, since what breaks a device ends its process; all at the same time.
     running = {}
     for file in files:
@@ -76,6 +83,7 @@ def parts(options: argparse.Namespace) -> dict[str, Callable[[], Rows]]:
         os.environ["TRITON_INTERPRET"] = "1"  # read when kernels are imported
     import gpu_engine
     import gpu_kernels
+    import gpu_products
     import gpu_scale
     import torch
 
@@ -101,10 +109,18 @@ def parts(options: argparse.Namespace) -> dict[str, Callable[[], Rows]]:
         "limits": partial(gpu_scale.measure_limits, scale),
         "decode-attention": after_limits(partial(gpu_kernels.measure_decode_attention, scale)),
         "prefill-attention": after_limits(partial(gpu_kernels.measure_prefill_attention, scale)),
+        "products": after_limits(partial(gpu_products.measure_products, scale)),
         "sampling": after_limits(partial(gpu_kernels.measure_sampling, scale)),
         "steps": after_limits(partial(gpu_engine.measure_steps, scale)),
         "prefill": after_limits(partial(gpu_engine.measure_prefill, scale)),
         "serving": after_limits(partial(gpu_engine.measure_serving, scale, options.quick)),
+        "quantized": after_limits(partial(gpu_engine.measure_quantized, scale)),
+        "decode-attention-fp8": after_limits(
+            partial(gpu_kernels.measure_decode_attention, scale, torch.float8_e4m3fn)
+        ),
+        "quantized-serving": after_limits(
+            partial(gpu_engine.measure_quantized_serving, scale, options.quick)
+        ),
         "tune": after_limits(partial(gpu_kernels.tune, scale)),
         "profile": after_limits(partial(gpu_engine.profile_steps, scale)),
     }

@@ -13,6 +13,7 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
 from unittest.mock import patch
@@ -24,7 +25,20 @@ import torch
 import triton
 from pagetide.ops.attention import HeadShape, LayerAttention
 from pagetide.ops.batch import Batch, LogitEdits
-from pagetide.ops.gpu import activation, decode, gather, logits, norm, prefill, rotary, sampling
+from pagetide.ops.gpu import (
+    activation,
+    decode,
+    dequantize,
+    few_rows,
+    gather,
+    logits,
+    norm,
+    prefill,
+    rotary,
+    sampling,
+)  # fmt: skip
+from pagetide.ops.gpu.dequantize import streamed
+from pagetide.ops.weights import DenseWeight, Fp8Weight, QuantizedWeight
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 from triton.runtime.jit import JITFunction
@@ -39,7 +53,8 @@ language {version}. Written by `python scripts/gpu_compile.py --write`.
 """
 _TYPES = {
     torch.bfloat16: "*bf16", torch.float16: "*fp16", torch.float32: "*fp32", torch.int64: "*i64",
-    torch.int32: "*i32", torch.bool: "*i1",
+    torch.int32: "*i32", torch.bool: "*i1", torch.int8: "*i8", torch.uint8: "*u8",
+    torch.float8_e4m3fn: "*fp8e4nv",
 }  # fmt: skip
 SHAPES = {
     "8B": HeadShape(32, 8, 128),
@@ -88,7 +103,10 @@ class Compiler:
                 attributes[(at,)] = [["tt.divisibility", 16]]
         source = ASTSource(kernel, signature, constants, attributes)
         compile_options = {name: options[name] for name in ("num_warps", "num_stages") if name in options}
+        has_fp8 = "*fp8e4nv" in signature.values()
         for target in self._targets:
+            if has_fp8 and target < 89:
+                continue
             compiled = triton.compile(source, target=GPUTarget("cuda", target, 32), options=compile_options)
             registers, spilled = _resources(compiled.asm["cubin"])
             name = f"{kernel.__name__} {self.label}".strip()
@@ -142,19 +160,40 @@ def cases(dtype: torch.dtype) -> dict[str, Callable[[], object]]:
             empty(8, heads, shape.head_dim)[:, : shape.num_heads],
             empty(8, shape.num_heads * shape.head_dim),
         )
-        layer = LayerAttention(empty(64, shape.head_dim, kind=torch.float32), 0, out[0], out[0], 1e-5)
+        table_of_angles = empty(64, shape.head_dim, kind=torch.float32)
+        layer = LayerAttention(table_of_angles, 0, out[0], out[0], 1e-5)
+        longer = replace(layer, window=4096)
         batch = Batch(longs, longs, longs, table, ints(8), ints(8), np.ones(8), np.ones(8), 16)
         found[f"{name} rotary"] = lambda s=shape, kv=kv, layer=layer, batch=batch, heads=heads: (
             rotary.rotate_and_write(s, empty(8, heads * s.head_dim), kv, layer, batch)
         )
-        for window in (0, 4096):
-            of = f"{name}{' window' if window else ''}"
-            found[of] = lambda s=shape, kv=kv, q=queries, t=table, w=window, out=out: (
+        as_fp8 = kv.to(torch.float8_e4m3fn)
+        found[f"{name} rotary fp8"] = lambda s=shape, kv=as_fp8, layer=layer, batch=batch, heads=heads: (
+            rotary.rotate_and_write(s, empty(8, heads * s.head_dim), kv, layer, batch)
+        )
+        for of, its_kv, its_layer in (
+            (name, kv, layer),
+            (f"{name} window", kv, longer),
+            (f"{name} fp8", as_fp8, layer),
+        ):
+            found[of] = lambda s=shape, kv=its_kv, q=queries, t=table, layer=its_layer, out=out: (
                 decode.attend_singles(
-                    s, q, kv, t, ints(8), w, decode.plan_singles(s, ints(8), ints(8), 64, 16), out
+                    s, q, kv, t, ints(8), layer, decode.plan_singles(s, ints(8), ints(8), 64, 16), out
                 ),
-                prefill.attend_chunks(s, q, kv, t, w, ints(8, 4), out),
+                prefill.attend_chunks(s, q, kv, t, layer, ints(8, 4), out),
             )
+    x, whole = empty(64, 4096), empty(4096, 4096)
+    forms = {"dense": DenseWeight(whole), "w8": _codes(8), "w4": _codes(4), "w4 in 128s": _codes(4, 128)}
+    forms |= {"fp8": _fp8(4096), "fp8 in 128s": _fp8(128)}
+    for name, weight in forms.items():
+        there = streamed(weight)
+        for rows in (16, 64):
+            found[f"{name} of {rows}"] = lambda there=there, rows=rows: few_rows.multiply_few_rows(
+                x[:rows], there, None, ints(4096)
+            )
+        if name != "dense":
+            found[name] = lambda there=there: dequantize.dequantize(there, dtype)
+    found["rows"] = lambda: dequantize.rows_to_fp8(x)
     wide = empty(8, 151_936, kind=torch.float32)
     found["gather"] = lambda: gather.gather(
         empty(257, 8193, kind=torch.int64), ints(257, 512), ints(257), ints(8), ints(8), 8, 16
@@ -171,6 +210,18 @@ def cases(dtype: torch.dtype) -> dict[str, Callable[[], object]]:
     )
     found["mask"] = lambda: logits.mask(wide, ints(257, 4748), torch.zeros(257, dtype=torch.bool), ints(8))
     return found
+
+
+def _codes(bits: int, group: int = 32) -> QuantizedWeight:
+    """A matrix of 4096 outputs and inputs."""
+    codes = torch.zeros(4096, 4096, dtype=torch.uint8)
+    scales, minima = (torch.zeros(4096, 4096 // group) for _ in range(2))
+    return QuantizedWeight(codes, scales, minima, bits, torch.bfloat16)
+
+
+def _fp8(group: int) -> Fp8Weight:
+    values = torch.zeros(4096, 4096, dtype=torch.float8_e4m3fn)
+    return Fp8Weight(values, torch.zeros(4096, 4096 // group), torch.bfloat16)
 
 
 def compile_all(dtype: torch.dtype = torch.bfloat16, targets: tuple[int, ...] = TARGETS) -> list[Usage]:
@@ -196,8 +247,8 @@ def table(found: list[Usage]) -> str:
     ]
     for kernel, usages in by_kernel.items():
         cells = [
-            f"{u.registers}, {u.shared / 1024:.0f}, {u.spilled}"
-            for u in (usages[target] for target in targets)
+            f"{u.registers}, {u.shared / 1024:.0f}, {u.spilled}" if (u := usages.get(target)) else "-"
+            for target in targets
         ]
         lines.append(f"| {kernel} | " + " | ".join(cells) + " |")
     return "\n".join(lines)

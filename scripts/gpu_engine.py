@@ -10,7 +10,7 @@ import time
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -111,40 +111,75 @@ def engine(name: str, scale: Scale, **settings: Any):
                 torch.cuda.empty_cache()
 
 
-def bytes_of(config: DecoderConfig, itemsize: int) -> tuple[int, int]:
+class Form(NamedTuple):
+    """How an engine keeps weights and cache: its settings, and bytes of a layer's weight (with its part of
+    scales and minima), of one of the head's, and of a key's or value's element.
+    """
+
+    settings: dict[str, Any]
+    layer: float
+    head: float
+    kv: float
+
+
+COUNT = Form({}, 1, 1, 1)  # instead of bytes
+
+
+def plain(scale: Scale) -> Form:
+    size = scale.dtype.itemsize
+    return Form({}, size, size, size)
+
+
+def quantized(scale: Scale) -> dict[str, Form]:
+    size = scale.dtype.itemsize
+    return {
+        "w8a16": Form({"quantization": "w8a16"}, 1 + 1 / 16, 1 + 1 / 16, size),
+        "w4a16": Form({"quantization": "w4a16"}, 1 / 2 + 1 / 8, 1 + 1 / 16, size),
+        "fp8": Form({"quantization": "fp8"}, 1, size, size),
+        "fp8, KV fp8": Form({"quantization": "fp8", "kv_cache_dtype": "fp8"}, 1, size, 1),
+    }
+
+
+def bytes_of(config: DecoderConfig, form: Form) -> tuple[float, float]:
     """(bytes of weights that a decode step reads, bytes of a token's keys and values)."""
     heads = 2 * config.num_heads + 2 * config.num_kv_heads
     layer = heads * config.head_dim * config.hidden_size + 3 * config.hidden_size * config.intermediate_size
-    weights = config.num_layers * layer + config.vocab_size * config.hidden_size
-    return weights * itemsize, 2 * config.num_layers * config.num_kv_heads * config.head_dim * itemsize
+    weights = config.num_layers * layer * form.layer + config.vocab_size * config.hidden_size * form.head
+    return weights, 2 * config.num_layers * config.num_kv_heads * config.head_dim * form.kv
 
 
 def measure_steps(scale: Scale) -> Rows:
     """A decode step, sampling included, against the time in which memory gives weights, keys and values."""
+    return [row for name in scale.models for row in steps_of(scale, name, plain(scale))]
+
+
+def measure_quantized(scale: Scale) -> Rows:
+    """The same of the largest model with quantized weights and cache."""
+    forms = quantized(scale)
+    return [{"form": form, **row} for form in forms for row in steps_of(scale, scale.models[-1], forms[form])]
+
+
+def steps_of(scale: Scale, name: str, form: Form) -> Rows:
     rows = []
-    for name in scale.models:
-        with engine(name, scale) as (llm, config):
-            weights, kv = bytes_of(config, scale.dtype.itemsize)
-            runner, info = llm.engine.runner, llm.engine.info
-            for context in (512, 4096) if scale.is_gpu else (40,):
-                for batch in (1, 8, 64, 256) if scale.is_gpu else (2,):
-                    if (
-                        batch * (context + 64) > info.num_blocks * info.block_size
-                        or batch > info.max_num_seqs
-                    ):
-                        continue
-                    seconds = step_seconds(scale, runner, batch, context)
-                    least = (weights + batch * context * kv) / scale.limits["bytes_s"]
-                    rows.append(
-                        {
-                            "model": name,
-                            "batch": batch,
-                            "context": context,
-                            "ms": seconds * 1e3,
-                            "tokens/s": batch / seconds,
-                            "of the limit": share(least, seconds),
-                        }
-                    )
+    with engine(name, scale, **form.settings) as (llm, config):
+        weights, kv = bytes_of(config, form)
+        runner, info = llm.engine.runner, llm.engine.info
+        for context in (512, 4096) if scale.is_gpu else (40,):
+            for batch in (1, 8, 64, 256) if scale.is_gpu else (2,):
+                if batch * (context + 64) > info.num_blocks * info.block_size or batch > info.max_num_seqs:
+                    continue
+                seconds = step_seconds(scale, runner, batch, context)
+                least = (weights + batch * context * kv) / scale.limits["bytes_s"]
+                rows.append(
+                    {
+                        "model": name,
+                        "batch": batch,
+                        "context": context,
+                        "ms": seconds * 1e3,
+                        "tokens/s": batch / seconds,
+                        "of the limit": share(least, seconds),
+                    }
+                )
     return rows
 
 
@@ -221,7 +256,7 @@ def measure_prefill(scale: Scale) -> Rows:
     rows = []
     for name in scale.models:
         with engine(name, scale) as (llm, config):
-            weights, _ = bytes_of(config, 1)
+            weights, _ = bytes_of(config, COUNT)
             for length, count in ((512, 16), (2048, 4), (8192, 1)) if scale.is_gpu else ((30, 1),):
                 if length > llm.engine.info.max_model_len - 2:
                     continue
@@ -309,54 +344,59 @@ def workloads(scale: Scale, quick: bool) -> dict[str, list[tuple[int, int]]]:
 
 def measure_serving(scale: Scale, quick: bool) -> Rows:
     """Whole workloads, all requests at once: output tokens a second, and whether the device ever waits."""
+    return [row for name in scale.models for row in serving_of(scale, name, plain(scale), quick)]
+
+
+def measure_quantized_serving(scale: Scale, quick: bool) -> Rows:
+    """The same of the largest model with weights and cache in FP8."""
+    return serving_of(scale, scale.models[-1], quantized(scale)["fp8, KV fp8"], quick)
+
+
+def serving_of(scale: Scale, name: str, form: Form, quick: bool) -> Rows:
     rows = []
-    for name in scale.models:
-        with engine(name, scale) as (llm, config):
-            weights, kv = bytes_of(config, scale.dtype.itemsize)
-            for workload, lengths in workloads(scale, quick).items():
-                chooser = random.Random(1)
-                prompts = [[chooser.randrange(3, 90) for _ in range(prompt)] for prompt, _ in lengths]
-                params = [
-                    SamplingParams(temperature=0.6, max_tokens=answer, ignore_eos=True)
-                    for _, answer in lengths
-                ]
-                inner = llm.engine.runner
-                llm.engine.runner = watched = Watched(inner, scale)
-                preempted = llm.engine.scheduler.counters.preemptions
-                begin = time.perf_counter()
-                llm.generate(prompts, params)
-                seconds = time.perf_counter() - begin
-                llm.engine.runner = inner
-                tokens, steps = sum(answer for _, answer in lengths), len(watched.events)
-                rows.append(
-                    {
-                        "model": name,
-                        "workload": workload,
-                        "s": seconds,
-                        "tokens/s": tokens / seconds,
-                        "of the serial limit": share(
-                            serial_limit(lengths, config, weights, kv, scale), seconds
-                        ),
-                        "steps": steps,
-                        "host ms a step": (seconds - watched.waited) / steps * 1e3,
-                        "device idle": f"{100 * watched.idle_share():.1f} %",
-                        "preemptions": llm.engine.scheduler.counters.preemptions - preempted,
-                    }
-                )
+    with engine(name, scale, **form.settings) as (llm, config):
+        weights, kv = bytes_of(config, form)
+        for workload, lengths in workloads(scale, quick).items():
+            chooser = random.Random(1)
+            prompts = [[chooser.randrange(3, 90) for _ in range(prompt)] for prompt, _ in lengths]
+            params = [
+                SamplingParams(temperature=0.6, max_tokens=answer, ignore_eos=True) for _, answer in lengths
+            ]
+            inner = llm.engine.runner
+            llm.engine.runner = watched = Watched(inner, scale)
+            preempted = llm.engine.scheduler.counters.preemptions
+            begin = time.perf_counter()
+            llm.generate(prompts, params)
+            seconds = time.perf_counter() - begin
+            llm.engine.runner = inner
+            tokens, steps = sum(answer for _, answer in lengths), len(watched.events)
+            rows.append(
+                {
+                    "model": name,
+                    "workload": workload,
+                    "s": seconds,
+                    "tokens/s": tokens / seconds,
+                    "of the serial limit": share(serial_limit(lengths, config, weights, kv, scale), seconds),
+                    "steps": steps,
+                    "host ms a step": (seconds - watched.waited) / steps * 1e3,
+                    "device idle": f"{100 * watched.idle_share():.1f} %",
+                    "preemptions": llm.engine.scheduler.counters.preemptions - preempted,
+                }
+            )
     return rows
 
 
 def serial_limit(
     lengths: list[tuple[int, int]],
     config: DecoderConfig,
-    weights: int,
-    kv: int,
+    weights: float,
+    kv: float,
     scale: Scale,
     batch: int = 256,
 ) -> float:
     """Seconds: prompts at the matrix products' rate, then decode steps at the memory's, `batch` at a time."""
     prompts = sum(prompt for prompt, _ in lengths)
-    body = weights / scale.dtype.itemsize - config.vocab_size * config.hidden_size
+    body = bytes_of(config, COUNT)[0] - config.vocab_size * config.hidden_size
     prefill = 2 * body * prompts / scale.limits["flops"]
     read = sum((prompt + answer / 2) * answer for prompt, answer in lengths) * kv
     steps = 0

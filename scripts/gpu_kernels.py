@@ -9,14 +9,17 @@ from typing import Any
 import numpy as np
 import torch
 from gpu_scale import Rows, Scale, share
-from pagetide.ops.attention import HeadShape
+from pagetide.ops.attention import HeadShape, LayerAttention
 from pagetide.ops.gpu import decode, prefill
 from pagetide.ops.gpu.attention import chunk_tiles
 from pagetide.ops.gpu.sampling import sample
 
 
-def measure_decode_attention(scale: Scale) -> Rows:
-    """The decode kernel alone: bytes of keys and values a second, against the memory's."""
+def measure_decode_attention(scale: Scale, kept: torch.dtype | None = None) -> Rows:
+    """The decode kernel alone: bytes of keys and values a second, against the memory's. kept: the type of
+    the cache; None: the engine's own.
+    """
+    kept = kept or scale.dtype
     cases = (
         [(1, 4096), (1, 32_768), (8, 1024), (8, 16_384), (64, 1024), (256, 1024)]
         if scale.is_gpu
@@ -27,9 +30,9 @@ def measure_decode_attention(scale: Scale) -> Rows:
     for name, shape in shapes.items() if scale.is_gpu else {"tiny": HeadShape(2, 1, 16)}.items():
         for batch, context in cases:
             copies = 1 if batch * context > 100_000 else 4
-            functions = [decode_call(scale, shape, batch, context) for _ in range(copies)]
+            functions = [decode_call(scale, shape, batch, context, kept) for _ in range(copies)]
             seconds = scale.looped(functions)
-            moved = batch * context * 2 * shape.num_kv_heads * shape.head_dim * scale.dtype.itemsize
+            moved = batch * context * 2 * shape.num_kv_heads * shape.head_dim * kept.itemsize
             rows.append(
                 {
                     "heads": name,
@@ -43,10 +46,12 @@ def measure_decode_attention(scale: Scale) -> Rows:
     return rows
 
 
-def decode_call(scale: Scale, shape: HeadShape, batch: int, context: int) -> Callable[[], None]:
+def decode_call(
+    scale: Scale, shape: HeadShape, batch: int, context: int, kept: torch.dtype
+) -> Callable[[], None]:
     num_blocks = -(-context // 16)
     kv = torch.randn(num_blocks * batch, 2, shape.num_kv_heads, 16, shape.head_dim, device=scale.device).to(
-        scale.dtype
+        kept
     )
     table = torch.randperm(num_blocks * batch, device=scale.device).to(torch.int32).view(batch, num_blocks)
     lengths = torch.full((batch,), context, dtype=torch.int32, device=scale.device)
@@ -54,7 +59,8 @@ def decode_call(scale: Scale, shape: HeadShape, batch: int, context: int) -> Cal
     q = torch.randn(batch, shape.num_heads, shape.head_dim, device=scale.device).to(scale.dtype)
     out = torch.empty(batch, shape.num_heads * shape.head_dim, dtype=scale.dtype, device=scale.device)
     singles = decode.plan_singles(shape, order, order, num_blocks, 16)
-    return lambda: decode.attend_singles(shape, q, kv, table, lengths, 0, singles, out)
+    layer = LayerAttention(q, 0, None, None, 1e-5)
+    return lambda: decode.attend_singles(shape, q, kv, table, lengths, layer, singles, out)
 
 
 def measure_prefill_attention(scale: Scale) -> Rows:
@@ -89,7 +95,8 @@ def prefill_call(scale: Scale, shape: HeadShape, length: int) -> Callable[[], No
     tiles = torch.from_numpy(chunk_tiles(zero, count, zero, prefill.tokens_of_tile(shape, scale.dtype))).to(
         scale.device
     )
-    return lambda: prefill.attend_chunks(shape, q, kv, table, 0, tiles, out)
+    layer = LayerAttention(q, 0, None, None, 1e-5)
+    return lambda: prefill.attend_chunks(shape, q, kv, table, layer, tiles, out)
 
 
 DECODES = [
@@ -125,7 +132,7 @@ def tune(scale: Scale) -> Rows:
         decode.TILE, decode.NUM_WARPS, decode.NUM_STAGES, decode.MIN_TILES = choice
         row: dict[str, Any] = {"kernel": "decode", "choice": choice}
         for batch, context in ((1, 4096), (8, 1024), (64, 1024)):
-            calls = [decode_call(scale, shape, batch, context) for _ in range(4)]
+            calls = [decode_call(scale, shape, batch, context, scale.dtype) for _ in range(4)]
             row[f"{batch} x {context}: us"] = scale.looped(calls) * 1e6
         rows.append(row)
         print(row, flush=True)

@@ -66,7 +66,11 @@ def divergence(full: np.ndarray, own: np.ndarray) -> np.ndarray:
 
 
 def settings_of(name: str) -> dict[str, str]:
-    """Of a row: a quantization, a KV cache dtype, or both (`w4a8+kv-int8`)."""
+    """Of a row: a quantization, a KV cache dtype, or both (`w4a8+kv-int8`); a directory is a checkpoint that
+    has been quantized already, served as it is.
+    """
+    if Path(name).is_dir():
+        return {"model": name}
     settings = {}
     for part in name.split("+"):
         is_cache = part.startswith("kv-")
@@ -77,6 +81,7 @@ def settings_of(name: str) -> dict[str, str]:
 def run_one(setting: str, model: str, target: Path) -> None:
     """In a process of its own: what is looked at of one setting, into an .npz file."""
     chosen = settings_of(setting)
+    model = chosen.pop("model", model)
     llm = LLM(model, cache_dir=CACHE, allow_logits=True, num_blocks=300, **chosen)
     tokenizer = llm.get_tokenizer()
     ids = tokenizer(TEXT.read_text(encoding="utf-8")).input_ids
@@ -120,10 +125,11 @@ def measure(settings: list[str], model: str) -> dict[str, dict[str, float]]:
     found: dict[str, dict[str, float]] = {}
     with tempfile.TemporaryDirectory() as folder:
         for setting in tqdm(["none", *(each for each in settings if each != "none")], unit="setting"):
+            name = Path(setting).name
             command = [sys.executable, __file__, "--run-one", setting, "--model", model]
-            subprocess.run([*command, "--target", f"{folder}/{setting}.npz"], check=True)
-            with np.load(f"{folder}/none.npz") as full, np.load(f"{folder}/{setting}.npz") as own:
-                found[setting] = compare(full, own)
+            subprocess.run([*command, "--target", f"{folder}/{name}.npz"], check=True)
+            with np.load(f"{folder}/none.npz") as full, np.load(f"{folder}/{name}.npz") as own:
+                found[name] = compare(full, own)
     return found
 
 
@@ -175,7 +181,8 @@ def main() -> int:
         "--settings",
         nargs="+",
         default=["kv-int8", *QUANTIZATIONS, "w4a8+kv-int8"],
-        help="values of `quantization`, kv-int8 for that `kv_cache_dtype`, or both with a +",
+        help="values of `quantization`, kv-int8 for that `kv_cache_dtype`, or both with a +; or directories "
+        "that scripts/quantize.py has made of the model",
     )
     parser.add_argument("--json", type=Path, help="write the figures to this file")
     parser.add_argument("--plot", type=Path, help="draw a plot into this file")

@@ -43,12 +43,13 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
         Meta(description="type of weights and KV cache; auto: bfloat16"),
     ] = "auto"
     quantization: Annotated[
-        Literal["none", "w8a16", "w8a8", "w4a16", "w4a8"],
+        Literal["none", "w8a16", "w8a8", "w4a16", "w4a8", "fp8"],
         Meta(
             description="bits to which matrices (w) are rounded at load, in groups of 32 inputs with a scale "
-            "of their own, the head's always to 8; and bits of the activations (a) that they multiply. What "
-            "a GGUF file has in as many bits stays as it is. none: as the checkpoint is (GPTQ, AWQ, "
-            "compressed-tensors and FP8 are read), GGUF files as bfloat16"
+            "of their own, the head's always to 8; and bits to which the activations (a) that they multiply "
+            "may be rounded, which GPUs do not do. What a GGUF file has in as many bits stays as it is. fp8: "
+            "on a GPU that has it, FP8 (e4m3) with a scale for each output, the head as it is. none: as the "
+            "checkpoint is (GPTQ, AWQ, compressed-tensors and FP8 are read), GGUF files as bfloat16"
         ),
     ] = "none"
     tensor_parallel_size: Annotated[
@@ -114,10 +115,11 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
         Meta(gt=0, le=1, description="share of a GPU's free memory that the KV cache takes after loading"),
     ] = 0.85
     kv_cache_dtype: Annotated[
-        Literal["auto", "int8"],
+        Literal["auto", "int8", "fp8"],
         Meta(
             description="int8: on a CPU, keys and values are kept as 8-bit integers, with a scale for each "
-            "token and head, in little more than half the memory of bfloat16; auto: as dtype"
+            "token and head, in little more than half the memory of bfloat16; fp8: on a GPU that has it, as "
+            "FP8 (e4m3), with the scales of the checkpoint if it has them, in half; auto: as dtype"
         ),
     ] = "auto"
     swap_space_gb: Annotated[

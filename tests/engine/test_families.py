@@ -34,11 +34,11 @@ def prompt_logits(folder, ids: list[int], ops: str, is_compiled: bool) -> torch.
         family,
         Checkpoint(folder, torch.float32, cpu),
         chosen,
-        layer_shape(config, size, 512, cpu),
+        layer_shape(config, size, 512, cpu, torch.float32),
         torch.float32,
     )
     assert isinstance(decoder.layers, CompiledLayers) == is_compiled
-    store = TorchStore(decoder.kv_layout(torch.float32), 40, cpu)
+    store = TorchStore(decoder.kv_layout(), 40, cpu)
     table = torch.randperm(40)[: -(-count // size)].to(torch.int32).unsqueeze(0)
     positions = torch.arange(count)
     batch = Batch(

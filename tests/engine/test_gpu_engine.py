@@ -11,15 +11,18 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from interpreted import DEVICE
 from models import FAMILIES, greedy, write_model
 from pagetide.config import SettingsError
 from pagetide.llm import LLM
+from pagetide.models.config import UnsupportedModelError
 from pagetide.runner import graphs as graphs_module
 from pagetide.runner.device import CpuDevice
 from pagetide.runner.graphs import graph_sizes
 from pagetide.runner.runner import warm_up_plan
 from pagetide.types import SamplingParams
+from safetensors.torch import load_file, save_file
 from transformers import PretrainedConfig
 
 SIZES: dict[str, Any] = {
@@ -156,8 +159,14 @@ def test_only_steps_in_which_each_sequence_samples_its_next_token_are_replayed(r
 def test_what_a_device_cannot_do_is_refused(tmp_path):
     write_model(tmp_path, small("qwen3"))
     settings = {"cache_dir": str(tmp_path / "cache"), "num_blocks": 40}
-    with pytest.raises(SettingsError, match="swap_space_gb is 4, but on a CPU the KV cache is in the host"):
-        LLM(str(tmp_path), device="cpu", swap_space_gb=4, **settings)
+    for refused, message in (
+        ({"swap_space_gb": 4}, "swap_space_gb is 4, but on a CPU the KV cache is in the host"),
+        ({"quantization": "fp8"}, "fp8, which needs the kernels of a GPU of compute capability 8.9"),
+        ({"kv_cache_dtype": "fp8"}, "fp8, which needs the kernels of a GPU .*; use auto, or int8 on a CPU"),
+        ({"kv_cache_dtype": "int8", "ops": "triton"}, "int8, which only the CPU's kernels have; .* fp8"),
+    ):
+        with pytest.raises(SettingsError, match=message):
+            LLM(str(tmp_path), device="cpu", **settings, **refused)
 
 
 def test_the_hosts_memory_keeps_what_can_be_found(recorder, tmp_path):
@@ -165,6 +174,50 @@ def test_the_hosts_memory_keeps_what_can_be_found(recorder, tmp_path):
     settings = {**SIZES, "swap_space_gb": 0.001, "enable_prefix_caching": False}
     with pytest.raises(SettingsError, match="needs enable_prefix_caching"):
         LLM(str(tmp_path), device=DEVICE.type, cache_dir=str(tmp_path / "cache"), **settings)
+
+
+def answers(folder, **settings) -> tuple[list[list[int]], list[float]]:
+    """Tokens of each prompt's answer, and their log-probabilities."""
+    engine = LLM(str(folder), cache_dir=str(folder / "cache"), **{**SIZES, **settings})
+    results = engine.generate(prompts(), SamplingParams(temperature=0, max_tokens=9, logprobs=0))
+    engine.close()
+    found = [result.outputs[0] for result in results]
+    return [one.token_ids for one in found], [score.logprob for one in found for score in one.logprobs]
+
+
+@pytest.mark.parametrize(
+    ("name", "settings"),
+    [
+        ("smollm2", {"quantization": "w8a8"}),
+        ("qwen3", {"quantization": "w4a16"}),
+        ("qwen3", {"kv_cache_dtype": "fp8"}),
+        ("smollm2", {"quantization": "fp8", "kv_cache_dtype": "fp8"}),
+    ],
+)
+def test_quantized_engines_say_what_plain_torch_says(name, settings, recorder, tmp_path):
+    write_model(tmp_path, small(name))
+    expected, scores = answers(tmp_path, ops="reference", device="cpu", **settings)
+    found, own = answers(tmp_path, device=DEVICE.type, **settings)
+    assert found == expected and own == pytest.approx(scores, abs=1e-3)
+    _, exact = answers(tmp_path, ops="reference", device="cpu")
+    assert exact != pytest.approx(scores, abs=3e-3), "nothing is rounded"
+
+
+def test_the_scales_of_a_checkpoint_are_those_of_the_cache(recorder, tmp_path):
+    write_model(tmp_path, small("qwen3"))
+    tensors = load_file(tmp_path / "model.safetensors")
+    before, _ = answers(tmp_path, device=DEVICE.type, kv_cache_dtype="fp8")
+    for layer in range(2):
+        tensors[f"model.layers.{layer}.self_attn.k_scale"] = torch.tensor(2.0**-4)
+        tensors[f"model.layers.{layer}.self_attn.v_scale"] = torch.tensor([1e-4])
+    save_file(tensors, tmp_path / "model.safetensors")
+    found, _ = answers(tmp_path, device=DEVICE.type, kv_cache_dtype="fp8")
+    assert found == answers(tmp_path, ops="reference", device="cpu", kv_cache_dtype="fp8")[0]
+    assert found != before, "values beyond 448 scales are cut off"
+    tensors["model.layers.1.self_attn.k_scale"] = torch.tensor(0.0)
+    save_file(tensors, tmp_path / "model.safetensors")
+    with pytest.raises(UnsupportedModelError, match=r"1\.self_attn\.k_scale is no positive number"):
+        answers(tmp_path, device=DEVICE.type, kv_cache_dtype="fp8")
 
 
 RULES = {

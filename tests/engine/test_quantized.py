@@ -33,7 +33,16 @@ from pagetide.ops.cpu.embedding import CompiledEmbedding
 from pagetide.ops.cpu.layers import PHASES, CompiledLayers
 from pagetide.ops.layers import Affine, ComposedLayers, EmbeddingWeights, LayerShape, LayerWeights
 from pagetide.ops.plain import TORCH_LAYERS, TorchEmbedding
-from pagetide.ops.weights import DenseWeight, QuantizedWeight, quantize, stacked
+from pagetide.ops.weights import (
+    DenseWeight,
+    Fp8Weight,
+    QuantizedWeight,
+    columns_of,
+    quantize,
+    quantize_fp8,
+    rearranged,
+    stacked,
+)
 from pagetide.types import SamplingParams
 from quality import TEXT, WINDOW, context_logprobs, divergence, settings_of
 
@@ -97,6 +106,36 @@ def test_one_matrix_of_several():
     torch.testing.assert_close(values_of(mixed)[:8], values_of(quantize(parts[0], 4)), atol=0.03, rtol=0)
     dense = stacked([quantize(parts[0], 4), DenseWeight(parts[1])])
     assert isinstance(dense, DenseWeight) and torch.equal(dense.values[8:], parts[1])
+
+
+@pytest.mark.parametrize("size", [1e-6, 0.02, 3e4])
+def test_fp8_values_are_the_nearest(size):
+    torch.manual_seed(0)
+    values = torch.randn(9, 300) * size
+    values[3] = 0
+    weight = quantize_fp8(values)
+    assert weight.values.dtype is torch.float8_e4m3fn and weight.scales.shape == (9, 1)
+    error = (weight.dense() - values).abs()
+    assert (error <= values.abs() / 16 + weight.scales * 2.0**-10).all() and not weight.dense()[3].any()
+    assert (weight.dense().abs().amax(1) - values.abs().amax(1)).abs().max() <= 1e-6 * size
+
+
+def test_fp8_matrices_are_joined_and_cut():
+    torch.manual_seed(0)
+    rows = quantize_fp8(torch.randn(8, 64))
+    blocks = Fp8Weight(rows.values, torch.rand(8, 4), torch.float32)
+    together = stacked([rows, blocks])
+    assert isinstance(together, Fp8Weight) and together.group == 16
+    assert torch.equal(together.dense(), torch.cat([rows.dense(), blocks.dense()]))
+    for weight in (rows, blocks, together):
+        part = columns_of(weight, range(16, 48))
+        assert isinstance(part, Fp8Weight) and torch.equal(part.dense(), weight.dense()[:, 16:48])
+    assert columns_of(rows, range(5, 9)).shape == (8, 4), "one scale for each output has no edges"
+    with pytest.raises(ValueError, match="no whole groups"):
+        columns_of(blocks, range(5, 9))
+    mixed = stacked([rows, quantize(torch.randn(4, 64), 8)])
+    assert isinstance(mixed, DenseWeight) and torch.equal(mixed.values[:8], rows.dense())
+    assert torch.equal(rearranged(rows, lambda one: one[2:5]).dense(), rows.dense()[2:5])
 
 
 @kernel

@@ -22,7 +22,7 @@ from pagetide.models.gguf_codes import _KINDS
 from pagetide.models.quantized import Scheme, read_matrix
 from pagetide.models.source import find_codes, find_model
 from pagetide.models.weights import Checkpoint, QuantizedAtLoad
-from pagetide.ops.weights import DenseWeight, QuantizedWeight
+from pagetide.ops.weights import DenseWeight, Fp8Weight, QuantizedWeight
 from quality import context_logprobs, divergence
 from safetensors.torch import load_file, save_file
 
@@ -212,6 +212,16 @@ def test_fp8_checkpoints(tmp_path):
         json.dumps({**config, "quantization_config": {"quant_method": "fp8", "weight_block_size": [64, 64]}})
     )
     assert divergence(expected_logprobs(model), own_logprobs(tmp_path)).max() < 0.02
+    checkpoint = Checkpoint(tmp_path, torch.bfloat16, torch.device("cpu"))
+    layer = model.model.layers[0]
+    forms = set()
+    for module in ("self_attn.q_proj", "self_attn.k_proj", "mlp.gate_proj", "mlp.down_proj"):
+        found = checkpoint.read_weight((f"model.layers.0.{module}",))
+        forms.add(type(found))
+        torch.testing.assert_close(
+            found.dense().float(), layer.get_submodule(module).weight, atol=0, rtol=2**-8
+        )
+    assert forms == {Fp8Weight, DenseWeight}, "blocks that are not whole have no kernel"
 
 
 @pytest.mark.parametrize("form", ["gptq", "compressed"])

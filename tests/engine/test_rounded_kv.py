@@ -31,7 +31,7 @@ def both(
     """
     weights = random_layers(shape, dtype, window, True, False)
     exact = run_steps(CompiledLayers(shape, weights), shape, lengths, torch.nan, dtype)
-    rounding = replace(shape, rounds_kv=True)
+    rounding = replace(shape, kv_dtype=torch.uint8)
     rounded = run_steps(CompiledLayers(rounding, weights), rounding, lengths, 255, torch.uint8)
     return list(zip(exact, rounded, strict=True))
 
@@ -119,7 +119,7 @@ def test_shared_preempted_and_branching_sequences_give_what_single_ones_do(tmp_p
 def test_blocks_take_half_the_memory():
     shapes = [
         LayerShape(2, 64, 48, HeadShape(4, 2, 64), 16, 1e-5, rotary_like(64, 64), each)
-        for each in (False, True)
+        for each in (torch.bfloat16, torch.uint8)
     ]
     exact, rounded = (
         CompiledLayers(shape, random_layers(shape, torch.bfloat16, 0, False, False)).block_shape

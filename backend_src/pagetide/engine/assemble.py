@@ -28,7 +28,7 @@ from pagetide.models.decoder import Decoder, layer_shape
 from pagetide.models.families import Family, read_model
 from pagetide.models.sharding import make_shard
 from pagetide.models.source import find_codes, find_model, packed_folder
-from pagetide.models.weights import Checkpoint, QuantizedAtLoad, RandomTensors, Tensors
+from pagetide.models.weights import Checkpoint, Fp8AtLoad, QuantizedAtLoad, RandomTensors, Tensors
 from pagetide.ops.comm import ALONE, Comm
 from pagetide.ops.select import select_ops
 from pagetide.ops.table import Ops
@@ -101,7 +101,7 @@ def load_rank(settings: Settings, model: Model, device: Device, comm: Comm) -> R
     # for 5 ms against the other.
     sys.setswitchinterval(2e-4)
     settings = settings.sized_for(device.torch_device.type)
-    config, dtype, rounds_kv = model.config, _dtype(settings, device), settings.kv_cache_dtype == "int8"
+    config, (dtype, kv_dtype) = model.config, _dtypes(settings, device)
     shard = make_shard(config, comm.rank, comm.size)
 
     # Nothing may compute on this thread: a second OpenMP pool would make the first one sleep between its
@@ -111,7 +111,7 @@ def load_rank(settings: Settings, model: Model, device: Device, comm: Comm) -> R
         folder = packed_folder(model.path, settings.cache_path) if keeps else None
         ops = select_ops(device.torch_device, settings, dtype, model.path, folder, comm)
         checkpoint = _read_checkpoint(settings, model.path, dtype, device, model.family, config)
-        shape = layer_shape(shard.config, settings.block_size, max_len, device.torch_device, rounds_kv, comm)
+        shape = layer_shape(shard.config, settings.block_size, max_len, device.torch_device, kv_dtype, comm)
         activations = device.activation_dtype or dtype
         return ops, Decoder(shard, model.family, checkpoint, ops, shape, activations)
 
@@ -121,7 +121,7 @@ def load_rank(settings: Settings, model: Model, device: Device, comm: Comm) -> R
             "deterministic is true, which only the CPU's kernels are, on one or two ranks, with a model "
             "whose sizes they take; leave it out, or use device cpu with ops auto"
         )
-    layout = decoder.kv_layout(torch.uint8 if rounds_kv else dtype)
+    layout = decoder.kv_layout()
     block_bytes = layout.block_bytes
     # Ranks of one machine share its memory; each GPU has its own.
     host_bytes = comm.total(block_bytes) * settings.local_size // comm.size
@@ -193,9 +193,12 @@ def _read_checkpoint(
         tensors: Tensors = RandomTensors(family, config, dtype, place)
         is_quantized = False
     else:
-        codes = find_codes(settings.model, model, settings.cache_path) if quantizes else None
+        has_codes = quantizes and settings.quantization != "fp8"
+        codes = find_codes(settings.model, model, settings.cache_path) if has_codes else None
         tensors = checkpoint = Checkpoint(model, dtype, place, codes)
         is_quantized = checkpoint.is_quantized
+    if settings.quantization == "fp8":
+        return Fp8AtLoad(tensors)
     if quantizes:
         bits, activation_bits = settings.quantization.removeprefix("w").split("a")
         return QuantizedAtLoad(tensors, int(bits), int(activation_bits), rounds_head=True)
@@ -205,19 +208,28 @@ def _read_checkpoint(
     return tensors
 
 
-def _dtype(settings: Settings, device: Device) -> torch.dtype:
-    if settings.quantization != "none" and device.torch_device.type != "cpu":
+def _dtypes(settings: Settings, device: Device) -> tuple[torch.dtype, torch.dtype]:
+    """Of the model and of its KV cache. Raises SettingsError for what the device has no kernels for."""
+    is_cpu = device.torch_device.type == "cpu"
+    has_fp8 = settings.ops == "reference" or (device.has_fp8 and (settings.ops == "triton" or not is_cpu))
+    if settings.quantization == "fp8" and not has_fp8:
         raise SettingsError(
-            f"quantization is {settings.quantization}, which a CPU can multiply so far; on a GPU use none"
+            "quantization is fp8, which needs the kernels of a GPU of compute capability 8.9 or more; use "
+            "w8a16, which all have"
         )
-    if settings.kv_cache_dtype == "int8" and (device.torch_device.type != "cpu" or settings.ops != "auto"):
+    if settings.kv_cache_dtype == "fp8" and not has_fp8:
         raise SettingsError(
-            "kv_cache_dtype is int8, which only the CPU's kernels have so far; use auto, or device cpu with "
-            "ops auto"
+            "kv_cache_dtype is fp8, which needs the kernels of a GPU of compute capability 8.9 or more; use "
+            "auto, or int8 on a CPU"
         )
-    if settings.dtype == "float16" and device.torch_device.type == "cpu":
+    if settings.kv_cache_dtype == "int8" and not (is_cpu and settings.ops == "auto"):
+        raise SettingsError(
+            "kv_cache_dtype is int8, which only the CPU's kernels have; use auto, or fp8 on a GPU that has it"
+        )
+    if settings.dtype == "float16" and is_cpu and settings.ops != "triton":
         raise SettingsError("dtype is float16, which needs a GPU; on a CPU use bfloat16 or float32")
-    return torch.bfloat16 if settings.dtype == "auto" else getattr(torch, settings.dtype)
+    dtype = torch.bfloat16 if settings.dtype == "auto" else getattr(torch, settings.dtype)
+    return dtype, {"auto": dtype, "int8": torch.uint8, "fp8": torch.float8_e4m3fn}[settings.kv_cache_dtype]
 
 
 def _max_model_len(settings: Settings, config: DecoderConfig, num_blocks: int) -> int:

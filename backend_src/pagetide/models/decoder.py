@@ -34,15 +34,15 @@ class Decoder:
         activations: torch.dtype,
     ):
         self._config, self._family, self._checkpoint = shard.model, family, checkpoint
-        self._shard, self._activations = shard, activations
+        self._shard, self._activations, self._kv_dtype = shard, activations, shape.kv_dtype
         self.layers = ops.make_layers(shape, self._read_layers())
         self._embedding: Embedding = ops.make_embedding(shard.embedding(self._read_embedding()))
         if shard.size > 1:
             self._embedding = ShardedEmbedding(self._embedding, shard.vocabulary, shape.comm)
 
-    def kv_layout(self, dtype: torch.dtype) -> KVLayout:
-        """The cache that forward() takes, with keys and values of this type."""
-        return KVLayout(self._config.num_layers, self.layers.block_shape, dtype)
+    def kv_layout(self) -> KVLayout:
+        """The cache that forward() takes."""
+        return KVLayout(self._config.num_layers, self.layers.block_shape, self._kv_dtype)
 
     def forward(self, batch: Batch, pool: torch.Tensor) -> torch.Tensor:
         """Runs the step's tokens; their keys and values go into the pool.
@@ -81,6 +81,9 @@ class Decoder:
             return self._checkpoint.read(f"{prefix}{name}.weight").to(self._activations)
 
         q_norm, k_norm = (norm(family.q_norm), norm(family.k_norm)) if self._config.qk_norm else (None, None)
+        k_scale, v_scale = 1.0, 1.0
+        if self._kv_dtype is torch.float8_e4m3fn:
+            k_scale, v_scale = (self._checkpoint.read_scale(prefix + name) for name in family.kv_scales)
         return LayerWeights(
             attention_norm=norm(family.attention_norm),
             qkv=affine(*family.qkv),
@@ -91,6 +94,8 @@ class Decoder:
             mlp_norm=norm(family.mlp_norm),
             gate_up=affine(*family.gate_up),
             down=affine(family.down),
+            k_scale=k_scale,
+            v_scale=v_scale,
         )
 
 
@@ -99,11 +104,11 @@ def layer_shape(
     block_size: int,
     max_len: int,
     device: torch.device,
-    rounds_kv: bool = False,
+    kv_dtype: torch.dtype,
     comm: Comm = ALONE,
 ) -> LayerShape:
     """The sizes of a model's layers, or of one rank's part of them. max_len: the longest sequence, in
-    tokens.
+    tokens; kv_dtype: as LayerShape's.
     """
     return LayerShape(
         num_layers=config.num_layers,
@@ -113,6 +118,6 @@ def layer_shape(
         block_size=block_size,
         eps=config.norm_eps,
         cos_sin=rotary_table(config, max_len, device),
-        rounds_kv=rounds_kv,
+        kv_dtype=kv_dtype,
         comm=comm,
     )

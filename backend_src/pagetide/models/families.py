@@ -25,6 +25,7 @@ class Family:
     mlp_norm: str = "post_attention_layernorm"
     q_norm: str = "self_attn.q_norm"
     k_norm: str = "self_attn.k_norm"
+    kv_scales: tuple[str, str] = ("self_attn.k_scale", "self_attn.v_scale")
     final_norm: str = "model.norm"
     head: str = "lm_head"
 

@@ -15,7 +15,7 @@ from typing import Protocol
 import torch
 
 from pagetide.models.config import UnsupportedModelError, read_json
-from pagetide.ops.weights import DenseWeight, QuantizedWeight, Weight
+from pagetide.ops.weights import DenseWeight, Fp8Weight, QuantizedWeight, Weight
 
 _MOST_INPUTS = 128  # that may share a scale: those of larger groups are given several
 _AWQ_ORDER = (0, 4, 1, 5, 2, 6, 3, 7)  # where the outputs of a word's nibbles stand
@@ -108,6 +108,8 @@ def read_matrix(checkpoint: Raw, name: str, scheme: Scheme, dtype: torch.dtype) 
         return DenseWeight(as_dense(checkpoint, f"{name}.weight").to(dtype))
     if isinstance(found, torch.Tensor):
         return DenseWeight(found.to(dtype))
+    if isinstance(found, Fp8Weight):
+        return replace(found, dtype=dtype)
     return replace(found, dtype=dtype, activation_bits=scheme.activation_bits)
 
 
@@ -122,9 +124,9 @@ def as_dense(checkpoint: Raw, name: str) -> torch.Tensor:
     return tensor
 
 
-# What a reader returns: codes, values where no kernel has such codes, or nothing where the module is not
-# quantized.
-_Found = QuantizedWeight | torch.Tensor | None
+# What a reader returns: a quantized matrix, values where no kernel has such codes, or nothing where the
+# module is not quantized.
+_Found = QuantizedWeight | Fp8Weight | torch.Tensor | None
 
 
 def from_groups(codes: torch.Tensor, scales: torch.Tensor, zeros: torch.Tensor, bits: int) -> _Found:
@@ -264,8 +266,10 @@ def _read_scaled(checkpoint: Raw, name: str, scheme: Scheme) -> _Found:
     else:
         scales = _of_outputs(scales, outputs) if scales.dim() < 2 or len(scales) == 1 else scales
         rows, columns = -(-outputs // len(scales)), -(-inputs // scales.shape[1])
-    whole = scales.float().repeat_interleave(rows, 0)[:outputs].repeat_interleave(columns, 1)[:, :inputs]
-    return values.float() * whole
+    of_rows = scales.float().repeat_interleave(rows, 0)[:outputs]
+    if values.dtype is torch.float8_e4m3fn and inputs == columns * scales.shape[1]:
+        return Fp8Weight(values, of_rows, torch.float32)
+    return values.float() * of_rows.repeat_interleave(columns, 1)[:, :inputs]
 
 
 def _read_codes(checkpoint: Raw, name: str, scheme: Scheme) -> _Found:

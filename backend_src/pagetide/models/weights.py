@@ -4,7 +4,9 @@ with.
 
 from __future__ import annotations
 
+import math
 import zlib
+from abc import ABC, abstractmethod
 from dataclasses import replace
 from pathlib import Path
 from typing import Protocol
@@ -15,7 +17,15 @@ from safetensors import safe_open
 from pagetide.models.config import DecoderConfig, UnsupportedModelError, read_json
 from pagetide.models.families import Family
 from pagetide.models.quantized import Scheme, as_dense, read_matrix, read_scheme
-from pagetide.ops.weights import DenseWeight, QuantizedWeight, Weight, quantize, rearranged, stacked
+from pagetide.ops.weights import (
+    DenseWeight,
+    QuantizedWeight,
+    Weight,
+    quantize,
+    quantize_fp8,
+    rearranged,
+    stacked,
+)
 
 
 def _files(model: Path) -> list[Path]:
@@ -49,6 +59,9 @@ class Tensors(Protocol):
 
     def read(self, name: str) -> torch.Tensor:
         """One tensor, on the device and in the type of the engine. Raises UnsupportedModelError."""
+
+    def read_scale(self, name: str) -> float:
+        """A number; 1 where there is none of this name. Raises UnsupportedModelError if it is no scale."""
 
     def read_weight(self, names: tuple[str, ...]) -> Weight:
         """The matrices of these modules as one, with the outputs of all."""
@@ -102,6 +115,16 @@ class Checkpoint:
     def read(self, name: str) -> torch.Tensor:
         return as_dense(self, name).to(self._dtype)
 
+    def read_scale(self, name: str) -> float:
+        if name not in self:
+            return 1.0
+        found = self.raw(name).float()
+        if found.numel() != 1 or not 0 < float(found) < math.inf:
+            raise UnsupportedModelError(
+                f"{name} is no positive number, as the scale of a layer's cache must be"
+            )
+        return float(found)
+
     def read_weight(self, names: tuple[str, ...]) -> Weight:
         return stacked([self._read_matrix(name) for name in names])
 
@@ -154,6 +177,9 @@ class RandomTensors:
         noise = torch.Generator(self._device).manual_seed(zlib.crc32(name.encode()))
         return tensor.fill_(1) if tensor.dim() == 1 else tensor.normal_(0, 0.02, generator=noise)
 
+    def read_scale(self, name: str) -> float:
+        return 1.0
+
     def read_weight(self, names: tuple[str, ...]) -> Weight:
         return stacked([DenseWeight(self.read(name)) for name in names])
 
@@ -164,16 +190,11 @@ class RandomTensors:
         return DenseWeight(self.read(name)[:rows])
 
 
-class QuantizedAtLoad:
-    """The tensors of another, with all matrices of its layers as codes, so that one kernel has them: those
-    that are dense are rounded to so many bits, and if rounds_head is set the head's to 8.
+class _RoundedAtLoad(ABC):
+    """The tensors of another, with its matrices in another form."""
 
-    activation_bits: as QuantizedWeight's; None: as the checkpoint has it.
-    """
-
-    def __init__(self, tensors: Tensors, bits: int, activation_bits: int | None, rounds_head: bool):
-        self._tensors, self._bits = tensors, bits
-        self._activation_bits, self._rounds_head = activation_bits, rounds_head
+    def __init__(self, tensors: Tensors, rounds_head: bool):
+        self._tensors, self._rounds_head = tensors, rounds_head
 
     def has(self, module: str) -> bool:
         return self._tensors.has(module)
@@ -181,20 +202,50 @@ class QuantizedAtLoad:
     def read(self, name: str) -> torch.Tensor:
         return self._tensors.read(name)
 
+    def read_scale(self, name: str) -> float:
+        return self._tensors.read_scale(name)
+
     def read_weight(self, names: tuple[str, ...]) -> Weight:
-        return self._quantized(self._tensors.read_weight(names), self._bits, names[0])
+        return self._rounded(self._tensors.read_weight(names), names[0], is_head=False)
 
     def read_bias(self, names: tuple[str, ...]) -> torch.Tensor | None:
         return self._tensors.read_bias(names)
 
     def read_table(self, name: str, rows: int, is_head: bool) -> Weight:
         table = self._tensors.read_table(name, rows, is_head)
-        return self._quantized(table, 8, name) if is_head and self._rounds_head else table
+        return self._rounded(table, name, is_head) if is_head and self._rounds_head else table
 
-    def _quantized(self, weight: Weight, bits: int, name: str) -> Weight:
+    @abstractmethod
+    def _rounded(self, weight: Weight, name: str, is_head: bool) -> Weight:
+        """The matrix of the module, or of several that begin with it. Raises UnsupportedModelError."""
+
+
+class Fp8AtLoad(_RoundedAtLoad):
+    """The tensors of another, with the dense matrices of its layers as FP8; those that are codes stay so."""
+
+    def __init__(self, tensors: Tensors):
+        super().__init__(tensors, rounds_head=False)
+
+    def _rounded(self, weight: Weight, name: str, is_head: bool) -> Weight:
+        return quantize_fp8(weight.values) if isinstance(weight, DenseWeight) else weight
+
+
+class QuantizedAtLoad(_RoundedAtLoad):
+    """The tensors of another, with all matrices of its layers as codes, so that one kernel has them: those
+    that are dense are rounded to so many bits, and if rounds_head is set the head's to 8.
+
+    activation_bits: as QuantizedWeight's; None: as the checkpoint has it.
+    """
+
+    def __init__(self, tensors: Tensors, bits: int, activation_bits: int | None, rounds_head: bool):
+        super().__init__(tensors, rounds_head)
+        self._bits, self._activation_bits = bits, activation_bits
+
+    def _rounded(self, weight: Weight, name: str, is_head: bool) -> Weight:
         """Codes stay as they are, but for those of fewer bits than were asked for: files of mixed kinds know
         what needs more.
         """
+        bits = 8 if is_head else self._bits
         is_kept = isinstance(weight, QuantizedWeight) and (
             self._activation_bits is None or weight.bits >= bits
         )

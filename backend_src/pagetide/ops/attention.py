@@ -31,7 +31,8 @@ class LayerAttention:
     """What attention needs of one layer. window: tokens that a token sees, itself included; 0: all.
 
     cos_sin: float32 [max_len, head_dim], cosines then sines. q_norm, k_norm: weights [head_dim] of the RMS
-    norm over a head, or None.
+    norm over a head, or None. k_scale, v_scale: what keys and values are divided by where they are kept as
+    FP8.
     """
 
     cos_sin: torch.Tensor
@@ -39,6 +40,8 @@ class LayerAttention:
     q_norm: torch.Tensor | None
     k_norm: torch.Tensor | None
     eps: float
+    k_scale: float = 1.0
+    v_scale: float = 1.0
 
 
 class AttentionBackend(Protocol):
@@ -98,8 +101,8 @@ class TorchAttention:
         cos_sin = layer.cos_sin[batch.positions]
         q, k = reference.apply_rotary(q, cos_sin), reference.apply_rotary(k, cos_sin)
         block, offset = batch.slot_mapping // kv.shape[3], batch.slot_mapping % kv.shape[3]
-        kv[block, 0, :, offset] = k.to(kv.dtype)
-        kv[block, 1, :, offset] = v.to(kv.dtype)
+        kv[block, 0, :, offset] = _kept(k, layer.k_scale, kv.dtype)
+        kv[block, 1, :, offset] = _kept(v, layer.v_scale, kv.dtype)
         return q
 
     def attend(
@@ -131,7 +134,7 @@ class TorchAttention:
         longest = max(int(batch.starts[sequence]) + 1 for _, sequence in singles)
         tokens = torch.tensor([first for first, _ in singles], device=q.device)
         sequences = torch.tensor([sequence for _, sequence in singles], device=q.device)
-        keys, values = self._gather(kv, batch.block_table[sequences], longest, q.dtype)
+        keys, values = self._gather(kv, layer, batch.block_table[sequences], longest, q.dtype)
         at = torch.arange(longest, device=q.device)
         position = batch.positions[tokens].unsqueeze(1)
         visible = at <= position
@@ -154,14 +157,20 @@ class TorchAttention:
         out: torch.Tensor,
     ) -> None:
         count, start = int(batch.counts[sequence]), int(batch.starts[sequence])
-        keys, values = self._gather(kv, batch.block_table[sequence : sequence + 1], start + count, q.dtype)
+        table = batch.block_table[sequence : sequence + 1]
+        keys, values = self._gather(kv, layer, table, start + count, q.dtype)
         queries = q[first : first + count].transpose(0, 1).unsqueeze(0)
         out[first : first + count] = (
             attend_chunk(queries, keys, values, start, layer.window).squeeze(0).transpose(0, 1)
         )
 
     def _gather(
-        self, kv: torch.Tensor, block_table: torch.Tensor, length: int, dtype: torch.dtype
+        self,
+        kv: torch.Tensor,
+        layer: LayerAttention,
+        block_table: torch.Tensor,
+        length: int,
+        dtype: torch.dtype,
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Keys and values of the first `length` tokens of each sequence: [n, num_kv_heads, length,
         head_dim] each.
@@ -170,7 +179,17 @@ class TorchAttention:
             block_table[:, : -(-length // kv.shape[3])].long()
         ]  # [n, blocks, 2, heads, block_size, head_dim]
         keys, values = gathered.permute(2, 0, 3, 1, 4, 5).flatten(3, 4)[:, :, :, :length].to(dtype)
+        if kv.dtype is torch.float8_e4m3fn:
+            keys, values = keys * layer.k_scale, values * layer.v_scale
         return keys, values
+
+
+def _kept(x: torch.Tensor, scale: float, dtype: torch.dtype) -> torch.Tensor:
+    """Keys or values as the cache has them; FP8 has no infinity that what is too large could become."""
+    if dtype is not torch.float8_e4m3fn:
+        return x.to(dtype)
+    most = torch.finfo(dtype).max
+    return (x.float() / scale).clamp(-most, most).to(dtype)
 
 
 def attend_chunk(

@@ -20,9 +20,10 @@ Tensor = torch.Tensor
 
 @dataclass(frozen=True)
 class LayerShape:
-    """Sizes that all layers share. cos_sin: as LayerAttention's. rounds_kv: the cache keeps keys and values
-    as 8-bit integers (a pool of uint8). comm: to the ranks that have the other heads and the rest of the
-    MLP's width; what the last matrices of attention and MLP give is a part of a sum over them.
+    """Sizes that all layers share. cos_sin: as LayerAttention's. kv_dtype: of the KV pool; uint8: keys and
+    values are 8-bit integers with scales of their own, float8_e4m3fn: they are divided by those of the layer.
+    comm: to the ranks that have the other heads and the rest of the MLP's width; what the last matrices of
+    attention and MLP give is a part of a sum over them.
     """
 
     num_layers: int
@@ -32,7 +33,7 @@ class LayerShape:
     block_size: int
     eps: float
     cos_sin: Tensor
-    rounds_kv: bool = False
+    kv_dtype: torch.dtype = torch.bfloat16
     comm: Comm = ALONE
 
 
@@ -48,7 +49,7 @@ class Affine:
 class LayerWeights:
     """One layer of a pre-norm decoder.
 
-    qkv: queries, keys, values; gate_up: gate, then up; window as LayerAttention's.
+    qkv: queries, keys, values; gate_up: gate, then up; window, k_scale, v_scale as LayerAttention's.
     """
 
     attention_norm: Tensor
@@ -60,6 +61,8 @@ class LayerWeights:
     mlp_norm: Tensor
     gate_up: Affine
     down: Affine
+    k_scale: float = 1.0
+    v_scale: float = 1.0
 
 
 class Layers(Protocol):
@@ -136,7 +139,13 @@ class _Layer:
     def __init__(self, ops: LayerOps, shape: LayerShape, weights: LayerWeights):
         self.attention_norm, self.mlp_norm = weights.attention_norm, weights.mlp_norm
         self.attention = LayerAttention(
-            shape.cos_sin, weights.window, weights.q_norm, weights.k_norm, shape.eps
+            shape.cos_sin,
+            weights.window,
+            weights.q_norm,
+            weights.k_norm,
+            shape.eps,
+            weights.k_scale,
+            weights.v_scale,
         )
         self.qkv, self.out = ops.make_matmul(weights.qkv), ops.make_matmul(weights.out)
         self.mlp = GatedMlp(ops, weights)

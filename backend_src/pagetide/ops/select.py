@@ -29,11 +29,10 @@ def select_ops(
     if settings.ops == "triton" and device.type == "cpu" and not os.environ.get("TRITON_INTERPRET"):
         raise SettingsError("ops is triton, which a CPU can only interpret: set TRITON_INTERPRET=1 for that")
     if settings.ops == "triton" or (device.type == "cuda" and settings.ops == "auto"):
-        from pagetide.ops.gpu.table import (
-            make_gpu_ops,  # imports the Triton language, which a CPU does not need
-        )
+        from pagetide.ops.gpu.choices import measured_choices  # imports the Triton language
+        from pagetide.ops.gpu.table import make_gpu_ops
 
-        return make_gpu_ops(dtype)
+        return make_gpu_ops(dtype, measured_choices(settings.cache_path, device))
     if device.type == "cpu" and settings.ops == "auto":
         from pagetide.ops.cpu.kept import keeper  # imports Numba, which a GPU does not need
         from pagetide.ops.cpu.table import make_cpu_ops

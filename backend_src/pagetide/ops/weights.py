@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from typing import TypeAlias
+from typing import Any, TypeAlias
 
 import torch
 
@@ -63,57 +63,115 @@ class QuantizedWeight:
         return (codes * self.scales[..., None] + self.minima[..., None]).flatten(1).to(self.dtype)
 
 
+@dataclass(frozen=True)
+class Fp8Weight:
+    """A matrix [out, in] whose element is value * scale.
+
+    values: float8_e4m3fn [out, in]; scales: float32 [out, in / group], of each output or of groups of its
+    inputs. dtype: of the matrix that it stands for.
+    """
+
+    values: torch.Tensor
+    scales: torch.Tensor
+    dtype: torch.dtype
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """(outputs, inputs)."""
+        outputs, inputs = self.values.shape
+        return outputs, inputs
+
+    @property
+    def group(self) -> int:
+        """Inputs that share a scale."""
+        return self.shape[1] // self.scales.shape[1]
+
+    def dense(self) -> torch.Tensor:
+        """The values, rounded to the type."""
+        values = self.values.float().unflatten(1, (-1, self.group))
+        return (values * self.scales[..., None]).flatten(1).to(self.dtype)
+
+
 # Every format of a checkpoint's matrices; a device's operations take those that it can multiply, and the
 # dense form of others.
-Weight: TypeAlias = DenseWeight | QuantizedWeight
+Weight: TypeAlias = DenseWeight | QuantizedWeight | Fp8Weight
 
 
 def stacked(weights: Sequence[Weight]) -> Weight:
-    """One matrix with the outputs of all, for products that share their input: dense if one of them is, and
-    codes of 8 bits where their codes differ.
+    """One matrix with the outputs of all, for products that share their input: codes of 8 bits where their
+    codes differ, dense if their formats do.
     """
-    if any(isinstance(weight, DenseWeight) for weight in weights):
+    if len({type(weight) for weight in weights}) > 1:
         return DenseWeight(torch.cat([weight.dense() for weight in weights]))
-    quantized = [weight for weight in weights if isinstance(weight, QuantizedWeight)]
-    if len({(weight.bits, weight.group) for weight in quantized}) > 1:
-        quantized = [quantize(weight.dense(), 8) for weight in quantized]
-    first = quantized[0]
-
-    def joined(name: str) -> torch.Tensor:
-        return torch.cat([getattr(weight, name) for weight in quantized])
-
-    return replace(first, codes=joined("codes"), scales=joined("scales"), minima=joined("minima"))
+    if isinstance(weights[0], QuantizedWeight):
+        formats = {(weight.bits, weight.group) for weight in weights if isinstance(weight, QuantizedWeight)}
+        if len(formats) > 1:
+            weights = [quantize(weight.dense(), 8) for weight in weights]
+    elif isinstance(weights[0], Fp8Weight):
+        smallest = math.gcd(*(weight.group for weight in weights if isinstance(weight, Fp8Weight)))
+        weights = [_with_groups(weight, smallest) for weight in weights]
+    parts = [_tensors(weight) for weight in weights]
+    return _changed(weights[0], {name: torch.cat([part[name] for part in parts]) for name in parts[0]})
 
 
 def rearranged(weight: Weight, order: Callable[[torch.Tensor], torch.Tensor]) -> Weight:
     """The same rows in another order, or fewer of them: order takes and returns [out, ...]."""
-    if isinstance(weight, DenseWeight):
-        return DenseWeight(order(weight.values))
-    return replace(
-        weight, codes=order(weight.codes), scales=order(weight.scales), minima=order(weight.minima)
-    )
+    return _changed(weight, {name: order(values) for name, values in _tensors(weight).items()})
 
 
 def columns_of(weight: Weight, part: range) -> Weight:
     """Some inputs, in memory of their own. Raises ValueError where the edges of the part cut a group of codes
     that cannot be made smaller.
     """
-    if isinstance(weight, DenseWeight):
-        return DenseWeight(weight.values[:, part.start : part.stop].contiguous())
-    group = math.gcd(weight.group, part.start, part.stop)
-    if group < GROUPS[-1]:
-        raise ValueError(f"inputs {part.start} to {part.stop} are no whole groups of {GROUPS[-1]}")
+    inputs = weight.shape[1]
+    has_one_group = isinstance(weight, Fp8Weight) and weight.group == inputs
+    if not isinstance(weight, DenseWeight) and not has_one_group:
+        group = math.gcd(weight.group, part.start, part.stop)
+        if group < GROUPS[-1]:
+            raise ValueError(f"inputs {part.start} to {part.stop} are no whole groups of {GROUPS[-1]}")
+        weight = _with_groups(weight, group)
 
-    def of_groups(values: torch.Tensor) -> torch.Tensor:
-        smaller = values.repeat_interleave(weight.group // group, 1)
-        return smaller[:, part.start // group : part.stop // group].contiguous()
+    def cut(values: torch.Tensor) -> torch.Tensor:
+        each = inputs // values.shape[1]
+        is_of_all = has_one_group and each == inputs
+        return values if is_of_all else values[:, part.start // each : part.stop // each].contiguous()
 
-    return replace(
-        weight,
-        codes=weight.codes[:, part.start : part.stop].contiguous(),
-        scales=of_groups(weight.scales),
-        minima=of_groups(weight.minima),
-    )
+    return rearranged(weight, cut)
+
+
+def _with_groups(weight: Weight, group: int) -> Weight:
+    """Scales, and minima, of smaller groups of inputs."""
+    if isinstance(weight, DenseWeight) or weight.group == group:
+        return weight
+    times = weight.group // group
+    smaller = {
+        name: values.repeat_interleave(times, 1)
+        for name, values in _tensors(weight).items()
+        if values.shape[1] * weight.group == weight.shape[1]
+    }
+    return _changed(weight, smaller)
+
+
+def _tensors(weight: Weight) -> dict[str, torch.Tensor]:
+    """Those that it is made of, by name: each [out, ...]."""
+    return {name: values for name, values in vars(weight).items() if isinstance(values, torch.Tensor)}
+
+
+def quantize_fp8(values: torch.Tensor) -> Fp8Weight:
+    """The nearest FP8 values of a matrix [out, in], with the scale for each output that lets its largest
+    element just fit.
+    """
+    scales = values.abs().amax(1, keepdim=True).float() / torch.finfo(torch.float8_e4m3fn).max
+    parts = values.split(max(1, _QUANTIZED_TOGETHER // values.shape[1]))
+    steps = torch.where(scales > 0, scales, 1).split(len(parts[0]))
+    found = [(rows.float() / step).to(torch.float8_e4m3fn) for rows, step in zip(parts, steps, strict=True)]
+    return Fp8Weight(torch.cat(found), scales, values.dtype)
+
+
+def _changed(weight: Weight, tensors: dict[str, torch.Tensor]) -> Weight:
+    """The same with others in their places."""
+    changes: dict[str, Any] = dict(tensors)
+    return replace(weight, **changes)
 
 
 def quantize(values: torch.Tensor, bits: int) -> QuantizedWeight:

@@ -202,14 +202,14 @@ class CompiledLayers:
             self._num_threads,
             shape.heads.head_dim,
             activation_type(self._weights.first),
-            shape.rounds_kv,
+            shape.kv_dtype is torch.uint8,
         )
 
     @property
     def block_shape(self) -> tuple[int, ...]:
         """[keys and values, KV heads, pages]: each head's tokens as attention's tiles take them."""
         heads, block_size = self._shape.heads, self._shape.block_size
-        header = PAGE_HEADER * (block_size // PAGE) if self._shape.rounds_kv else 0
+        header = PAGE_HEADER * (block_size // PAGE) if self._shape.kv_dtype is torch.uint8 else 0
         return (2, heads.num_kv_heads, block_size * heads.head_dim + header)
 
     @property

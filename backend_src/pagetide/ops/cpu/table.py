@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterable
 from functools import partial
 
+import torch
+
 from pagetide.config import SettingsError
 from pagetide.ops import reference
 from pagetide.ops.cpu.embedding import CompiledEmbedding
@@ -46,7 +48,7 @@ def make_layers(keep: Keeper, shape: LayerShape, layers: Iterable[LayerWeights])
     """Compiled where the sizes allow it, plain torch otherwise. Raises SettingsError."""
     if can_run(shape):
         return CompiledLayers(shape, layers, keep)
-    if shape.rounds_kv:
+    if shape.kv_dtype is torch.uint8:
         raise SettingsError(
             "kv_cache_dtype is int8, which needs a block_size in whole 16s and a model whose sizes the CPU's "
             "kernels take; use auto"

@@ -62,11 +62,11 @@ class PagedAttention:
         out = torch.empty(
             (len(q), self._shape.num_heads * self._shape.head_dim), dtype=q.dtype, device=q.device
         )
-        table, window = batch.block_table, layer.window
+        table = batch.block_table
         if plan.singles is not None:
-            attend_singles(self._shape, q, kv, table, batch.lengths, window, plan.singles, out)
+            attend_singles(self._shape, q, kv, table, batch.lengths, layer, plan.singles, out)
         if plan.tiles is not None:
-            attend_chunks(self._shape, q, kv, table, window, plan.tiles, out)
+            attend_chunks(self._shape, q, kv, table, layer, plan.tiles, out)
         return out
 
 

@@ -13,7 +13,7 @@ import torch
 import triton
 import triton.language as tl
 
-from pagetide.ops.attention import HeadShape
+from pagetide.ops.attention import HeadShape, LayerAttention
 from pagetide.ops.gpu.device import dim_block, num_processors
 
 # Keys of a matrix product; found by scripts/gpu_check.sh --only tune.
@@ -75,6 +75,7 @@ def _decode(
     statistics,
     arrivals,
     scale,
+    value_scale,
     q_stride,
     table_stride,
     splits,
@@ -142,7 +143,7 @@ def _decode(
     target = out + token * KV_HEADS * GROUP * HEAD_DIM + head[:, None] * HEAD_DIM + dim[None, :]
     if num_splits == 1:
         # A padded sequence has no key at all.
-        result = result / tl.where(total > 0, total, 1.0)[:, None]
+        result = result * (value_scale / tl.where(total > 0, total, 1.0))[:, None]
         tl.store(target, result.to(out.dtype.element_ty), mask=inside)
         return
 
@@ -163,7 +164,7 @@ def _decode(
     )
     its_target = out + (token * KV_HEADS + kv_head) * GROUP * HEAD_DIM + of[:, None] * HEAD_DIM + dim[None, :]
     is_there = (of[:, None] < GROUP) & (dim[None, :] < HEAD_DIM)
-    tl.store(its_target, joined.to(out.dtype.element_ty), mask=is_there)
+    tl.store(its_target, (joined * value_scale).to(out.dtype.element_ty), mask=is_there)
 
 
 @dataclass(frozen=True)
@@ -216,7 +217,7 @@ def attend_singles(
     kv: torch.Tensor,
     block_table: torch.Tensor,
     lengths: torch.Tensor,
-    window: int,
+    layer: LayerAttention,
     singles: Singles,
     out: torch.Tensor,
 ) -> None:
@@ -232,11 +233,12 @@ def attend_singles(
         singles.partial,
         singles.statistics,
         singles.arrivals,
-        shape.head_dim**-0.5 * _LOG2_E,
+        shape.head_dim**-0.5 * _LOG2_E * layer.k_scale,
+        layer.v_scale,
         q.stride(0),
         block_table.stride(0),
         singles.num_splits,
-        window,
+        layer.window,
         shape.num_kv_heads,
         shape.group,
         shape.head_dim,

@@ -4,23 +4,24 @@ from __future__ import annotations
 
 import torch
 
+from pagetide.ops.gpu.choices import Choices
+from pagetide.ops.gpu.dequantize import dequantize
+from pagetide.ops.gpu.matmul import GpuProduct, on_device
 from pagetide.ops.gpu.norm import add_rms_norm
 from pagetide.ops.layers import EmbeddingWeights
 
 
 class GpuEmbedding:
-    """Embedding whose logits leave the matrix product in float32."""
+    """Embedding whose logits leave the matrix product in float32. dtype: of activations."""
 
-    def __init__(self, weights: EmbeddingWeights):
-        self._weights = weights
-        self._embedding = weights.embedding.dense()
-        self._head = self._embedding if weights.head is None else weights.head.dense()
+    def __init__(self, choices: Choices, dtype: torch.dtype, weights: EmbeddingWeights):
+        self._norm, self._eps, self._dtype = weights.norm, weights.eps, dtype
+        head = weights.embedding if weights.head is None else weights.head
+        self._head = GpuProduct(choices, head, None, dtype, torch.float32)
+        self._table = self._head.weight if weights.head is None else on_device(weights.embedding)[0]
 
     def embed(self, ids: torch.Tensor) -> torch.Tensor:
-        return self._embedding[ids]
+        return dequantize(self._table, self._dtype, ids)
 
     def logits(self, residual: torch.Tensor) -> torch.Tensor:
-        normed = add_rms_norm(None, residual, self._weights.norm, self._weights.eps)
-        if self._head.dtype is torch.float32 or normed.device.type == "cpu":
-            return torch.mm(normed, self._head.T).float()
-        return torch.mm(normed, self._head.T, out_dtype=torch.float32)
+        return self._head(add_rms_norm(None, residual, self._norm, self._eps))

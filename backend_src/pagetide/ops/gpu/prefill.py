@@ -10,7 +10,7 @@ import torch
 import triton
 import triton.language as tl
 
-from pagetide.ops.attention import HeadShape
+from pagetide.ops.attention import HeadShape, LayerAttention
 from pagetide.ops.gpu.device import dim_block
 
 _LOG2_E = 1.4426950408889634
@@ -106,6 +106,7 @@ def _prefill(
     tiles,
     out,
     scale,
+    value_scale,
     q_stride,
     table_stride,
     WINDOW: tl.constexpr,
@@ -153,7 +154,7 @@ def _prefill(
         queries, result, highest, total, kv, table, kv_head, position, scale, whole, length, length,
         True, WINDOW, KV_HEADS, HEAD_DIM, BLOCK_SIZE, TILE, DIM_BLOCK,
     )  # fmt: skip
-    result = result / tl.where(total > 0, total, 1.0)[:, None]
+    result = result * (value_scale / tl.where(total > 0, total, 1.0))[:, None]
     target = out + token[:, None] * KV_HEADS * GROUP * HEAD_DIM + head[:, None] * HEAD_DIM + dim[None, :]
     tl.store(target, result.to(out.dtype.element_ty), mask=inside)
 
@@ -172,7 +173,7 @@ def attend_chunks(
     q: torch.Tensor,
     kv: torch.Tensor,
     block_table: torch.Tensor,
-    window: int,
+    layer: LayerAttention,
     tiles: torch.Tensor,
     out: torch.Tensor,
 ) -> None:
@@ -189,10 +190,11 @@ def attend_chunks(
         block_table,
         tiles,
         out,
-        shape.head_dim**-0.5 * _LOG2_E,
+        shape.head_dim**-0.5 * _LOG2_E * layer.k_scale,
+        layer.v_scale,
         q.stride(0),
         block_table.stride(0),
-        window,
+        layer.window,
         shape.num_kv_heads,
         shape.group,
         shape.head_dim,

@@ -8,6 +8,7 @@ import triton.language as tl
 
 from pagetide.ops.attention import HeadShape, LayerAttention
 from pagetide.ops.batch import Batch
+from pagetide.ops.gpu.device import FP8, FP8_MAX
 
 _HEADS = 8  # that a program takes
 
@@ -22,11 +23,14 @@ def _rotate_and_write(
     positions,
     slots,
     eps,
+    k_factor,
+    v_factor,
     HEADS: tl.constexpr,
     KV_HEADS: tl.constexpr,
     HEAD_DIM: tl.constexpr,
     BLOCK_SIZE: tl.constexpr,
     NORMS: tl.constexpr,
+    MOST: tl.constexpr,
     HALF_BLOCK: tl.constexpr,
     HEADS_BLOCK: tl.constexpr,
 ):
@@ -62,6 +66,12 @@ def _rotate_and_write(
     target = kv + ((block * 2 * KV_HEADS + head - HEADS) * BLOCK_SIZE + offset) * HEAD_DIM + at
     is_kept = inside & (head >= HEADS) & (slot >= 0)
     kept_low, kept_high = tl.where(is_value, first, turned_low), tl.where(is_value, second, turned_high)
+    if MOST > 0:  # a larger one would become NaN
+        factor = tl.where(is_value, v_factor, k_factor)
+        kept_low = tl.clamp(kept_low.to(tl.float32) * factor, -MOST, MOST, propagate_nan=tl.PropagateNan.ALL)
+        kept_high = tl.clamp(
+            kept_high.to(tl.float32) * factor, -MOST, MOST, propagate_nan=tl.PropagateNan.ALL
+        )
     tl.store(target, kept_low.to(kv.dtype.element_ty), mask=is_kept)
     tl.store(target + half, kept_high.to(kv.dtype.element_ty), mask=is_kept)
 
@@ -82,11 +92,14 @@ def rotate_and_write(
         batch.positions,
         batch.slot_mapping,
         layer.eps,
+        1 / layer.k_scale,
+        1 / layer.v_scale,
         shape.num_heads,
         shape.num_kv_heads,
         shape.head_dim,
         kv.shape[3],
         layer.q_norm is not None,
+        FP8_MAX if kv.dtype is FP8 else 0.0,
         triton.next_power_of_2(shape.head_dim // 2),
         _HEADS,
         num_warps=2,

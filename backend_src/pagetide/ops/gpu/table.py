@@ -1,4 +1,4 @@
-"""The operations of a GPU: kernels in the Triton language, matrix products by cuBLAS."""
+"""The operations of a GPU: kernels in the Triton language, matrix products by them or by cuBLAS."""
 
 from __future__ import annotations
 
@@ -9,29 +9,31 @@ import torch
 from pagetide.ops import reference
 from pagetide.ops.gpu.activation import silu_mul
 from pagetide.ops.gpu.attention import PagedAttention
+from pagetide.ops.gpu.choices import Choices
 from pagetide.ops.gpu.copies import copy_blocks
 from pagetide.ops.gpu.embedding import GpuEmbedding
 from pagetide.ops.gpu.gather import gather, set_blocks
 from pagetide.ops.gpu.logits import Penalties, edit, mask
+from pagetide.ops.gpu.matmul import make_matmul
 from pagetide.ops.gpu.norm import add_rms_norm
 from pagetide.ops.gpu.sampling import argmax, sample
 from pagetide.ops.layers import ComposedLayers, LayerOps
-from pagetide.ops.plain import torch_matmul
 from pagetide.ops.table import Ops
 
 
-def gpu_layers(dtype: torch.dtype) -> LayerOps:
+def gpu_layers(dtype: torch.dtype, choices: Choices) -> LayerOps:
     """What a layer is made of."""
-    return LayerOps(add_rms_norm, silu_mul, torch_matmul, partial(PagedAttention, dtype))
+    products = partial(make_matmul, choices, dtype)
+    return LayerOps(add_rms_norm, silu_mul, products, partial(PagedAttention, dtype))
 
 
-def make_gpu_ops(dtype: torch.dtype) -> Ops:
-    """Weights, activations and KV all have one type: bfloat16, float16 or float32."""
+def make_gpu_ops(dtype: torch.dtype, choices: Choices) -> Ops:
+    """dtype: of activations, queries, and all that is not quantized: bfloat16, float16 or float32."""
     return Ops(
         can_record=True,
         gather=gather,
-        make_embedding=GpuEmbedding,
-        make_layers=partial(ComposedLayers, gpu_layers(dtype)),
+        make_embedding=partial(GpuEmbedding, choices, dtype),
+        make_layers=partial(ComposedLayers, gpu_layers(dtype, choices)),
         argmax=argmax,
         sample=sample,
         penalize=Penalties(),

@@ -1,0 +1,105 @@
+"""Matrix products of a GPU, each by the way that is fastest for its form, sizes and number of rows."""
+
+from __future__ import annotations
+
+from bisect import bisect_left
+
+import torch
+
+from pagetide.ops.batch import Batch
+from pagetide.ops.gpu.choices import Choices, Way
+from pagetide.ops.gpu.dequantize import dequantize, rows_to_fp8, streamed
+from pagetide.ops.gpu.device import FP8, multiplies_fp8
+from pagetide.ops.gpu.few_rows import Streamed, arrivals_for, multiply_few_rows
+from pagetide.ops.layers import Affine, Matmul
+from pagetide.ops.weights import DenseWeight, Fp8Weight, Weight
+
+ROWS = (16, 32, 64, 128, 256, 1024)  # a way is chosen for up to so many each; the last for more, too
+_FEW = 256  # rows up to which codes stream, where nothing has been measured
+
+
+class GpuProduct:
+    """x @ weight.T + bias: [t, in] -> [t, out] of the given type. dtype: of x."""
+
+    def __init__(
+        self,
+        choices: Choices,
+        weight: Weight,
+        bias: torch.Tensor | None,
+        dtype: torch.dtype,
+        result: torch.dtype | None = None,
+    ):
+        self.weight, can_stream = on_device(weight)
+        self._bias, self._dtype, self._result = bias, dtype, result or dtype
+        self._arrivals = arrivals_for(self.weight.outputs, ROWS[-1], self.weight.values.device)
+        self._ways = [self._way(choices, rows, can_stream) for rows in ROWS]
+
+    def __call__(self, x: torch.Tensor) -> torch.Tensor:
+        return self._ways[min(bisect_left(ROWS, len(x)), len(ROWS) - 1)](x)
+
+    def _way(self, choices: Choices, rows: int, can_stream: bool) -> Way:
+        """What is taken for so many rows."""
+        weight = self.weight
+        ways: dict[str, Way] = {"library": self.by_library}
+        if can_stream:
+            ways["streaming"] = self.by_streaming
+        if self._can_round():
+            ways["rounding"] = self.by_rounding
+        unmeasured = "streaming" if can_stream and weight.scales is not None and rows <= _FEW else "library"
+        kind = str(weight.values.dtype).removeprefix("torch.") + (" packed" if weight.is_packed else "")
+        key = f"{rows} rows, {weight.outputs} x {weight.inputs} {kind} in {weight.groups} groups"
+        return choices.fastest(key, ways, unmeasured, lambda: self._any_rows(rows))
+
+    def _any_rows(self, rows: int) -> torch.Tensor:
+        return torch.randn(rows, self.weight.inputs, dtype=self._dtype, device=self.weight.values.device)
+
+    def _can_round(self) -> bool:
+        """Whether the library multiplies FP8 by FP8, a scale for each row and output."""
+        weight = self.weight
+        is_whole = weight.outputs % 16 == 0 and weight.inputs % 16 == 0 and weight.groups == 1
+        return weight.values.dtype is FP8 and is_whole and self._dtype is self._result is torch.bfloat16
+
+    def by_streaming(self, x: torch.Tensor) -> torch.Tensor:
+        return multiply_few_rows(x, self.weight, self._bias, self._arrivals, self._result)
+
+    def by_library(self, x: torch.Tensor) -> torch.Tensor:
+        """As it is, or written out for this product."""
+        values = dequantize(self.weight, self._dtype)
+        if self._result is self._dtype or x.device.type == "cpu":
+            return torch.nn.functional.linear(x, values, self._bias).to(self._result)
+        product = torch.mm(x, values.T, out_dtype=self._result)
+        return product if self._bias is None else product.add_(self._bias)
+
+    def by_rounding(self, x: torch.Tensor) -> torch.Tensor:
+        assert self.weight.scales is not None
+        values, scales = rows_to_fp8(x)
+        return torch._scaled_mm(
+            values,
+            self.weight.values.T,
+            scale_a=scales,
+            scale_b=self.weight.scales.T,
+            bias=self._bias,
+            out_dtype=self._result,
+        )
+
+
+def on_device(weight: Weight) -> tuple[Streamed, bool]:
+    """A matrix as the kernels read it, and whether they can multiply it: where its sizes, or the device, do
+    not allow it, it becomes dense.
+    """
+    if isinstance(weight, Fp8Weight) and not multiplies_fp8(weight.values.device):
+        weight = DenseWeight(weight.dense())
+    try:
+        return streamed(weight), True
+    except ValueError:
+        return Streamed(weight.dense().contiguous(), None, None, weight.shape[1]), False
+
+
+def make_matmul(choices: Choices, dtype: torch.dtype, affine: Affine) -> Matmul:
+    """LayerOps.make_matmul of a GPU."""
+    product = GpuProduct(choices, affine.weight, affine.bias, dtype)
+
+    def matmul(x: torch.Tensor, batch: Batch) -> torch.Tensor:
+        return product(x)
+
+    return matmul
