@@ -66,10 +66,10 @@ def divergence(full: np.ndarray, own: np.ndarray) -> np.ndarray:
 
 
 def settings_of(name: str) -> dict[str, str]:
-    """Of a row: a quantization, a KV cache dtype, or both (`w4a8+kv-int8`); a directory is a checkpoint that
-    has been quantized already, served as it is.
+    """Of a row: a quantization, a KV cache dtype, or both (`w4a8+kv-int8`); with a slash, the directory of a
+    checkpoint that has been quantized already, served as it is.
     """
-    if Path(name).is_dir():
+    if "/" in name:
         return {"model": name}
     settings = {}
     for part in name.split("+"):
@@ -125,11 +125,11 @@ def measure(settings: list[str], model: str) -> dict[str, dict[str, float]]:
     found: dict[str, dict[str, float]] = {}
     with tempfile.TemporaryDirectory() as folder:
         for setting in tqdm(["none", *(each for each in settings if each != "none")], unit="setting"):
-            name = Path(setting).name
             command = [sys.executable, __file__, "--run-one", setting, "--model", model]
-            subprocess.run([*command, "--target", f"{folder}/{name}.npz"], check=True)
-            with np.load(f"{folder}/none.npz") as full, np.load(f"{folder}/{name}.npz") as own:
-                found[name] = compare(full, own)
+            target = f"{folder}/{len(found)}.npz"
+            subprocess.run([*command, "--target", target], check=True)
+            with np.load(f"{folder}/0.npz") as full, np.load(target) as own:
+                found[setting] = compare(full, own)
     return found
 
 

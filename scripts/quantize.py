@@ -1,5 +1,5 @@
 """Writes a model with matrices of 4 or 8 bits, as a compressed-tensors checkpoint, which vLLM and
-transformers read as well: each input's weights are rounded in turn, and those that follow make up for the
+transformers know as well: each input's weights are rounded in turn, and those that follow make up for the
 error, as far as a sample of text shows what they are multiplied with (GPTQ, arXiv:2210.17323).
 
 The sample is a text file, or else what the model itself says after random first tokens (as in LLM-QAT,
@@ -37,6 +37,7 @@ SAMPLES, LENGTH = 128, 256  # sequences, and tokens of each
 SHRINKS = (1.0, 0.95, 0.9, 0.85, 0.8)  # what a group's largest weight may be cut to
 DAMPING = 0.01  # of the mean of what inputs' squares are, added to all
 BLOCK = 128  # inputs whose errors are handed on together
+GROUPS = (32, 64, 128)  # inputs of a scale, of which other engines have kernels
 COPIED = (".json", ".jinja", ".txt", ".model")  # how names of a tokenizer's and a configuration's files end
 
 
@@ -211,13 +212,14 @@ def check(model: Path, codes: Codes) -> None:
     config = json.loads((model / "config.json").read_text(encoding="utf-8"))
     if "quantization_config" in config:
         raise SystemExit(f"{model} is quantized already; give the checkpoint that it was made of")
-    for name in ("hidden_size", "intermediate_size"):
-        if config[name] % codes.group:
-            possible = [size for size in (128, 64, 32, 16) if config[name] % size == 0]
-            raise SystemExit(
-                f"{name} is {config[name]}, which are no whole groups of {codes.group}; possible: "
-                f"{', '.join(map(str, possible)) or 'none'}"
-            )
+    hidden, heads = config["hidden_size"], config["num_attention_heads"]
+    inputs = (hidden, heads * (config.get("head_dim") or hidden // heads), config["intermediate_size"])
+    possible = [group for group in GROUPS if not any(size % group for size in inputs)]
+    if codes.group not in possible:
+        raise SystemExit(
+            f"the matrices have {', '.join(map(str, sorted(set(inputs))))} inputs, which are no whole groups "
+            f"of {codes.group}; possible: {', '.join(map(str, possible)) or 'none'}"
+        )
 
 
 def main() -> int:
@@ -227,7 +229,7 @@ def main() -> int:
     parser.add_argument("folder", type=Path, help="that is made")
     parser.add_argument("--model", default="", help="as the setting of this name")
     parser.add_argument("--bits", type=int, choices=(4, 8), default=4)
-    parser.add_argument("--group", type=int, choices=(16, 32, 64, 128), default=128, help="inputs of a scale")
+    parser.add_argument("--group", type=int, choices=GROUPS, default=128, help="inputs of a scale")
     parser.add_argument("--samples", type=int, default=SAMPLES, help=f"sequences of {LENGTH} tokens")
     parser.add_argument("--text", type=Path, help="the sample; without: what the model itself says")
     parser.add_argument("--nearest", action="store_true", help="no sample: round to the nearest")

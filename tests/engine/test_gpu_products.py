@@ -63,7 +63,7 @@ WAYS = ("library", "streaming", "rounding")
     st.sampled_from(WAYS),
     st.sampled_from([1, 50, 64, 130]),
     st.sampled_from([16, 32, 48, 64, 96, 128, 384, 2048]),
-    st.sampled_from([1, 3, 16, 17, 40, 70]),
+    st.sampled_from([0, 1, 3, 16, 17, 40, 70]),
     st.sampled_from(DTYPES),
     st.booleans(),
     st.booleans(),
@@ -196,9 +196,31 @@ def test_a_way_that_is_wrong_or_fails_is_not_taken(caplog):
     ways = {**clock.ways(), "fails": fails}
     found = Choices(None, clock).fastest("one", ways, "wrong", lambda: torch.ones(2))
     assert found is ways["library"] and clock.asked == 1
-    assert "wrong is not taken, since it is 1 off" in caplog.text and "out of resource" in caplog.text
+    assert (
+        "wrong is not taken, since it is 1.41 of 1.41 off" in caplog.text and "out of resource" in caplog.text
+    )
     with pytest.raises(RuntimeError, match="out of resource"):
         Choices(None, clock).fastest("two", {"fails": fails, **clock.ways()}, "wrong", lambda: torch.ones(2))
+
+
+def test_a_matrix_of_zeros_is_measured_too(caplog):
+    clock = Clock(library=3.0, fast=1.0)
+    ways = clock.ways()
+    assert Choices(None, clock).fastest("one", ways, "library", lambda: torch.zeros(2)) is ways["fast"]
+    assert not caplog.records
+
+
+def test_heads_never_write_themselves_out_for_many_rows():
+    class Slow(Choices):
+        def fastest(self, key, ways, unmeasured, make_x):
+            assert int(key.split()[0]) <= 256
+            return ways["library"]
+
+    weight = quantize(torch.randn(40, 64).to(DEVICE), 8)
+    head = GpuProduct(Slow(), weight, None, torch.float32, torch.float16)
+    x = torch.randn(600, 64).to(DEVICE)
+    torch.testing.assert_close(head(x), (x @ weight.dense().T).half(), atol=0.02, rtol=0.01)
+    assert head._ways[-1] == head.by_streaming
 
 
 def test_what_is_measured_without_a_place_is_used_all_the_same(tmp_path, caplog):

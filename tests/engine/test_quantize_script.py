@@ -69,7 +69,7 @@ def test_the_embedded_model_from_the_command_line(tmp_path):
     text.write_text("")
     made = tmp_path / "made"
     for arguments, message in (
-        (["--group", "128"], "hidden_size is 576, which are no whole groups of 128; possible: 64, 32, 16"),
+        (["--group", "128"], "576, 1536 inputs, which are no whole groups of 128; possible: 32, 64"),
         (["--group", "64", "--text", str(text)], "is empty"),
     ):
         refused = quantize(str(made), *arguments)

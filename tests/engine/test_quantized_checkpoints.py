@@ -222,6 +222,14 @@ def test_fp8_checkpoints(tmp_path):
             found.dense().float(), layer.get_submodule(module).weight, atol=0, rtol=2**-8
         )
     assert forms == {Fp8Weight, DenseWeight}, "blocks that are not whole have no kernel"
+    # A head as well.
+    size = tensors["model.embed_tokens.weight"].shape
+    tensors["lm_head.weight"] = torch.randn(size).clamp(-400, 400).to(torch.float8_e4m3fn)
+    tensors["lm_head.weight_scale"] = torch.full((size[0], 1), 0.03)
+    save_file(tensors, tmp_path / "model.safetensors")
+    with torch.no_grad():
+        model.lm_head.weight.copy_(tensors["lm_head.weight"].float() * 0.03)
+    assert divergence(expected_logprobs(model), own_logprobs(tmp_path)).max() < 0.02
 
 
 @pytest.mark.parametrize("form", ["gptq", "compressed"])

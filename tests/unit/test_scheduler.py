@@ -336,6 +336,43 @@ def test_who_wants_many_rows_keeps_nobody_waiting_and_is_not_overtaken_for_ever(
     assert small.blocks.num_used == 0
 
 
+def test_those_who_give_way_do_so_once_and_for_all():
+    """Rows that an overtaker will want for its samples count as well, or the others would come and go."""
+    small = SmallEngine(
+        num_blocks=2000, max_num_seqs=8, max_model_len=4000, max_num_batched_tokens=MAX_REPORTED + 64
+    )
+    for number in (1, 2):
+        small.add(number, [number], max_tokens=2)
+    small.step()
+    small.add(3, [3], max_tokens=5, n=7)
+    prompt = [i % 50 for i in range(6 * MAX_REPORTED)]  # as long as it runs, the budget has room for others
+    small.add(4, prompt, max_tokens=2, n=4, prompt_logprobs=0)
+    for number in (5, 6):
+        small.add(number, [number], max_tokens=30)
+    small.run()
+    assert small.scheduler.counters.preemptions == 3
+    assert [len(small.tokens(3, index)) for index in range(7)] == [5] * 7
+    assert small.tokens(5) == expected_tokens([5], 30, 0) and small.blocks.num_used == 0
+
+
+@pytest.mark.parametrize("ahead", [0, 1], ids=["before it", "of a higher priority"])
+def test_overtakers_give_way_to_all_whom_they_have_passed(ahead):
+    """Also if the one who was first in line then has gone."""
+    small = SmallEngine(num_blocks=400)
+    small.add(1, [1], max_tokens=6)
+    small.step()
+    for number, priority in ((2, 1 - ahead), (3, 1)):
+        small.add(number, [number], max_tokens=5, n=4, priority=priority)
+    for number in (4, 5, 6):
+        small.add(number, [number], max_tokens=32, priority=1)
+    small.step()
+    small.engine.cancel([2])
+    small.run_until(lambda: bool(small.reason(3)))
+    assert not any(small.reason(number) for number in (4, 5, 6))
+    small.run()
+    assert small.tokens(6) == expected_tokens([6], 32, 0)
+
+
 def test_prompts_with_different_salts_share_no_blocks():
     small = SmallEngine()
     for number, salt in enumerate(("", "a", "b", "a")):

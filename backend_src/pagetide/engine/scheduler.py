@@ -167,20 +167,25 @@ class Scheduler:
         return self._settings.batching == "continuous" or self._batch_is_open or not self.running
 
     def _give_way(self) -> bool:
-        """Preempts those who have overtaken the first in line where their rows are what he lacks. True if any
-        had to.
+        """Preempts those who have overtaken the first in line, the last of them first, where he fits in their
+        place. True if any had to.
         """
         first = next((sequence for sequence in self.waiting if sequence.can_run), None)
         if first is None or (num_rows := num_rows_for(first)) == 1:
             return False
-        number = first.request.number
-        overtakers = [sequence for sequence in self.running if sequence.group.overtook == number]
-        others = [sequence for sequence in self.running if sequence.group.overtook != number]
-        num_lacking = num_rows + num_promised_rows(others) - self.queues.num_free_rows
-        if not 0 < num_lacking <= len(overtakers):
+        number, running = first.request.number, self.running
+        overtakers = [sequence for sequence in running if number in sequence.group.overtook]
+        others = [sequence for sequence in running if number not in sequence.group.overtook]
+
+        def fits(left: list[Sequence]) -> bool:
+            """Beside those who are left."""
+            num_free = self.queues.num_free_rows + len(running) - len(left)
+            return num_rows + num_promised_rows(left) <= num_free
+
+        if not overtakers or fits(running) or not fits(others):
             return False
-        for sequence in overtakers[-num_lacking:]:
-            self._preempt(sequence)
+        while not fits(running):
+            self._preempt(overtakers.pop())
         return True
 
     def _continue(self, step: PlanBuilder, sequence: Sequence) -> None:
@@ -196,7 +201,7 @@ class Scheduler:
 
     def _admit_waiting(self, step: PlanBuilder) -> None:
         at, num_promised = 0, num_promised_rows(self.running)
-        first: Sequence | None = None  # in line of those who lack rows
+        lacking: frozenset[int] = frozenset()  # numbers of those before it who lack rows
         while at < len(self.waiting) and (num_rows := self.queues.num_free_rows - num_promised) > 0:
             sequence = self.waiting[at]
             if not sequence.can_run:
@@ -204,13 +209,13 @@ class Scheduler:
                 at += 1
                 continue
             if num_rows < num_rows_for(sequence):
-                first = first or sequence
+                lacking |= {sequence.request.number}
                 at += 1
                 continue
             if not self._admit(step, sequence):
                 return  # who lacks blocks stops those behind: these would only take them
             del self.waiting[at]
-            sequence.group.overtook = None if first is None else first.request.number
+            sequence.group.overtook = lacking
             if sequence.followers or sequence.group.is_beam_search:
                 num_promised = num_promised_rows(self.running)
 

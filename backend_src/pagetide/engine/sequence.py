@@ -73,7 +73,7 @@ class SequenceGroup:
     num_prompt_reported: prompt tokens whose successor's log-probability, or whose logits, have been asked
         for (see StepPlan); prompt_scores, context_logits: what came.
     reasons, num_generated: of the answers that have ended, for the journal.
-    overtook: the number of the request that was first in line when this one was admitted past it.
+    overtook: numbers of the requests that lacked rows when this one was admitted past them.
     """
 
     request: Request
@@ -96,7 +96,7 @@ class SequenceGroup:
     context_logits: list[np.ndarray] = field(default_factory=list)
     reasons: list[str] = field(default_factory=list)
     num_generated: int = 0
-    overtook: int | None = None
+    overtook: frozenset[int] = frozenset()
     params: SamplingParams = field(init=False)
     is_beam_search: bool = field(init=False)
     streams: bool = field(init=False)

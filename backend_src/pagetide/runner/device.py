@@ -157,6 +157,7 @@ class CudaDevice:
         return graph.replay, result
 
     def kv_cache_bytes(self, settings: Settings) -> int:
+        torch.cuda.empty_cache()  # of what loading has used for a while
         free, _ = torch.cuda.mem_get_info(self.torch_device)
         return int(free * settings.gpu_memory_fraction)
 

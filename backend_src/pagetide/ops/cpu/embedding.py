@@ -90,6 +90,6 @@ def _packed_head(weight: Weight, keep: Keeper) -> Packed:
     def make() -> Arrays:
         if isinstance(weight, QuantizedWeight):
             return join_codes([pack_codes(weight)])._asdict()
-        return packed_dense(as_numpy(pack(weight.values))[None])._asdict()
+        return packed_dense(as_numpy(pack(weight.dense()))[None])._asdict()
 
     return Packed(**keep("head", make))

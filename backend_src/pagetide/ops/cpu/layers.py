@@ -305,7 +305,7 @@ def _packed(layer: LayerWeights) -> Iterator[tuple[str, torch.Tensor | Quantized
 
 def _pack(weight: Weight) -> torch.Tensor | QuantizedWeight:
     """Codes are packed by stack(), since layers may have different ones."""
-    return weight if isinstance(weight, QuantizedWeight) else pack(weight.values)
+    return weight if isinstance(weight, QuantizedWeight) else pack(weight.dense())
 
 
 def _floats(values: torch.Tensor | None) -> torch.Tensor:

@@ -15,7 +15,7 @@ from pagetide.ops.layers import Affine, Matmul
 from pagetide.ops.weights import DenseWeight, Fp8Weight, Weight
 
 ROWS = (16, 32, 64, 128, 256, 1024)  # a way is chosen for up to so many each; the last for more, too
-_FEW = 256  # rows up to which codes stream, where nothing has been measured
+_FEW = 256  # rows that stream at a time; where nothing has been measured, codes do up to there
 
 
 class GpuProduct:
@@ -31,10 +31,12 @@ class GpuProduct:
     ):
         self.weight, can_stream = on_device(weight)
         self._bias, self._dtype, self._result = bias, dtype, result or dtype
-        self._arrivals = arrivals_for(self.weight.outputs, ROWS[-1], self.weight.values.device)
+        self._arrivals = arrivals_for(self.weight.outputs, _FEW, self.weight.values.device)
         self._ways = [self._way(choices, rows, can_stream) for rows in ROWS]
 
     def __call__(self, x: torch.Tensor) -> torch.Tensor:
+        if not len(x):  # a step in which no prompt has come to its end
+            return torch.empty((0, self.weight.outputs), dtype=self._result, device=x.device)
         return self._ways[min(bisect_left(ROWS, len(x)), len(ROWS) - 1)](x)
 
     def _way(self, choices: Choices, rows: int, can_stream: bool) -> Way:
@@ -45,9 +47,15 @@ class GpuProduct:
             ways["streaming"] = self.by_streaming
         if self._can_round():
             ways["rounding"] = self.by_rounding
-        unmeasured = "streaming" if can_stream and weight.scales is not None and rows <= _FEW else "library"
-        kind = str(weight.values.dtype).removeprefix("torch.") + (" packed" if weight.is_packed else "")
-        key = f"{rows} rows, {weight.outputs} x {weight.inputs} {kind} in {weight.groups} groups"
+        is_head = self._result is not self._dtype
+        streams = can_stream and weight.scales is not None and (rows <= _FEW or is_head)
+        unmeasured = "streaming" if streams else "library"
+        if is_head and rows > _FEW:
+            # Of a head, which seldom sees so many; written out it would take a gigabyte.
+            return ways[unmeasured]
+        types = " ".join(map(str, (self._dtype, weight.values.dtype, self._result))).replace("torch.", "")
+        size = f"{weight.outputs} x {weight.inputs}{' packed' if weight.is_packed else ''}"
+        key = f"{rows} rows, {size} in {weight.groups} groups, {types}"
         return choices.fastest(key, ways, unmeasured, lambda: self._any_rows(rows))
 
     def _any_rows(self, rows: int) -> torch.Tensor:
@@ -60,7 +68,11 @@ class GpuProduct:
         return weight.values.dtype is FP8 and is_whole and self._dtype is self._result is torch.bfloat16
 
     def by_streaming(self, x: torch.Tensor) -> torch.Tensor:
-        return multiply_few_rows(x, self.weight, self._bias, self._arrivals, self._result)
+        parts = [
+            multiply_few_rows(part, self.weight, self._bias, self._arrivals, self._result)
+            for part in x.split(_FEW)
+        ]
+        return parts[0] if len(parts) == 1 else torch.cat(parts)
 
     def by_library(self, x: torch.Tensor) -> torch.Tensor:
         """As it is, or written out for this product."""
