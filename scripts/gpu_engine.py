@@ -156,7 +156,8 @@ def measure_steps(scale: Scale) -> Rows:
 def measure_quantized(scale: Scale) -> Rows:
     """The same of the largest model with quantized weights and cache."""
     forms = quantized(scale)
-    return [{"form": form, **row} for form in forms for row in steps_of(scale, scale.models[-1], forms[form])]
+    names = list(forms) if scale.is_gpu else list(forms)[-1:]
+    return [{"form": form, **row} for form in names for row in steps_of(scale, scale.models[-1], forms[form])]
 
 
 def steps_of(scale: Scale, name: str, form: Form) -> Rows:

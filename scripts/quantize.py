@@ -106,11 +106,11 @@ def own_words(model: Path, count: int, length: int) -> list[list[int]]:
 
 def tokens_of(text: Path, model: Path, count: int, length: int) -> list[list[int]]:
     """The first of a text's tokens, cut into sequences. Raises SystemExit where there is none."""
-    ids = AutoTokenizer.from_pretrained(model)(text.read_text(encoding="utf-8"))["input_ids"]
-    found = [ids[at : at + length] for at in range(0, len(ids), length)][:count]
-    if not found:
+    read = text.read_text(encoding="utf-8")
+    if not read.strip():
         raise SystemExit(f"{text} is empty: give a text of some pages, like what the model will read")
-    return found
+    ids = AutoTokenizer.from_pretrained(model)(read)["input_ids"]
+    return [ids[at : at + length] for at in range(0, len(ids), length)][:count]
 
 
 def first_inputs(model: Any, sample: list[list[int]]) -> list[tuple[tuple[Any, ...], dict[str, Any]]]:

@@ -2,8 +2,8 @@
 that are killed, for as long as you like: every answer is compared with what the engine alone, without a
 server, says to the same request.
 
-It begins with each request in every way. Afterwards nothing may run and no block be used; memory,
-descriptors and threads must not have grown.
+It begins with each request in every way. It must never stand still. Afterwards nothing may run and no block
+be used; memory, descriptors and threads must not have grown.
 
 python scripts/soak.py [--seconds 900] [--clients 8] [--requests 200] [--kill-every 120] [--seed 0]
 """
@@ -45,6 +45,7 @@ SETTINGS = {"cache_dir": str(ROOT / ".cache"), "num_blocks": 600, "max_model_len
 INTERRUPTED = re.compile(r"the engine (failed while|is not running)")
 INTERRUPTED_S = 60.0  # after a kill
 SAMPLE_S = 5.0
+STILL_S = 30.0  # in which some client must have been answered; a killed engine is back long before
 MIN_SAMPLES = 12  # fewer say nothing about growth
 # What depends on the clock, or is another answer in a stream.
 LEFT_OUT = {"timeout_ms", "timeout", "exclude_input_in_output", "echo"}
@@ -333,7 +334,8 @@ class Soak:
     def _sample(self) -> dict[str, float]:
         """Of all processes but the engine, which is another one after each kill: its memory apart."""
         gateway = gateway_of(self._server.folder)
-        found: Counter[str] = Counter({"at": int(time.monotonic())})
+        answers = sum(self._report.outcomes[way] for way in Asker.plain_ways)
+        found: Counter[str] = Counter({"at": int(time.monotonic()), "answers": answers})
         for process in [*self._server.processes(), *([gateway] if gateway else [])]:
             try:
                 megabytes = process.memory_info().rss / 2**20
@@ -363,6 +365,18 @@ def judge_growth(samples: list[dict[str, float]], report: Report) -> None:
         print(f"{name}: {values[0]:.0f} to {values[-1]:.0f}, {slope * 3600:+.1f} an hour")
         if slope * (times[-1] - times[0]) > GROWTH.get(name, float("inf")):
             report.fail(f"{name} grow", None, values.tolist())
+
+
+def judge_standstills(samples: list[dict[str, float]], report: Report) -> None:
+    """The longest time in which nobody was answered."""
+    longest, since = 0.0, samples[0]
+    for sample in samples:
+        if sample["answers"] != since["answers"]:
+            since = sample
+        longest = max(longest, sample["at"] - since["at"])
+    print(f"longest time without an answer: {longest:.0f} s")
+    if longest > STILL_S:
+        report.fail("the server stood still", None, longest)
 
 
 def main() -> int:
@@ -405,6 +419,8 @@ def run(seconds: float, num_clients: int, num_requests: int, kill_every: float, 
         soak.run(seconds, num_clients, kill_every)
         fuzz.wait_until_idle(server.address, report)
         judge_growth(soak.samples, report)
+        if soak.samples:
+            judge_standstills(soak.samples, report)
     finally:
         if not server.stop():
             report.fail("the server did not stop by itself", None, None)
