@@ -11,6 +11,8 @@ import pytest
 from context_runner import VOCABULARY, expected_tokens, logits_after
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from pagetide.engine import scheduler as scheduler_module
+from pagetide.engine.admissions import num_rows_for
 from pagetide.engine.blocks import BlockManager
 from pagetide.engine.groups import _seed_of_sample
 from pagetide.engine.plan_builder import MAX_REPORTED
@@ -371,6 +373,25 @@ def test_overtakers_give_way_to_all_whom_they_have_passed(ahead):
     assert not any(small.reason(number) for number in (4, 5, 6))
     small.run()
     assert small.tokens(6) == expected_tokens([6], 32, 0)
+
+
+def test_a_step_does_not_look_past_all_who_lack_rows(monkeypatch):
+    """The queue may hold thousands of them, and each step would."""
+    looked_at: list[int] = []
+
+    def num_rows(sequence):
+        looked_at.append(sequence.request.number)
+        return num_rows_for(sequence)
+
+    monkeypatch.setattr(scheduler_module, "num_rows_for", num_rows)
+    small = SmallEngine(num_blocks=200)
+    small.add(0, [1], max_tokens=30)
+    small.step()
+    for number in range(1, 501):
+        small.add(number, [number % 50], max_tokens=2, n=4)
+    looked_at.clear()
+    small.step()
+    assert len(looked_at) <= 2 * scheduler_module._MOST_PASSED
 
 
 def test_prompts_with_different_salts_share_no_blocks():

@@ -211,13 +211,12 @@ def _read_checkpoint(
 def _dtypes(settings: Settings, device: Device) -> tuple[torch.dtype, torch.dtype]:
     """Of the model and of its KV cache. Raises SettingsError for what the device has no kernels for."""
     is_cpu = device.torch_device.type == "cpu"
-    has_fp8 = settings.ops == "reference" or (device.has_fp8 and (settings.ops == "triton" or not is_cpu))
-    if settings.quantization == "fp8" and not has_fp8:
+    if settings.quantization == "fp8" and not _takes_fp8(settings, device):
         raise SettingsError(
             "quantization is fp8, which needs the kernels of a GPU of compute capability 8.9 or more; use "
             "w8a16, which all have"
         )
-    if settings.kv_cache_dtype == "fp8" and not has_fp8:
+    if settings.kv_cache_dtype == "fp8" and not _takes_fp8(settings, device):
         raise SettingsError(
             "kv_cache_dtype is fp8, which needs the kernels of a GPU of compute capability 8.9 or more; use "
             "auto, or int8 on a CPU"
@@ -230,6 +229,17 @@ def _dtypes(settings: Settings, device: Device) -> tuple[torch.dtype, torch.dtyp
         raise SettingsError("dtype is float16, which needs a GPU; on a CPU use bfloat16 or float32")
     dtype = torch.bfloat16 if settings.dtype == "auto" else getattr(torch, settings.dtype)
     return dtype, {"auto": dtype, "int8": torch.uint8, "fp8": torch.float8_e4m3fn}[settings.kv_cache_dtype]
+
+
+def _takes_fp8(settings: Settings, device: Device) -> bool:
+    """Whether the operations that will be chosen do: plain torch's always, and a GPU's kernels on some."""
+    if settings.ops == "reference":
+        return True
+    if settings.ops == "auto" and device.torch_device.type == "cpu":
+        return False
+    from pagetide.ops.gpu.device import multiplies_fp8  # imports the Triton language
+
+    return multiplies_fp8(device.torch_device)
 
 
 def _max_model_len(settings: Settings, config: DecoderConfig, num_blocks: int) -> int:

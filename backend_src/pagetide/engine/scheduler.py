@@ -28,6 +28,8 @@ from pagetide.engine.statistics import Counters, Observations
 from pagetide.runner.plan import NO_TOKEN, StepPlan, StepTokens
 from pagetide.types import Request, RequestError
 
+_MOST_PASSED = 64  # waiting requests that lack rows, which a step looks past: the queue may hold thousands
+
 
 class Scheduler:
     """The sequences of an engine: schedule() makes the next step, commit() takes its tokens.
@@ -202,7 +204,11 @@ class Scheduler:
     def _admit_waiting(self, step: PlanBuilder) -> None:
         at, num_promised = 0, num_promised_rows(self.running)
         lacking: frozenset[int] = frozenset()  # numbers of those before it who lack rows
-        while at < len(self.waiting) and (num_rows := self.queues.num_free_rows - num_promised) > 0:
+        while (
+            at < len(self.waiting)
+            and len(lacking) < _MOST_PASSED
+            and (num_rows := self.queues.num_free_rows - num_promised) > 0
+        ):
             sequence = self.waiting[at]
             if not sequence.can_run:
                 # A preempted beam: its next token is chosen when the others of its search have theirs.

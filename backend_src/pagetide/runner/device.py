@@ -23,7 +23,6 @@ class Device(Protocol):
     activation_dtype: torch.dtype | None  # None: that of the weights
     overlaps: bool  # computes beside the host, not in its place
     records: bool  # record() saves launches
-    has_fp8: bool  # kernels in the Triton language can take FP8
 
     def run(self, function: Callable[..., Result], *args: Any) -> Result:
         """Runs the function where the kernels run, and waits for what it returns."""
@@ -66,7 +65,6 @@ class CpuDevice:
     activation_dtype: torch.dtype | None = torch.float32
     overlaps = False
     records = False
-    has_fp8 = True  # in the interpreter
 
     def __init__(self, num_threads: int, share: tuple[int, int] = (0, 1)):
         self._worker = ThreadPoolExecutor(1, "pagetide-device")
@@ -122,7 +120,6 @@ class CudaDevice:
         self.records = records
         torch.cuda.set_device(index)
         self.torch_device = torch.device("cuda", torch.cuda.current_device())
-        self.has_fp8 = torch.cuda.get_device_capability(index) >= (8, 9)
         self._graphs = torch.cuda.graph_pool_handle()
 
     def run(self, function: Callable[..., Result], *args: Any) -> Result:

@@ -12,6 +12,7 @@ import torch
 import triton
 
 from pagetide.folders import write_whole
+from pagetide.ops.gpu.few_rows import version
 
 log = logging.getLogger("pagetide.ops")
 Way = Callable[[torch.Tensor], torch.Tensor]
@@ -90,8 +91,6 @@ def measured_choices(cache: Path, device: torch.device) -> Choices:
     """
     if device.type != "cuda":
         return Choices()
-    from pagetide.ops.gpu.few_rows import version
-
     name = "-".join(torch.cuda.get_device_name(device).split())
     file = cache / "products" / f"{name}-torch{torch.__version__}-{version()}.json"
     return Choices(file, lambda call: float(triton.testing.do_bench(call, warmup=5, rep=20)))

@@ -33,8 +33,8 @@ def _as_it_is(weight: DenseWeight | Fp8Weight) -> Streamed:
 
 
 def _packed(weight: QuantizedWeight) -> Streamed:
-    """Codes of 8 bits are symmetric and become signed; two of 4 bits share a byte, if a step has two groups
-    or whole ones.
+    """Codes of 8 bits are symmetric and become signed; two of 4 bits share a byte where half a step is wide
+    enough for a product.
     """
     inputs, scales, minima = weight.shape[1], weight.scales.bfloat16(), weight.minima.bfloat16()
     if weight.bits == 8:

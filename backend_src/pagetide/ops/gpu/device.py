@@ -5,7 +5,8 @@ from __future__ import annotations
 import torch
 import triton
 
-FP8, FP8_MAX = torch.float8_e4m3fn, 448.0
+FP8 = torch.float8_e4m3fn
+FP8_MAX = torch.finfo(FP8).max
 
 
 def num_processors(device: torch.device) -> int:
