@@ -75,8 +75,9 @@ def test_products(form, way, outputs, inputs, rows, dtype, has_bias, is_wide):
     x = torch.randn(rows, inputs).to(DEVICE, dtype)
     product = GpuProduct(Only(way), weight, bias, dtype, torch.float32 if is_wide else None)
     expected = x.float() @ weight.dense().float().T + (0 if bias is None else bias.float())
-    for _ in range(2):  # what counts programs is as before
+    for _ in range(2):
         found = product(x)
+        assert not product._arrivals.any(), "the interpreter's programs, one after the other, need no count"
         assert found.dtype is (torch.float32 if is_wide else dtype)
         assert (found.float() - expected).norm() <= {torch.float32: 1e-5}.get(dtype, 0.01) * expected.norm()
 
