@@ -4,6 +4,8 @@ types.
 
 from __future__ import annotations
 
+import math
+
 import numpy as np
 import ops
 import pytest
@@ -461,6 +463,32 @@ def test_noise_depends_on_seed_and_position_only():
     a = draw([1, 2, 3], [5, 5, 5])
     assert draw([3, 1, 2], [5, 5, 5]) == [a[2], a[0], a[1]]
     assert draw([1, 1, 1], [5, 6, 7]) != [a[0]] * 3
+
+
+_LARGEST = float(np.finfo(np.float32).max)
+
+
+@relaxed
+@given(
+    st.lists(
+        st.sampled_from([-_LARGEST, -1.5, -0.0, 0.0, 1e-45, -1e-45, 1.5, _LARGEST, -math.inf])
+        | st.floats(width=32, allow_nan=False, allow_infinity=False),
+        min_size=1,
+        max_size=200,
+    )
+)
+def test_argmax_takes_the_first_of_the_largest_whatever_their_signs(values):
+    logits = torch.tensor([values])
+    expected = int(logits.argmax()) if max(values) > -math.inf else -1
+    assert argmax(logits).tolist() == [expected]
+
+
+@pytest.mark.parametrize("sign", [0, -(2**31)])
+@pytest.mark.parametrize("at", [0, 63, 64, 99])
+def test_argmax_notices_what_is_no_number_of_either_sign(sign, at):
+    logits = torch.randn(2, 100)
+    logits.view(torch.int32)[1, at] = 0x7F800001 + sign
+    assert argmax(logits).tolist() == [int(logits[0].argmax()), -1]
 
 
 @pytest.mark.parametrize("temperature", [0.0, 1.0])

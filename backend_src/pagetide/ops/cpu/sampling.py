@@ -61,22 +61,39 @@ def _sample(num_rows, logits, temperature, top_k, top_p, min_p, seed, position, 
 
 
 @device_function
+def _order(bits):  # type: ignore[no-untyped-def]
+    """A float32's bits as an integer that is larger where the float is: what is no number lies beyond the
+    infinities.
+    """
+    return bits ^ (bits >> np.int32(31) & np.int32(0x7FFFFFFF))
+
+
+_INFINITE = np.int32(0x7F800000)  # _order of infinity
+_MINUS_INFINITE = np.int32(-0x7F800001)
+
+
+@device_function
 def _argmax_row(values):  # type: ignore[no-untyped-def]
     """Where the largest value is; NO_TOKEN if that is not finite, or some value is no number: nothing can
     be said of such a row.
     """
-    # The largest value first, in a loop that the compiler can vectorize; its place second.
-    peak = _MINUS_INFINITY
-    for i in range(values.shape[0]):
-        peak = max(peak, values[i])
-    num_wrong = 0
-    for i in range(values.shape[0]):
-        num_wrong += values[i] != values[i]
-    if num_wrong > 0 or not np.isfinite(peak):
+    # Vectors have no largest of floats that stops at what is no number; of integers they have.
+    bits = values.view(np.int32)
+    most, least = _MINUS_INFINITE, _INFINITE
+    for i in range(bits.shape[0]):
+        most, least = max(most, _order(bits[i])), min(least, _order(bits[i]))
+    if not _MINUS_INFINITE < most < _INFINITE or least < _MINUS_INFINITE:
         return NO_TOKEN
-    for i in range(values.shape[0]):
-        if values[i] == peak:
-            return i
+    peak = np.int32(_order(most)).view(np.float32)
+    for begin in range(0, values.shape[0], _SPAN):
+        end = min(begin + _SPAN, values.shape[0])
+        found = np.int32(0)
+        for i in range(begin, end):
+            found += np.int32(values[i] == peak)
+        if found > 0:
+            for i in range(begin, end):
+                if values[i] == peak:
+                    return i
     return NO_TOKEN
 
 
@@ -147,10 +164,10 @@ def _places_from(values, border):  # type: ignore[no-untyped-def]
     count = 0
     for begin in range(0, size, _SPAN):
         end = min(begin + _SPAN, size)
-        largest = _MINUS_INFINITY
+        found = np.int32(0)
         for i in range(begin, end):
-            largest = max(largest, values[i])
-        if largest >= border:
+            found += np.int32(values[i] >= border)
+        if found > 0:
             for i in range(begin, end):
                 if values[i] >= border:
                     places[count] = i
