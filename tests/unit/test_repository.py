@@ -11,6 +11,7 @@ from pathlib import Path
 
 import make_dashboard
 import pytest
+import try_image
 import yaml
 from make_docs import PAGES, lists, with_lists
 from make_model_configs import configs
@@ -131,6 +132,36 @@ def test_all_that_compose_can_be_told_stands_in_env():
 def test_dockerfiles_please_hadolint(file):
     done = subprocess.run(["hadolint", file], capture_output=True, text=True, env=WITH_VENV)
     assert done.returncode == 0, done.stdout
+
+
+@pytest.mark.parametrize("file", sorted(ROOT.glob("docker/*Dockerfile")), ids=lambda file: file.name)
+def test_images_have_what_they_start(file, tmp_path, monkeypatch):
+    ran = []
+    monkeypatch.setattr(try_image, "_run", lambda image, command: ran.append(command))
+    image = try_image.Image(tmp_path, [])
+    try_image.build(image, file, {"CUPY": ""})
+    assert ran and image.user == "1000:1000" and image.folder == "/opt/pagetide"
+    environment = {"PYTHONPATH": f"{tmp_path}{image.env.get('PYTHONPATH', '')}", **WITH_VENV}
+    for command in (image.entrypoint, image.health):
+        assert command[0] == "python3"
+        if command[1] == "-m":
+            found = [sys.executable, "-c", f"import importlib.util as u; assert u.find_spec({command[2]!r})"]
+            subprocess.run(found, env=environment, cwd=tmp_path, check=True)
+        elif command[1] != "-c":
+            assert (tmp_path / "opt/pagetide" / command[1]).is_file()
+
+
+def test_the_table_of_images_is_what_is_built():
+    table = (ROOT / "docker" / "README.md").read_text().split("<!-- images -->\n")[1].split("\n\n")[0]
+    names, _, *rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in table.splitlines()]
+    built = dict(re.findall(r"^ARG (\w+)=(\S*)", (ROOT / "docker" / "Dockerfile").read_text(), re.M))
+    found = [dict(zip(names, row, strict=True)) for row in rows]
+    assert found[0]["`TRITON_RELEASE`"] == f"{built['TRITON_RELEASE']} (default)"
+    for row in found:
+        assert built["TORCH"] == f"torch=={row['torch']}"
+        assert built["CUPY"].split("==") == row["CuPy"].split()
+        # Of one generation, or one of the two finds no library.
+        assert row["CuPy"].startswith(f"cupy-cuda{row['its CUDA'].split('.')[0]}x")
 
 
 def test_what_compose_mounts_is_there():
