@@ -33,6 +33,7 @@ DEFAULT_PARTS = [
     "prefill",
     "serving",
     "quantized",
+    "transformers",
 ]
 
 
@@ -105,6 +106,11 @@ def parts(options: argparse.Namespace) -> dict[str, Callable[[], Rows]]:
 
         return run
 
+    def beside_transformers() -> Rows:
+        from gpu_transformers import measure_transformers  # what it imports may fail, and no other part then
+
+        return measure_transformers(scale)
+
     measured: dict[str, Callable[[], Rows]] = {
         "limits": partial(gpu_scale.measure_limits, scale),
         "decode-attention": after_limits(partial(gpu_kernels.measure_decode_attention, scale)),
@@ -115,6 +121,7 @@ def parts(options: argparse.Namespace) -> dict[str, Callable[[], Rows]]:
         "prefill": after_limits(partial(gpu_engine.measure_prefill, scale)),
         "serving": after_limits(partial(gpu_engine.measure_serving, scale, options.quick)),
         "quantized": after_limits(partial(gpu_engine.measure_quantized, scale)),
+        "transformers": beside_transformers,
         "decode-attention-fp8": after_limits(
             partial(gpu_kernels.measure_decode_attention, scale, torch.float8_e4m3fn)
         ),

@@ -89,7 +89,7 @@ class IdleDevice:
         result = function()
         return lambda: None, result
 
-    def kv_cache_bytes(self, settings: Settings) -> int:
+    def kv_cache_bytes(self, settings: Settings, try_steps: Callable[[], None]) -> int:
         return 0
 
     def host_cache_bytes(self, settings: Settings) -> int:

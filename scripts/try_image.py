@@ -1,8 +1,9 @@
 """Runs a Dockerfile's steps without Docker, in a clean root file system, and then what the image is for.
 
 The image that it begins with cannot be had without a registry of images: Debian with Python stands in for
-it, so Triton's own files are not there. All else is as in a container: an environment of its own, the image's
-user without rights, a root that is read-only but for /tmp and the image's volumes.
+it, so Triton's own files are not there. As in a container there are an environment of its own, the image's
+user without rights, a root that is read-only but for /tmp and the image's volumes; the network is the
+machine's.
 
 python scripts/try_image.py docker/gateway.Dockerfile [--entrypoint="--triton localhost:8001"]
 [--build-arg CUPY=] [--run "python3 -c ..."] [--bind FOLDER] [--root FOLDER]
@@ -63,11 +64,13 @@ class Image:
         root = shlex.quote(str(self.root))
         steps = [f"mount --bind {root} {root}"]
         for place in self.binds:
-            steps += [f"mkdir -p {root}{place}", f"mount --rbind {place} {root}{place}"]
+            steps.append(f"mkdir -p {root}{place}")
         if is_running:
             steps.append(f"mount -o remount,ro,bind {root}")
             steps += [f"mount --bind {self._volume(place)} {root}{place}" for place in self.volumes]
             steps.append(f"mount -t tmpfs -o mode=1777 tmpfs {root}/tmp")
+        for place in self.binds:
+            steps += [f"mkdir -p {root}{place}", f"mount --rbind {place} {root}{place}"]
         steps += [f"mount --rbind /dev {root}/dev", f"mount -t proc proc {root}/proc"]
         values = [f"{name}={value}" for name, value in env.items()]
         start = ["env", "-i", *values, "/bin/sh", "-c", f"cd {self.folder} && exec {shlex.join(command)}"]
@@ -160,16 +163,22 @@ def make_base(root: Path, suite: str) -> None:
 def running(image: Image, arguments: list[str]) -> Iterator[None]:
     """The image's entrypoint, healthy. Raises BrokenStepError if it does not become so."""
     command = image.inside([*image.entrypoint, *arguments], image.env, is_running=True)
+    health = image.inside(image.health, image.env, is_running=True)
+    if subprocess.run(health, capture_output=True).returncode == 0:
+        raise BrokenStepError(
+            "something else is healthy already where the image would be: the network is one"
+        )
     print(f"\n=== {shlex.join([*image.entrypoint, *arguments])}", flush=True)
     begin, process = time.monotonic(), subprocess.Popen(command)
     try:
-        health = image.inside(image.health, image.env, is_running=True)
         while subprocess.run(health, capture_output=True).returncode:
             if process.poll() is not None or time.monotonic() > begin + HEALTHY_WITHIN_S:
                 raise BrokenStepError(f"not healthy after {time.monotonic() - begin:.0f} s")
             time.sleep(0.5)
         print(f"=== healthy after {time.monotonic() - begin:.1f} s", flush=True)
         yield
+        if process.poll() is not None:
+            raise BrokenStepError("it has ended by itself")
         print(f"=== stopped after {_stop(process):.1f} s", flush=True)
     finally:
         process.kill()

@@ -112,7 +112,11 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
     kv_cache_gb: Annotated[float, Meta(gt=0, description="KV cache on a CPU, in GiB")] = 2.0
     gpu_memory_fraction: Annotated[
         float,
-        Meta(gt=0, le=1, description="share of a GPU's free memory that the KV cache takes after loading"),
+        Meta(
+            gt=0,
+            le=1,
+            description="share of what a GPU has free beside the weights, for KV cache and largest steps",
+        ),
     ] = 0.85
     kv_cache_dtype: Annotated[
         Literal["auto", "int8", "fp8"],

@@ -14,13 +14,13 @@ import pytest
 import torch
 from interpreted import DEVICE
 from models import FAMILIES, greedy, write_model
-from pagetide.config import SettingsError
+from pagetide.config import SettingsError, make_settings
 from pagetide.llm import LLM
 from pagetide.models.config import UnsupportedModelError
 from pagetide.runner import graphs as graphs_module
-from pagetide.runner.device import CpuDevice
+from pagetide.runner.device import CpuDevice, CudaDevice
 from pagetide.runner.graphs import graph_sizes
-from pagetide.runner.runner import warm_up_plan
+from pagetide.runner.runner import Runner, warm_up_plan
 from pagetide.types import SamplingParams
 from safetensors.torch import load_file, save_file
 from transformers import PretrainedConfig
@@ -93,6 +93,66 @@ def test_greedy_tokens_equal_transformers(name, recorder, tmp_path):
     engine.close()
 
 
+def test_the_largest_steps_are_tried_before_the_cache_takes_what_is_left(recorder, monkeypatch, tmp_path):
+    tried, forward = [], Runner._forward
+
+    def note(runner, plan):
+        tried.append((plan.num_tokens, plan.num_sampled))
+        forward(runner, plan)
+
+    def kv_cache_bytes(device, settings, try_steps):
+        with monkeypatch.context() as noting:
+            noting.setattr(Runner, "_forward", note)
+            try_steps()
+        return 2**16
+
+    kind = recorder if DEVICE.type == "cpu" else CudaDevice
+    monkeypatch.setattr(kind, "kv_cache_bytes", kv_cache_bytes)
+    model = write_model(tmp_path, small("qwen3"))
+    sizes = {**SIZES, "num_blocks": 0, "max_num_seqs": 6, "max_num_batched_tokens": 20}
+    engine = LLM(str(tmp_path), device=DEVICE.type, cache_dir=str(tmp_path / "cache"), **sizes)
+    assert (20, 1) in tried and (6, 6) in tried
+    assert engine.generate([[7, 8]], SamplingParams(temperature=0, max_tokens=5))[0].outputs[0].token_ids == (
+        greedy(model, [7, 8], 5)
+    )
+    engine.close()
+
+
+class Memory:
+    """A GPU's, in bytes: 100, of which the weights have 30; a step takes `step` for a while, and leaves 5 to
+    libraries.
+    """
+
+    def __init__(self, step):
+        self.step, self.allocated, self.peak = step, 30, 90
+
+    def try_steps(self):
+        if self.allocated + self.step > 100:
+            raise torch.OutOfMemoryError
+        self.allocated += 5
+        self.peak = max(self.peak, self.allocated + self.step)
+
+    def reset_peak_memory_stats(self, device):
+        self.peak = self.allocated
+
+
+@pytest.mark.parametrize(("step", "left"), [(0, 52), (20, 32), (52, 0), (64, 0), (80, 0)])
+def test_the_cache_gets_what_the_largest_steps_leave(step, left, monkeypatch):
+    memory, device = Memory(step), CudaDevice.__new__(CudaDevice)
+    device.torch_device = torch.device("cuda", 0)
+    monkeypatch.setattr(torch.cuda, "reset_peak_memory_stats", memory.reset_peak_memory_stats)
+    monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda device: memory.peak)
+    monkeypatch.setattr(torch.cuda, "memory_allocated", lambda device: memory.allocated)
+    monkeypatch.setattr(torch.cuda, "empty_cache", lambda: None)
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (100 - memory.allocated, 100))
+    settings = make_settings(gpu_memory_fraction=0.8)
+    if left:
+        assert device.kv_cache_bytes(settings, memory.try_steps) == left
+        return
+    with pytest.raises(SettingsError, match=r"no memory is left .* max_num_batched_tokens"):
+        device.kv_cache_bytes(settings, memory.try_steps)
+
+
 def test_batches_larger_than_any_recorded_one_run_all_the_same(recorder, monkeypatch, tmp_path):
     monkeypatch.setattr(graphs_module, "MAX_SIZE", 4)
     model = write_model(tmp_path, small("qwen3"))
@@ -132,7 +192,7 @@ def test_blocks_move_out_before_they_are_filled_and_in_before_they_are_copied(re
     for number in range(9):
         pool[:, number], host[:, number] = number, 100 + number
     moves = {"swap_outs": pairs((3, 0)), "swap_ins": pairs((1, 3)), "copies": pairs((3, 5))}
-    plan = replace(warm_up_plan(1, 5, 0.0, 16), **moves)
+    plan = replace(warm_up_plan(1, 1, 5, 0.0, 16), **moves)
     runner.forward(plan)
     runner.sample(plan)
     runner.wait(plan)
@@ -144,7 +204,7 @@ def test_only_steps_in_which_each_sequence_samples_its_next_token_are_replayed(r
     write_model(tmp_path, small("qwen3"))
     engine = LLM(str(tmp_path), device=DEVICE.type, cache_dir=str(tmp_path / "cache"), **SIZES)
     graphs = engine.engine.runner._graphs
-    one = warm_up_plan(1, 5, 0.0, 16)
+    one = warm_up_plan(1, 1, 5, 0.0, 16)
     two = {name: np.array([0, 1], np.int32) for name in ("rows", "logit_index", "sample_rows")}
     both = {"starts": np.array([5, 5], np.int32), "counts": np.array([1, 1], np.int32), "num_sampled": 2}
     assert graphs.fits(one) and graphs.fits(replace(one, **two, **both))

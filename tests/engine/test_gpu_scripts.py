@@ -29,7 +29,7 @@ def test_gpu_check_measures_every_part(tmp_path):
     assert not report["failed"] and "## serving" in said
     parts = [
         "limits", "decode-attention", "prefill-attention", "products", "sampling", "steps", "prefill",
-        "serving", "quantized",
+        "serving", "quantized", "transformers",
     ]  # fmt: skip
     assert list(report["parts"]) == parts and all(report["parts"].values())
 

@@ -141,7 +141,7 @@ def test_images_have_what_they_start(file, tmp_path, monkeypatch):
     image = try_image.Image(tmp_path, [])
     try_image.build(image, file, {"CUPY": ""})
     assert ran and image.user == "1000:1000" and image.folder == "/opt/pagetide"
-    environment = {"PYTHONPATH": f"{tmp_path}{image.env.get('PYTHONPATH', '')}", **WITH_VENV}
+    environment = {**WITH_VENV, "PYTHONPATH": f"{tmp_path}{image.env.get('PYTHONPATH', '')}"}
     for command in (image.entrypoint, image.health):
         assert command[0] == "python3"
         if command[1] == "-m":

@@ -115,7 +115,8 @@ def load_rank(settings: Settings, model: Model, device: Device, comm: Comm) -> R
         activations = device.activation_dtype or dtype
         return ops, Decoder(shard, model.family, checkpoint, ops, shape, activations)
 
-    ops, decoder = device.run(load, settings.max_model_len or config.max_position)
+    longest = _longest(settings, config)
+    ops, decoder = device.run(load, longest)
     if settings.deterministic and not (decoder.layers.is_deterministic and comm.size <= 2):
         raise SettingsError(
             "deterministic is true, which only the CPU's kernels are, on one or two ranks, with a model "
@@ -126,18 +127,28 @@ def load_rank(settings: Settings, model: Model, device: Device, comm: Comm) -> R
     # Ranks of one machine share its memory; each GPU has its own.
     host_bytes = comm.total(block_bytes) * settings.local_size // comm.size
     shared_bytes = host_bytes if device.torch_device.type == "cpu" else block_bytes
-    num_blocks = settings.num_blocks or comm.smallest(device.kv_cache_bytes(settings) // shared_bytes)
+
+    def make_runner(num_blocks: int, num_host_blocks: int, max_len: int) -> Runner:
+        place = device.torch_device
+        store = device.run(make_store, layout, num_blocks, place, num_host_blocks)
+        rows = device.run(Rows, settings.max_num_seqs, max_len, settings.block_size, config.vocab_size, place)
+        return device.run(Runner, device, decoder, store, ops, rows, settings.block_size, comm)
+
+    def try_steps() -> None:
+        # Rows are as long as this needs: how long they can be is not known yet.
+        num_tokens = min(settings.max_num_batched_tokens, longest - 1)
+        make_runner(1, 0, num_tokens + 1).try_largest(num_tokens, settings.max_num_seqs)
+
+    num_blocks = settings.num_blocks or comm.smallest(
+        device.kv_cache_bytes(settings, try_steps) // shared_bytes
+    )
     max_len = _max_model_len(settings, config, num_blocks)
     num_host_blocks = comm.smallest(device.host_cache_bytes(settings) // host_bytes)
     if num_host_blocks and not settings.enable_prefix_caching:
         raise SettingsError(
             "swap_space_gb keeps blocks by their content, which needs enable_prefix_caching; use 0 without it"
         )
-    store = device.run(make_store, layout, num_blocks, device.torch_device, num_host_blocks)
-    rows = device.run(
-        Rows, settings.max_num_seqs, max_len, settings.block_size, config.vocab_size, device.torch_device
-    )
-    runner = device.run(Runner, device, decoder, store, ops, rows, settings.block_size, comm)
+    runner = make_runner(num_blocks, num_host_blocks, max_len)
     runner.warm_up(min(settings.max_num_batched_tokens, max_len - 1))
     if device.records:
         device.run(runner.record_decode, settings.max_num_seqs)
@@ -242,12 +253,18 @@ def _takes_fp8(settings: Settings, device: Device) -> bool:
     return multiplies_fp8(device.torch_device)
 
 
+def _longest(settings: Settings, config: DecoderConfig) -> int:
+    """The longest sequence that is asked for, or that the model takes."""
+    asked = settings.max_model_len
+    if asked > config.max_position:
+        raise SettingsError(f"max_model_len is {asked}, the model's context is {config.max_position} tokens")
+    return asked or config.max_position
+
+
 def _max_model_len(settings: Settings, config: DecoderConfig, num_blocks: int) -> int:
     """The longest sequence: what is asked for, or what the model and the cache hold."""
     capacity = num_blocks * settings.block_size
     asked = settings.max_model_len
-    if asked > config.max_position:
-        raise SettingsError(f"max_model_len is {asked}, the model's context is {config.max_position} tokens")
     if asked > capacity:
         raise SettingsError(
             f"max_model_len is {asked}, but {num_blocks} KV cache blocks hold {capacity} tokens; "

@@ -42,8 +42,12 @@ class Device(Protocol):
         tensors then, and the function's result, which each replay fills anew until another recording's does.
         """
 
-    def kv_cache_bytes(self, settings: Settings) -> int:
-        """How many bytes the KV cache may take, now that the weights are loaded."""
+    def kv_cache_bytes(self, settings: Settings, try_steps: Callable[[], None]) -> int:
+        """How many bytes the KV cache may take, now that the weights are loaded. try_steps: runs the largest
+        usual steps, whose memory is then known.
+
+        Raises SettingsError if nothing is left.
+        """
 
     def host_cache_bytes(self, settings: Settings) -> int:
         """How many bytes of the host's memory may keep blocks that the device has no room for.
@@ -95,7 +99,7 @@ class CpuDevice:
     def record(self, function: Callable[[], Result]) -> tuple[Callable[[], None], Result]:
         raise NotImplementedError("a CPU launches nothing")
 
-    def kv_cache_bytes(self, settings: Settings) -> int:
+    def kv_cache_bytes(self, settings: Settings, try_steps: Callable[[], None]) -> int:
         return int(settings.kv_cache_gb * 2**30)
 
     def host_cache_bytes(self, settings: Settings) -> int:
@@ -153,10 +157,26 @@ class CudaDevice:
             result = function()
         return graph.replay, result
 
-    def kv_cache_bytes(self, settings: Settings) -> int:
-        torch.cuda.empty_cache()  # of what loading has used for a while
-        free, _ = torch.cuda.mem_get_info(self.torch_device)
-        return int(free * settings.gpu_memory_fraction)
+    def kv_cache_bytes(self, settings: Settings, try_steps: Callable[[], None]) -> int:
+        device = self.torch_device
+        torch.cuda.reset_peak_memory_stats(device)
+        try:
+            try_steps()
+            # What stays, of libraries and kernels, is no longer free anyhow.
+            needed = torch.cuda.max_memory_allocated(device) - torch.cuda.memory_allocated(device)
+        except torch.OutOfMemoryError:
+            needed = None
+        torch.cuda.empty_cache()  # of what loading and the steps have used for a while
+        free, _ = torch.cuda.mem_get_info(device)
+        left = 0 if needed is None else int(free * settings.gpu_memory_fraction) - needed
+        if left <= 0:
+            need = "more" if needed is None else f"{needed / 2**30:.1f} GiB"
+            raise SettingsError(
+                f"no memory is left for the KV cache: beside the weights {free / 2**30:.1f} GiB are free, of "
+                f"which gpu_memory_fraction lets {settings.gpu_memory_fraction:g} be used, and the largest "
+                f"steps need {need}; lower max_num_batched_tokens or max_num_seqs, or use a quantization"
+            )
+        return left
 
     def host_cache_bytes(self, settings: Settings) -> int:
         return int(settings.swap_space_gb * 2**30)

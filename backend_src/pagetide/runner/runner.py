@@ -128,37 +128,47 @@ class Runner:
         Writes to block 0 only.
         """
         for count, start, temperature in ((num_tokens, 0, 0.0), (1, num_tokens, 0.0), (1, num_tokens, 1.0)):
-            plan = warm_up_plan(count, start, temperature, self._block_size)
-            self.forward(plan)
-            self.sample(plan)
-            self.wait(plan)
+            self._try(warm_up_plan(1, count, start, temperature, self._block_size))
+
+    def try_largest(self, num_tokens: int, num_sequences: int) -> None:
+        """As warm_up(), and all sequences sample at once: what takes the most memory, where nobody asks for
+        the log-probabilities of a prompt.
+        """
+        self.warm_up(num_tokens)
+        self._try(warm_up_plan(num_sequences, 1, 0, 1.0, self._block_size))
+
+    def _try(self, plan: StepPlan) -> None:
+        self.forward(plan)
+        self.sample(plan)
+        self.wait(plan)
 
     def close(self) -> None:
         self.device.close()
         self._graphs = None
 
 
-def warm_up_plan(count: int, start: int, temperature: float, block_size: int) -> StepPlan:
-    """A step of row 0 alone, all of whose blocks are block 0."""
+def warm_up_plan(num_sequences: int, count: int, start: int, temperature: float, block_size: int) -> StepPlan:
+    """A step of the first rows, of so many tokens each, all of whose blocks are block 0."""
     num_blocks = -(-(start + count) // block_size)
     params = RowParams(temperature=temperature, top_p=0.9)
+    rows, tokens = np.arange(num_sequences, dtype=np.int32), np.zeros(start + count, np.int32)
 
-    def ints(*values: int) -> np.ndarray:
-        return np.array(values, np.int32)
+    def each(value: int) -> np.ndarray:
+        return np.full(num_sequences, value, np.int32)
 
     return StepPlan(
         step=-1,
-        rows=ints(0),
-        starts=ints(start),
-        counts=ints(count),
-        logit_index=ints(count - 1),
-        sample_rows=ints(0),
-        sample_positions=ints(start + count),
-        num_sampled=1,
-        admissions=(Admission(0, start, np.zeros(start + count, np.int32), params),),
-        block_rows=np.zeros(num_blocks, np.int32),
-        block_index=np.arange(num_blocks, dtype=np.int32),
-        block_ids=np.zeros(num_blocks, np.int32),
+        rows=rows,
+        starts=each(start),
+        counts=each(count),
+        logit_index=(rows + 1) * count - 1,
+        sample_rows=rows,
+        sample_positions=each(start + count),
+        num_sampled=num_sequences,
+        admissions=tuple(Admission(row, start, tokens, params) for row in range(num_sequences)),
+        block_rows=np.repeat(rows, num_blocks),
+        block_index=np.tile(np.arange(num_blocks, dtype=np.int32), num_sequences),
+        block_ids=np.zeros(num_sequences * num_blocks, np.int32),
         copies=np.empty((0, 2), np.int32),
         is_greedy=temperature == 0,
         has_penalties=temperature > 0,
