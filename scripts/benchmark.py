@@ -296,7 +296,9 @@ def print_one(arguments: argparse.Namespace) -> bool:
         cases = ops.measure(
             arguments.model, CACHE, {"read_gb_s": limits["read_gb_s"], "gflop_s": limits["bfloat16_gflop_s"]}
         )
-        table, found = ops.table(cases), {"limits": limits, "ops": ops.as_json(cases)}
+        sharing = ops.measure_sharing(arguments.model, CACHE)
+        table = f"{ops.table(cases)}\n{ops.table_of_sharing(sharing)}"
+        found = {"limits": limits, "ops": ops.as_json(cases), "sharing": sharing}
     elif arguments.features:
         costs = features.costs(max(arguments.repeats, 3))
         table, found = features.table(costs), {"step_ratios": costs}

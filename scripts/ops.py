@@ -194,6 +194,51 @@ def _rows(
     return [*rows, Row("whole step", whole, sum(allowed.values()) + head)]
 
 
+SHARED = ((32, 512), (32, 1024), (16, 2048))  # sequences, and how many tokens they begin alike with
+
+
+def measure_sharing(
+    model: str, cache_dir: str, cases: Iterable[tuple[int, int]] = SHARED, num_steps: int = 60
+) -> list[dict[str, float]]:
+    """Steps of sequences with a common prefix, in turn with and without looking at its keys together."""
+    llm = LLM(model, cache_dir=cache_dir, max_num_seqs=32, max_num_batched_tokens=512)
+    layers, rng, found = llm.engine.runner.decoder.layers, np.random.default_rng(0), []
+    for sequences, num_shared in cases:
+        prefix = rng.integers(100, 40_000, num_shared).tolist()
+        params = SamplingParams(temperature=0, max_tokens=sequences + num_steps + 20, ignore_eos=True)
+        llm.generate([prefix], SamplingParams(max_tokens=1))
+        for number in range(1, sequences + 1):
+            prompt = prefix + rng.integers(100, 40_000, 32).tolist()
+            llm.engine.add(Request(number=10**6 + number, prompt_ids=prompt, params=params))
+        seconds: dict[bool, list[float]] = {True: [], False: []}
+        while llm.engine.has_work:
+            running = llm.engine.scheduler.running
+            layers.may_share = not layers.may_share
+            begin, is_decode = time.perf_counter(), len(running) == sequences
+            is_decode = is_decode and all(one.num_computed >= one.num_prompt for one in running)
+            llm.engine.step()
+            if is_decode:
+                seconds[layers.may_share].append(time.perf_counter() - begin)
+        alone, together = (1e3 * float(np.median(seconds[which])) for which in (False, True))
+        found.append(
+            {
+                "sequences": sequences,
+                "shared tokens": num_shared,
+                "alone ms": alone,
+                "together ms": together,
+                "ratio": alone / together,
+            }
+        )
+    llm.close()
+    return found
+
+
+def table_of_sharing(found: list[dict[str, float]]) -> str:
+    lines = ["| " + " | ".join(found[0]) + " |", "|" + " --- |" * len(found[0])]
+    lines += ["| " + " | ".join(f"{value:.4g}" for value in row.values()) + " |" for row in found]
+    return "\n".join(lines)
+
+
 def table(measured: dict[str, list[Row]]) -> str:
     lines = []
     for case, rows in measured.items():

@@ -5,6 +5,7 @@ types.
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 
 import numpy as np
 import ops
@@ -197,42 +198,120 @@ def single(position: int) -> Batch:
     )
 
 
+def tables(prefixes: list[tuple[int, int]], block_size: int) -> torch.Tensor:
+    """Block tables of sequences of 4,200 tokens; prefixes: whose prefix each begins with, and how many of its
+    blocks.
+    """
+    size = -(-4200 // block_size)
+    own = torch.arange(len(prefixes) * size, dtype=torch.int32).view(-1, size) + 4 * size
+    for row, (family, shared) in zip(own, prefixes, strict=True):
+        row[:shared] = torch.arange(shared) + family * size
+    return own
+
+
 @relaxed
 @given(
-    st.lists(st.tuples(st.integers(0, 4000), st.sampled_from([1, 1, 1, 2, 20, 130])), min_size=1, max_size=8),
+    st.lists(
+        st.tuples(
+            st.integers(0, 4000),
+            st.sampled_from([1, 1, 1, 2, 20, 130]),
+            st.tuples(st.integers(0, 2), st.sampled_from([0, 31, 32, 33, 63, 64, 100, 250])),
+        ),
+        min_size=1,
+        max_size=8,
+    ),
+    st.lists(st.tuples(st.integers(0, 7), st.integers(0, 7), st.integers(0, 70)), max_size=4),
     st.sampled_from([(4, 4, 16), (9, 3, 64), (40, 1, 16)]),
     st.sampled_from([1, 2, 7]),
+    st.sampled_from([16, 32, 48]),
+    st.booleans(),
 )
-def test_tasks_cover_every_query_and_key_once(sequences, shape, num_threads):
+def test_tasks_cover_every_query_and_key_once(sequences, changes, shape, num_threads, block_size, may_share):
     heads = HeadShape(*shape)
-    starts, counts = (np.array(values, np.int32) for values in zip(*sequences, strict=True))
-    nothing = torch.empty(0)
-    work = plan_tasks(
-        Batch(nothing, nothing, nothing, nothing, nothing, nothing, counts, starts, 16), heads, num_threads
-    )
-    covered, firsts = {}, np.cumsum(counts) - counts
-    for (sequence, head, first, queries, position, begin, part), end in zip(
-        work.tasks.tolist(), work.ends.tolist(), strict=True
-    ):
-        assert position - starts[sequence] == first - firsts[sequence]
+    starts, counts = (np.array(values, np.int32) for values in list(zip(*sequences, strict=True))[:2])
+    # What a sequence writes into is its own.
+    prefixes = [(family, min(shared, start // block_size)) for start, _, (family, shared) in sequences]
+    table, nothing = tables(prefixes, block_size), torch.empty(0)
+    for to, source, block in changes:  # equal blocks behind others, and others behind equal ones
+        if max(to, source) < len(table) and block < min(starts[to], starts[source]) // block_size:
+            table[to, block] = table[source, block]
+    batch = Batch(nothing, nothing, nothing, table, nothing, nothing, counts, starts, block_size)
+    work = plan_tasks(batch, heads, num_threads, may_share)
+    firsts = np.cumsum(counts) - counts
+    owner = np.repeat(np.arange(len(counts)), counts)
+    covered = {}
+    for task, end in zip(work.tasks.tolist(), work.ends.tolist(), strict=True):
+        sequence, head, first, queries, position, begin, part, member = task
         assert queries * heads.group <= max(heads.group, MAX_ROWS)
-        covered.setdefault((head, first, queries, position + queries), []).append((begin, end, part))
-    for (head, first, queries, last), ranges in covered.items():
+        members = work.members[member : member + queries].tolist()
+        if member < 0:
+            assert position - starts[sequence] == first - firsts[sequence]
+            members = [(first + query, part) for query in range(queries)]
+        for token, own in members:
+            blocks = slice(begin // block_size, -(-end // block_size))
+            assert member < 0 or (table[owner[token], blocks] == table[sequence, blocks]).all()
+            covered.setdefault((head, token), []).append((begin, end, own))
+    for (head, token), ranges in covered.items():
         ranges.sort()
-        assert [begin for begin, _, _ in ranges] == [0] + [end for _, end, _ in ranges[:-1]] and ranges[-1][
-            1
-        ] == last
+        keys = starts[owner[token]] + token - firsts[owner[token]] + 1
         parts = [part for _, _, part in ranges]
-        if parts != [-1]:
-            assert (
-                queries == 1
-                and [first, head, parts[0], len(parts)] in work.merges.tolist()
-                and parts == list(range(parts[0], parts[-1] + 1))
-            )
-    tokens = sorted(
-        (head, token) for head, first, queries, _ in covered for token in range(first, first + queries)
-    )
-    assert tokens == [(head, token) for head in range(heads.num_kv_heads) for token in range(counts.sum())]
+        if parts == [-1]:
+            assert ranges[0][0] == 0 and ranges[0][1] >= keys
+            continue
+        assert [begin for begin, _, _ in ranges] == [0] + [end for _, end, _ in ranges[:-1]]
+        assert ranges[-1][1] == keys and counts[owner[token]] == 1
+        assert [token, head, parts[0], len(parts)] in work.merges.tolist()
+        assert parts == list(range(parts[0], parts[-1] + 1))
+    every = [(head, token) for head in range(heads.num_kv_heads) for token in range(counts.sum())]
+    assert sorted(covered) == every
+    used = sorted(part for ranges in covered.values() for _, _, part in ranges if part >= 0)
+    assert used == list(range(len(work.parts))), "each has a place of its own"
+
+
+@pytest.mark.parametrize(
+    ("heads", "block_size"), [((9, 3, 64), 16), ((4, 4, 32), 32), ((4, 2, 64), 16), ((12, 1, 16), 16)]
+)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.uint8])
+def test_a_shared_prefix_changes_no_bit(heads, block_size, dtype):
+    """Sequences most of which begin alike for one segment or two, together and alone."""
+    torch.manual_seed(0)
+    shape = LayerShape(2, 64, 48, HeadShape(*heads), block_size, 1e-5, rotary_like(2000, heads[2]))
+    if dtype is torch.uint8:
+        shape = replace(shape, kv_dtype=torch.uint8)
+    exact = torch.float32 if dtype is torch.float32 else torch.bfloat16
+    layers = CompiledLayers(shape, random_layers(shape, exact, 0, True, False))
+    segment, size, count = 512 // block_size, 2000 // block_size, 40
+    table = torch.arange(count * size, dtype=torch.int32).view(count, size)
+    table[1:-1, :segment] = table[0, :segment]
+    table[1:20, segment : 2 * segment] = table[0, segment : 2 * segment]
+    fill = 255 if dtype is torch.uint8 else torch.nan
+    pool = torch.full((2, count * size, *layers.block_shape), fill, dtype=dtype)
+
+    def step(chosen, starts, count):
+        positions = torch.cat([torch.arange(start, start + count) for start in starts])
+        owner = torch.repeat_interleave(torch.tensor(chosen), count)
+        slots = table[owner, positions // block_size].long() * block_size + positions % block_size
+        counts = np.full(len(chosen), count, np.int32)
+        noise = [
+            torch.Generator().manual_seed(100 * i + start) for i, start in zip(chosen, starts, strict=True)
+        ]
+        residual = torch.cat([torch.randn(count, 64, generator=one) for one in noise])
+        begins = np.array(starts, np.int32)
+        tensors = (positions, positions, slots, table[chosen].contiguous(), positions, positions)
+        batch = Batch(*tensors, counts, begins, block_size)
+        layers(residual, batch, pool)
+        return residual, plan_tasks(batch, shape.heads, 2)
+
+    begins = [0] + [1024] * 19 + [512] * 19 + [0]
+    ends = [1024, *range(1025, 1044), *range(513, 532), 1300]
+    for i, (start, end) in enumerate(zip(begins, ends, strict=True)):
+        step([i], [start], end - start)
+    together, work = step(list(range(count)), ends, 1)
+    assert len(work.members) == heads[1] * (39 + 20), "two segments"
+    assert 1 < work.tasks[work.tasks[:, 7] >= 0, 3].max() <= MAX_ROWS // shape.heads.group
+    alone = [step([i], [end], 1)[0] for i, end in enumerate(ends)]
+    assert torch.equal(together, torch.cat(alone))
+    assert together.isfinite().all()
 
 
 @njit(parallel=True)

@@ -5,7 +5,9 @@ A task is one (sequence, KV head, tile of queries, range of keys): all query hea
 are rows of one matrix, so that keys and values are read once for the whole group. Long contexts of single
 queries are split over several tasks, whose parts are merged afterwards (Flash-Decoding,
 https://pytorch.org/blog/flash-decoding). Whoever computes them, sums are made of segments of 512 keys, one
-after the other: a query's result is the same to the last bit, whatever its step has besides.
+after the other: a query's result is the same to the last bit, whatever its step has besides. So a segment
+that several sequences share, as those with a common prefix do, is a task of its own, in which all their
+queries are rows (Hydragen, arXiv:2402.05099).
 
 Pages lie anywhere in memory, so the processor cannot guess the next ones: a span's values are asked for
 while its keys are multiplied, and the next span's keys while its values are.
@@ -77,9 +79,11 @@ def attend(sync, phase, thread, scratch, q, layer, kv, block_table, work, window
             work.tasks[number, 3],
         )
         start, begin, part = work.tasks[number, 4], work.tasks[number, 5], work.tasks[number, 6]
+        member = work.tasks[number, 7]
         rows, last = num_queries * group, work.ends[number]
         for row in range(rows):
-            token, own = first + row // group, head * group + row % group
+            query, own = row // group, head * group + row % group
+            token = work.members[member + query, 0] if member >= 0 else first + query
             copy(q, (token * q.shape[1] + own) * head_dim, head_dim, queries, row * head_dim)
             peaks[row], totals[row] = _MINUS_INFINITY, 0
         _prepare_queries(rows, queries, kv, scratch, thread)
@@ -113,8 +117,9 @@ def attend(sync, phase, thread, scratch, q, layer, kv, block_table, work, window
                 totals[row] = folded[row, head_dim + 1]
         for row in range(rows):
             if part >= 0:
-                copy(sums, row * head_dim, head_dim, work.parts, (part * group + row) * (head_dim + 2))
-                work.parts[part, row, head_dim], work.parts[part, row, head_dim + 1] = peaks[row], totals[row]
+                to, g = work.members[member + row // group, 1] if member >= 0 else part, row % group
+                copy(sums, row * head_dim, head_dim, work.parts, (to * group + g) * (head_dim + 2))
+                work.parts[to, g, head_dim], work.parts[to, g, head_dim + 1] = peaks[row], totals[row]
             else:
                 inverse = np.float32(1) / totals[row]
                 place = ((first + row // group) * q.shape[1] + head * group + row % group) * head_dim

@@ -186,13 +186,14 @@ def _add_product(sync, phase, thread, x, rounded, t, weight, layer, bias, adds, 
 
 
 class CompiledLayers:
-    """ops.layers.Layers on a CPU."""
+    """ops.layers.Layers on a CPU. may_share: sequences look together at keys that they share."""
 
     is_deterministic = True
 
     def __init__(self, shape: LayerShape, layers: Iterable[LayerWeights], keep: Keeper = no_keeper):
         self._shape = shape
         self._weights = Weights(**keep("layers", lambda: stack(shape, layers)))
+        self.may_share = not self._weights.windows.any()
         self._cos_sin = shape.cos_sin.numpy()
         self._num_threads = num_concurrent_threads()
         self._activations: Activations | None = None
@@ -220,7 +221,7 @@ class CompiledLayers:
     def __call__(self, residual: torch.Tensor, batch: Batch, pool: torch.Tensor) -> None:
         shape = self._shape
         t = len(residual)
-        work = plan_tasks(batch, shape.heads, self._num_threads)
+        work = plan_tasks(batch, shape.heads, self._num_threads, self.may_share)
         places = Places(
             batch.slot_mapping.numpy(), batch.positions.numpy(), batch.block_table.numpy(), self._cos_sin
         )
