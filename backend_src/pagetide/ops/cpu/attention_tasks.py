@@ -25,7 +25,7 @@ class AttentionTasks(NamedTuple):
     ends int64 [num_tasks]: the key after the last; merges int64 [num_merges, 4]: token, KV head, first
     part, parts. parts float32 [num_parts, group, D + 2]: sums, then peak and total.
     members int64 [num_members, 2]: token and part of each query of tasks whose queries are of several
-    sequences, which have the same keys.
+    sequences, which have the same keys; first token and part of such a task say nothing.
     """
 
     tasks: np.ndarray
