@@ -12,7 +12,7 @@ import ops
 import pytest
 import torch
 from cases import random_layers, random_rows, rotary_like, run_on_older_processor, run_steps
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from numba import njit, prange
 from pagetide.ops import reference
@@ -213,9 +213,9 @@ def tables(prefixes: list[tuple[int, int]], block_size: int) -> torch.Tensor:
 @given(
     st.lists(
         st.tuples(
-            st.integers(0, 4000),
-            st.sampled_from([1, 1, 1, 2, 20, 130]),
-            st.tuples(st.integers(0, 2), st.sampled_from([0, 31, 32, 33, 63, 64, 100, 250])),
+            st.sampled_from([0, 510, 511, 512, 1023, 1024]) | st.integers(0, 4000),
+            st.sampled_from([1, 1, 1, 1, 1, 2, 20, 130]),
+            st.tuples(st.integers(0, 1), st.sampled_from([0, 31, 33, 64, 100, 250])),
         ),
         min_size=1,
         max_size=8,
@@ -225,6 +225,16 @@ def tables(prefixes: list[tuple[int, int]], block_size: int) -> torch.Tensor:
     st.sampled_from([1, 2, 7]),
     st.sampled_from([16, 32, 48]),
     st.booleans(),
+)
+# Two segments for three; and one who shares the second, but of the first only the last block.
+@example([(start, 1, (0, 64)) for start in (1500, 1600, 1700)], [], (4, 4, 16), 1, 16, True)
+@example(
+    [(1200, 1, (1, 0)), (1200, 1, (1, 0)), (1200, 1, (0, 64)), (1200, 1, (0, 64))],
+    [(0, 1, 31), *((0, 2, block) for block in range(32, 64))],
+    (4, 4, 16),
+    1,
+    16,
+    True,
 )
 def test_tasks_cover_every_query_and_key_once(sequences, changes, shape, num_threads, block_size, may_share):
     heads = HeadShape(*shape)
