@@ -152,7 +152,7 @@ def cases(dtype: torch.dtype) -> dict[str, Callable[[], object]]:
         found[f"norm {size}"] = lambda size=size: norm.add_rms_norm(
             empty(8, size), empty(8, size), empty(size), 1e-5
         )
-    found["silu"] = lambda: activation.silu_mul(empty(8, 2 * 14_336))
+    found["silu"] = lambda: activation.gated(empty(8, 2 * 14_336), "silu")
     for name, shape in SHAPES.items():
         heads = shape.num_heads + 2 * shape.num_kv_heads
         kv, table = empty(64, 2, shape.num_kv_heads, 16, shape.head_dim), ints(8, 64)

@@ -181,7 +181,7 @@ def _rows(
         "qkv": product(heads + 2 * config.num_kv_heads * config.head_dim, hidden, t, layers),
         "attention": attention(),
         "out": product(hidden, heads, t, layers),
-        "gate, up, SiLU": product(2 * middle, hidden, t, layers),
+        "gate, up": product(2 * middle, hidden, t, layers),
         "down": product(hidden, middle, t, layers),
     }
     by_name: dict[str, float] = {}

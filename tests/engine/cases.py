@@ -7,6 +7,7 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -45,6 +46,9 @@ def random_layers(
             mlp_norm=norm(shape.hidden_size),
             gate_up=affine(2 * shape.intermediate_size, shape.hidden_size),
             down=affine(shape.hidden_size, shape.intermediate_size),
+            rotary=index % len(shape.cos_sin),
+            post_attention_norm=norm(shape.hidden_size) if shape.heads.soft_cap else None,
+            post_mlp_norm=norm(shape.hidden_size) if shape.heads.soft_cap else None,
         )
         for index in range(shape.num_layers)
     ]
@@ -90,11 +94,24 @@ def run_steps(
     return results
 
 
-def rotary_like(length: int, head_dim: int) -> torch.Tensor:
-    angles = torch.outer(
-        torch.arange(length).float(), 1.0 / 1000 ** (torch.arange(0, head_dim, 2) / head_dim)
-    )
+def rotary_like(length: int, head_dim: int, bases: tuple[int, ...] = (1000,)) -> torch.Tensor:
+    """A table for each base."""
+    exponents = torch.arange(0, head_dim, 2) / head_dim
+    angles = torch.stack([torch.outer(torch.arange(length).float(), base**-exponents) for base in bases])
     return torch.cat([angles.cos(), angles.sin()], dim=-1)
+
+
+def capped_shape(shape: LayerShape) -> LayerShape:
+    """The same sizes with all that Gemma's layers have: scores that cannot exceed a limit, GELU, another
+    table of angles for every second layer (and norms behind, in random_layers).
+    """
+    length, head_dim = shape.cos_sin.shape[1:]
+    return replace(
+        shape,
+        heads=replace(shape.heads, query_size=3.0, soft_cap=2.0),
+        cos_sin=rotary_like(length, head_dim, (1000, 70)).to(shape.cos_sin.device),
+        activation="gelu",
+    )
 
 
 def random_rows(rng: np.random.Generator, num_rows: int, vocabulary: int) -> tuple[torch.Tensor, ...]:

@@ -10,11 +10,15 @@ from typing import Any
 import torch
 from transformers import (
     AutoModelForCausalLM,
+    Gemma2Config,
+    Gemma3TextConfig,
     LlamaConfig,
     MistralConfig,
+    Phi3Config,
     PretrainedConfig,
     Qwen2Config,
     Qwen3Config,
+    SmolLM3Config,
 )
 
 SIZES: dict[str, Any] = {
@@ -38,6 +42,14 @@ LLAMA3_ROPE = {
     "original_max_position_embeddings": 64,
 }
 
+LARGE_HEADS = {**SIZES, "num_attention_heads": 3, "num_key_value_heads": 1}
+# 24 of a head's 32 elements turn.
+PHI4_ROPE = {"rope_type": "default", "rope_theta": 10000.0, "partial_rotary_factor": 0.75}
+GEMMA3_ROPE = {
+    "full_attention": {"rope_type": "linear", "rope_theta": 1e6, "factor": 8.0},
+    "sliding_attention": {"rope_type": "default", "rope_theta": 10000.0},
+}
+
 FAMILIES: dict[str, PretrainedConfig] = {
     "llama2": LlamaConfig(**SIZES),
     "llama3.1": LlamaConfig(**SIZES, rope_parameters=LLAMA3_ROPE, tie_word_embeddings=True),
@@ -50,6 +62,25 @@ FAMILIES: dict[str, PretrainedConfig] = {
     "mistral-window": MistralConfig(**SIZES, sliding_window=24, head_dim=16),
     "qwen2.5": Qwen2Config(**SIZES),
     "qwen3": Qwen3Config(**SIZES, head_dim=16),
+    "phi3": Phi3Config(**SIZES),
+    "phi4-mini": Phi3Config(**LARGE_HEADS, rope_parameters=PHI4_ROPE, tie_word_embeddings=True),
+    "smollm3": SmolLM3Config(**SIZES, no_rope_layer_interval=2, tie_word_embeddings=True),
+    "gemma2": Gemma2Config(
+        **SIZES,
+        head_dim=16,
+        sliding_window=24,
+        query_pre_attn_scalar=10,
+        attn_logit_softcapping=3.0,
+        final_logit_softcapping=4.0,
+    ),
+    "gemma3": Gemma3TextConfig(
+        **SIZES,
+        head_dim=16,
+        sliding_window=24,
+        query_pre_attn_scalar=16,
+        sliding_window_pattern=2,
+        rope_parameters=GEMMA3_ROPE,
+    ),
     "sizes that no kernel takes": LlamaConfig(**{**SIZES, "hidden_size": 60}),
 }
 

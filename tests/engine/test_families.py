@@ -4,24 +4,29 @@ operations.
 
 from __future__ import annotations
 
+import json
 import random
+from dataclasses import replace
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from models import FAMILIES, greedy, write_model
+from models import FAMILIES, SIZES, greedy, write_model
 from pagetide.config import Settings
 from pagetide.kv_cache.store import TorchStore
 from pagetide.llm import LLM
 from pagetide.models.config import UnsupportedModelError
 from pagetide.models.decoder import Decoder, layer_shape
 from pagetide.models.families import read_model
+from pagetide.models.rotary import rotary_tables
 from pagetide.models.sharding import make_shard
 from pagetide.models.weights import Checkpoint
 from pagetide.ops.batch import Batch
 from pagetide.ops.cpu.layers import CompiledLayers
 from pagetide.ops.select import select_ops
 from pagetide.types import SamplingParams
+from transformers import Phi3Config
 
 
 def prompt_logits(folder, ids: list[int], ops: str, is_compiled: bool) -> torch.Tensor:
@@ -83,6 +88,60 @@ def test_greedy_tokens_equal_transformers_in_any_company(name, tmp_path):
     for prompt, result in zip(prompts, results, strict=True):
         assert result.outputs[0].token_ids == greedy(model, prompt, 24)
     engine.close()
+
+
+LONG_ROPE = {
+    "rope_type": "longrope",
+    "rope_theta": 10000.0,
+    "short_factor": [1.0] * 8,
+    "long_factor": [1.0 + i / 2 for i in range(8)],
+    "original_max_position_embeddings": 64,
+}
+
+
+@pytest.mark.parametrize("ops", ["auto", "reference"])
+def test_what_may_become_long_is_turned_as_long_texts_are(ops, tmp_path):
+    """transformers changes the angles when a text has outgrown the factors for short ones."""
+    model = write_model(tmp_path, Phi3Config(**SIZES, rope_parameters=LONG_ROPE))
+    ids = random.Random(1).choices(range(199), k=150)
+    with torch.inference_mode():
+        expected = model(torch.tensor([ids])).logits[0]
+    logits = prompt_logits(tmp_path, ids, ops, is_compiled=ops == "auto")
+    torch.testing.assert_close(logits, expected, atol=2e-3, rtol=2e-3)
+
+
+OLDER_NAMES: dict[str, tuple[str, tuple[str, ...], dict[str, Any]]] = {
+    "gemma3": (
+        "gemma3",
+        ("rope_parameters", "layer_types"),
+        {
+            "rope_theta": 1e6,
+            "rope_scaling": {"rope_type": "linear", "factor": 8.0},
+            "rope_local_base_freq": 10000.0,
+            "sliding_window_pattern": 2,
+        },
+    ),
+    "gemma2": ("gemma2", ("rope_parameters", "layer_types"), {"rope_theta": 10000.0, "hidden_act": "gelu"}),
+    "phi4-mini": ("phi4-mini", ("rope_parameters",), {"rope_theta": 10000.0, "partial_rotary_factor": 0.75}),
+    "smollm3": ("smollm3", ("no_rope_layers", "layer_types"), {}),
+}
+
+
+@pytest.mark.parametrize("name", OLDER_NAMES)
+def test_files_of_older_versions_say_the_same_by_other_names(name, tmp_path):
+    family, gone, older = OLDER_NAMES[name]
+    write_model(tmp_path, FAMILIES[family])
+    file = tmp_path / "config.json"
+    told = json.loads(file.read_text())
+    _, config = read_model(tmp_path)
+    for field in gone:
+        del told[field]
+    file.write_text(json.dumps(told | older))
+    _, found = read_model(tmp_path)
+    assert (found.windows, found.rope_of_layer) == (config.windows, config.rope_of_layer)
+    device = torch.device("cpu")
+    assert torch.equal(rotary_tables(found, 100, device), rotary_tables(config, 100, device))
+    assert replace(found, ropes=()) == replace(config, ropes=())
 
 
 def test_unknown_architecture_is_refused_with_the_known_ones(tmp_path):

@@ -11,9 +11,9 @@ import torch
 from gguf import GGUFReader, GGUFWriter, dequantize
 from models import SIZES
 from pagetide.models.config import UnsupportedModelError
-from pagetide.models.decoder import rotary_table
 from pagetide.models.families import read_model
 from pagetide.models.gguf import convert_gguf
+from pagetide.models.rotary import rotary_tables
 from pagetide.models.source import _embedded_file, find_model
 from pagetide.text.tokens import Vocabulary
 from safetensors import safe_open
@@ -177,7 +177,8 @@ def test_rope_scaling_and_factors_of_a_file_are_honoured(tmp_path):
     )
     angles = torch.outer(torch.arange(40.0), expected)
     torch.testing.assert_close(
-        rotary_table(config, 40, torch.device("cpu")), torch.cat([angles.cos(), angles.sin()], -1) * factor
+        rotary_tables(config, 40, torch.device("cpu"))[0],
+        torch.cat([angles.cos(), angles.sin()], -1) * factor,
     )
     assert config.max_position == 512
 
@@ -187,7 +188,7 @@ def test_rope_scaling_and_factors_of_a_file_are_honoured(tmp_path):
     plain = 1 / 10000 ** (torch.arange(0, 16, 2) / 16)
     angles = torch.outer(torch.arange(40.0), plain / torch.from_numpy(factors).float())
     torch.testing.assert_close(
-        rotary_table(config, 40, torch.device("cpu")), torch.cat([angles.cos(), angles.sin()], -1)
+        rotary_tables(config, 40, torch.device("cpu"))[0], torch.cat([angles.cos(), angles.sin()], -1)
     )
 
 

@@ -10,14 +10,14 @@ from functools import partial
 import numpy as np
 import pytest
 import torch
-from cases import random_layers, random_rows, rotary_like, run_steps
+from cases import capped_shape, random_layers, random_rows, rotary_like, run_steps
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from interpreted import DEVICE, DTYPES, HAS_GPU
 from pagetide.ops import reference
 from pagetide.ops.attention import HeadShape
 from pagetide.ops.gpu import decode
-from pagetide.ops.gpu.activation import silu_mul
+from pagetide.ops.gpu.activation import gated
 from pagetide.ops.gpu.choices import Choices
 from pagetide.ops.gpu.copies import copy_blocks
 from pagetide.ops.gpu.embedding import GpuEmbedding
@@ -62,10 +62,10 @@ def test_norm(tokens, size, dtype, adds):
 
 
 @few
-@given(st.integers(1, 5), st.sampled_from([1, 48, 1024, 3000]), dtypes)
-def test_silu_mul(tokens, size, dtype):
+@given(st.integers(1, 5), st.sampled_from([1, 48, 1024, 3000]), dtypes, st.sampled_from(["silu", "gelu"]))
+def test_gated(tokens, size, dtype, activation):
     gate_up = random(tokens, 2 * size, dtype=dtype) * 3
-    close(silu_mul(gate_up), reference.silu_mul(gate_up), dtype)
+    close(gated(gate_up, activation), reference.gated(gate_up, activation), dtype)
 
 
 @few
@@ -153,14 +153,16 @@ HEADS = [(4, 4, 16), (4, 2, 8), (6, 2, 32), (9, 3, 64), (7, 1, 80), (2, 1, 128),
     st.booleans(),
     st.booleans(),
     st.booleans(),
+    st.booleans(),
     st.integers(0, 99),
 )
-def test_layers(lengths, heads, block_size, dtype, window, has_norms, has_bias, has_fp8, seed):
+def test_layers(lengths, heads, block_size, dtype, window, has_norms, has_bias, has_fp8, is_capped, seed):
     """Whole steps through two layers, prompts in chunks and single tokens mixed; what is read of the cache
     must have been written.
     """
     torch.manual_seed(seed)
     shape = LayerShape(2, 64, 48, HeadShape(*heads), block_size, 1e-5, rotary_like(400, heads[2]))
+    shape = capped_shape(shape) if is_capped else shape
     check_layers(shape, lengths, dtype, window, has_norms, has_bias, has_fp8)
 
 

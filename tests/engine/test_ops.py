@@ -11,7 +11,7 @@ import numpy as np
 import ops
 import pytest
 import torch
-from cases import random_layers, random_rows, rotary_like, run_on_older_processor, run_steps
+from cases import capped_shape, random_layers, random_rows, rotary_like, run_on_older_processor, run_steps
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from numba import njit, prange
@@ -121,15 +121,17 @@ def test_embedding(tokens, vocabulary, hidden, dtype, is_tied, seed):
     st.sampled_from([0, 5, 33]),
     st.booleans(),
     st.booleans(),
+    st.booleans(),
     st.integers(0, 99),
 )
-def test_layers(lengths, heads, block_size, dtype, window, has_norms, has_bias, seed):
+def test_layers(lengths, heads, block_size, dtype, window, has_norms, has_bias, is_capped, seed):
     """Whole steps through two layers, prompts in chunks and single tokens mixed; what is read of the cache
     must have been written.
     """
     torch.manual_seed(seed)
     cos_sin = rotary_like(400, heads[2])
     shape = LayerShape(2, 64, 48, HeadShape(*heads), block_size, 1e-5, cos_sin)
+    shape = capped_shape(shape) if is_capped else shape
     weights = random_layers(shape, dtype, window, has_norms, has_bias)
     expected = run_steps(ComposedLayers(TORCH_LAYERS, shape, weights), shape, lengths, 0.0, dtype)
     found = run_steps(CompiledLayers(shape, weights), shape, lengths, torch.nan, dtype)
@@ -170,6 +172,7 @@ def test_layers_say_what_each_phase_took():
     took = dict(zip(PHASES, compiled.ticks.T.tolist(), strict=True))
     assert took.pop("merge") == [0, 0], "no context was split"
     assert took.pop("round") == [0, 0], "nothing is quantized"
+    assert took.pop("norm, add") == [0, 0], "what is added has no norm"
     assert all(ticks > 0 for by_layer in took.values() for ticks in by_layer)
 
 
@@ -179,7 +182,9 @@ def test_the_ops_of_a_step_add_up_to_it():
     measured = ops.measure("", str(ROOT / ".cache"), {"read_gb_s": 30.0, "gflop_s": 400.0}, cases)
     for rows in measured.values():
         *parts, whole = rows
-        assert all(row.seconds > 0 for row in parts if row.name in {*PHASES} - {"merge", "round"})
+        assert all(
+            row.seconds > 0 for row in parts if row.name in {*PHASES} - {"merge", "round", "norm, add"}
+        )
         assert sum(row.seconds for row in parts) == pytest.approx(whole.seconds)
 
 

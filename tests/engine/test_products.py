@@ -9,6 +9,7 @@ from cases import run_on_older_processor
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from numba import prange
+from pagetide.ops import reference
 from pagetide.ops.cpu.codes import make_rounded
 from pagetide.ops.cpu.compiled import as_numpy, borrowed, kernel
 from pagetide.ops.cpu.layers import activation_type
@@ -32,12 +33,23 @@ def _project(sync, x, rounded, num_rows, weight, bias, adds, out):  # type: igno
 
 
 @kernel
-def _project_gated(sync, sums, x, rounded, num_rows, weight, bias, out):  # type: ignore[no-untyped-def]
+def _project_gated(sync, sums, x, rounded, num_rows, weight, bias, is_gelu, out):  # type: ignore[no-untyped-def]
     for thread in prange(sync.shape[1]):
         own = borrowed((x, rounded))
         size = x.shape[1]
         project_gated(
-            borrowed(sync), 0, np.int64(thread), sums[thread], *own, num_rows, weight, 1, size, bias, out
+            borrowed(sync),
+            0,
+            np.int64(thread),
+            sums[thread],
+            *own,
+            num_rows,
+            weight,
+            1,
+            size,
+            bias,
+            is_gelu,
+            out,
         )
 
 
@@ -75,19 +87,18 @@ def test_products(num_rows, num_inputs, num_outputs, dtype, adds, has_bias, seed
 
 
 @relaxed
-@given(rows, inputs, dtypes, st.integers(0, 99))
-def test_gated_products(num_rows, num_inputs, dtype, seed):
+@given(rows, inputs, dtypes, st.sampled_from(["silu", "gelu"]), st.integers(0, 99))
+def test_gated_products(num_rows, num_inputs, dtype, activation, seed):
     torch.manual_seed(seed)
     x, matrix, own, packed = operands(num_rows, num_inputs, 96, dtype)
     bias = torch.randn(96)
     threads = num_concurrent_threads()
     sums = np.full((threads, GATED_ROWS * GROUP), np.nan, np.float32)
     out = torch.zeros(num_rows, 48)
-    _project_gated(
-        make_sync(1, threads), sums, own, make_rounded(0, 0), num_rows, packed, bias.numpy(), out.numpy()
-    )
-    gate, up = (x @ matrix.T + bias).unflatten(1, (-1, 2, 16)).unbind(2)
-    expected = (torch.nn.functional.silu(gate) * up).flatten(1)
+    places = (bias.numpy(), activation == "gelu", out.numpy())
+    _project_gated(make_sync(1, threads), sums, own, make_rounded(0, 0), num_rows, packed, *places)
+    gate_up = (x @ matrix.T + bias).unflatten(1, (-1, 2, 16)).transpose(1, 2).flatten(1)
+    expected = reference.gated(gate_up, activation)
     torch.testing.assert_close(out, expected, atol=1e-4 * num_inputs, rtol=1e-4)
 
 

@@ -9,7 +9,7 @@ import torch
 from pagetide.kv_cache.layout import KVLayout
 from pagetide.models.config import DecoderConfig
 from pagetide.models.families import Family
-from pagetide.models.rotary import rotary_table
+from pagetide.models.rotary import in_halves, rotary_size, rotary_tables
 from pagetide.models.sharding import Shard, ShardedEmbedding
 from pagetide.models.weights import Tensors
 from pagetide.ops.attention import HeadShape
@@ -17,6 +17,7 @@ from pagetide.ops.batch import Batch
 from pagetide.ops.comm import ALONE, Comm
 from pagetide.ops.layers import Affine, Embedding, EmbeddingWeights, LayerShape, LayerWeights
 from pagetide.ops.table import Ops
+from pagetide.ops.weights import DenseWeight, rearranged
 
 
 class Decoder:
@@ -36,7 +37,9 @@ class Decoder:
         self._config, self._family, self._checkpoint = shard.model, family, checkpoint
         self._shard, self._activations, self._kv_dtype = shard, activations, shape.kv_dtype
         self.layers = ops.make_layers(shape, self._read_layers())
-        self._embedding: Embedding = ops.make_embedding(shard.embedding(self._read_embedding()))
+        tables = self._read_embedding()
+        self._embedding: Embedding = ops.make_embedding(shard.embedding(tables))
+        self._embedding_scale = _embedding_scale(shard.model, family, tables)
         if shard.size > 1:
             self._embedding = ShardedEmbedding(self._embedding, shard.vocabulary, shape.comm)
 
@@ -50,8 +53,13 @@ class Decoder:
         Returns logits float32 [s, vocab_size], on rank 0; anything on other ranks.
         """
         residual = self._embedding.embed(batch.ids)
+        if self._embedding_scale != 1:
+            residual *= self._embedding_scale
         self.layers(residual, batch, pool)
-        return self._embedding.logits(residual[batch.logit_index])
+        logits = self._embedding.logits(residual[batch.logit_index])
+        if cap := self._config.logit_soft_cap:
+            logits.div_(cap).tanh_().mul_(cap)
+        return logits
 
     def _read_embedding(self) -> EmbeddingWeights:
         family = self._family
@@ -60,43 +68,81 @@ class Decoder:
         return EmbeddingWeights(
             embedding=self._checkpoint.read_table(family.embedding, size, is_head=is_tied),
             head=None if is_tied else self._checkpoint.read_table(family.head, size, is_head=True),
-            norm=self._checkpoint.read(f"{family.final_norm}.weight").to(self._activations),
+            norm=self._read_norm(family.final_norm),
             eps=self._config.norm_eps,
         )
 
     def _read_layers(self) -> Iterator[LayerWeights]:
         """One after the other: a device that stores them in another form never needs room for both."""
         for index in range(self._config.num_layers):
-            whole = self._read_layer(self._family.layer.format(index), self._config.windows[index])
-            yield self._shard.layer(whole)
+            yield self._shard.layer(self._read_layer(index))
 
-    def _read_layer(self, prefix: str, window: int) -> LayerWeights:
-        family = self._family
+    def _read_norm(self, name: str) -> torch.Tensor:
+        """In float32 where one is added: what is near to one has few bits of its own in others."""
+        weight, offset = self._checkpoint.read(f"{name}.weight"), self._family.norm_offset
+        return weight.float() + offset if offset else weight.to(self._activations)
+
+    def _read_layer(self, index: int) -> LayerWeights:
+        family, config = self._family, self._config
+        prefix = family.layer.format(index)
+        turned = rotary_size(config.ropes[config.rope_of_layer[index]], config.head_dim)
 
         def affine(*names: str) -> Affine:
             full = tuple(prefix + name for name in names)
             return Affine(self._checkpoint.read_weight(full), self._checkpoint.read_bias(full))
 
         def norm(name: str) -> torch.Tensor:
-            return self._checkpoint.read(f"{prefix}{name}.weight").to(self._activations)
+            return self._read_norm(prefix + name)
 
-        q_norm, k_norm = (norm(family.q_norm), norm(family.k_norm)) if self._config.qk_norm else (None, None)
+        def norm_if(name: str) -> torch.Tensor | None:
+            return norm(name) if name else None
+
+        qkv = affine(*family.qkv)
+        q_norm, k_norm = (norm(family.q_norm), norm(family.k_norm)) if config.qk_norm else (None, None)
+        if turned < config.head_dim:
+            qkv = _qkv_in_halves(qkv, config, turned)
+            q_norm, k_norm = (
+                None if weight is None else in_halves(weight[None], turned)[0] for weight in (q_norm, k_norm)
+            )
         k_scale, v_scale = 1.0, 1.0
         if self._kv_dtype is torch.float8_e4m3fn:
             k_scale, v_scale = (self._checkpoint.read_scale(prefix + name) for name in family.kv_scales)
         return LayerWeights(
             attention_norm=norm(family.attention_norm),
-            qkv=affine(*family.qkv),
+            qkv=qkv,
             q_norm=q_norm,
             k_norm=k_norm,
-            window=window,
+            window=config.windows[index],
+            rotary=config.rope_of_layer[index],
             out=affine(family.out),
             mlp_norm=norm(family.mlp_norm),
             gate_up=affine(*family.gate_up),
             down=affine(family.down),
             k_scale=k_scale,
             v_scale=v_scale,
+            post_attention_norm=norm_if(family.post_attention_norm),
+            post_mlp_norm=norm_if(family.post_mlp_norm),
         )
+
+
+def _embedding_scale(config: DecoderConfig, family: Family, tables: EmbeddingWeights) -> float:
+    """Rounded as models with such a scale have been trained with it."""
+    if not family.scales_embedding:
+        return 1.0
+    weight = tables.embedding
+    dtype = weight.values.dtype if isinstance(weight, DenseWeight) else torch.bfloat16
+    return float(torch.tensor(config.hidden_size**0.5, dtype=dtype))
+
+
+def _qkv_in_halves(qkv: Affine, config: DecoderConfig, turned: int) -> Affine:
+    """Queries and keys of which only a part turns, as rotary.in_halves has them."""
+    num_turned = config.num_heads + config.num_kv_heads
+
+    def order(rows: torch.Tensor) -> torch.Tensor:
+        heads = rows.unflatten(0, (-1, config.head_dim))
+        return torch.cat([in_halves(heads[:num_turned], turned), heads[num_turned:]]).flatten(0, 1)
+
+    return Affine(rearranged(qkv.weight, order), None if qkv.bias is None else order(qkv.bias))
 
 
 def layer_shape(
@@ -114,10 +160,13 @@ def layer_shape(
         num_layers=config.num_layers,
         hidden_size=config.hidden_size,
         intermediate_size=config.intermediate_size,
-        heads=HeadShape(config.num_heads, config.num_kv_heads, config.head_dim),
+        heads=HeadShape(
+            config.num_heads, config.num_kv_heads, config.head_dim, config.query_size, config.soft_cap
+        ),
+        activation=config.activation,
         block_size=block_size,
         eps=config.norm_eps,
-        cos_sin=rotary_table(config, max_len, device),
+        cos_sin=rotary_tables(config, max_len, device),
         kv_dtype=kv_dtype,
         comm=comm,
     )

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from pagetide.models.config import DecoderConfig, UnsupportedModelError, read_config, read_json
@@ -12,9 +12,17 @@ from pagetide.models.config import DecoderConfig, UnsupportedModelError, read_co
 class Family:
     """Names of a layer's weights in the checkpoint; biases have the same name with .bias and are loaded
     where they exist.
+
+    qkv, gate_up: matrices that become one, or the one that they are already. post_attention_norm,
+    post_mlp_norm: of what is added to the residual, empty: there are none. norm_offset: added to all norms'
+    weights. scales_embedding: by the root of the hidden size. window_pattern: every so many layers see all,
+    where a file does not say which, 0: none does.
     """
 
     qk_norm: bool = False
+    norm_offset: float = 0.0
+    scales_embedding: bool = False
+    window_pattern: int = 0
     embedding: str = "model.embed_tokens"
     layer: str = "model.layers.{}."
     qkv: tuple[str, ...] = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj")
@@ -23,6 +31,8 @@ class Family:
     down: str = "mlp.down_proj"
     attention_norm: str = "input_layernorm"
     mlp_norm: str = "post_attention_layernorm"
+    post_attention_norm: str = ""
+    post_mlp_norm: str = ""
     q_norm: str = "self_attn.q_norm"
     k_norm: str = "self_attn.k_norm"
     kv_scales: tuple[str, str] = ("self_attn.k_scale", "self_attn.v_scale")
@@ -30,11 +40,24 @@ class Family:
     head: str = "lm_head"
 
 
+_GEMMA2 = Family(  # arXiv:2408.00118
+    norm_offset=1.0,
+    scales_embedding=True,
+    window_pattern=2,
+    mlp_norm="pre_feedforward_layernorm",
+    post_attention_norm="post_attention_layernorm",
+    post_mlp_norm="post_feedforward_layernorm",
+)
+
 FAMILIES = {
     "LlamaForCausalLM": Family(),  # Llama 2, 3, 3.x, SmolLM2
     "MistralForCausalLM": Family(),
     "Qwen2ForCausalLM": Family(),  # Qwen2, Qwen2.5: biases on QKV
     "Qwen3ForCausalLM": Family(qk_norm=True),
+    "Phi3ForCausalLM": Family(qkv=("self_attn.qkv_proj",), gate_up=("mlp.gate_up_proj",)),  # Phi-3, 3.5, 4
+    "SmolLM3ForCausalLM": Family(),
+    "Gemma2ForCausalLM": _GEMMA2,
+    "Gemma3ForCausalLM": replace(_GEMMA2, qk_norm=True, window_pattern=6),  # the text models
 }
 
 
@@ -48,7 +71,8 @@ def read_model(model: Path) -> tuple[Family, DecoderConfig]:
     names = raw.get("architectures") or []
     for name in names:
         if name in FAMILIES:
-            return FAMILIES[name], read_config(model, FAMILIES[name].qk_norm)
+            family = FAMILIES[name]
+            return family, read_config(model, family.qk_norm, family.window_pattern)
     raise UnsupportedModelError(
         f"the architecture {', '.join(names) or '(none named)'} is not supported; known: "
         f"{', '.join(FAMILIES)}"

@@ -149,12 +149,20 @@ class RandomTensors:
         self._dtype, self._device = dtype, device
         hidden, head_dim = config.hidden_size, config.head_dim
         attended, kept = config.num_heads * head_dim, config.num_kv_heads * head_dim
+        qkv = [(attended, hidden), (kept, hidden), (kept, hidden)]
+        post_norms = [name for name in (family.post_attention_norm, family.post_mlp_norm) if name]
         layer = {
-            **dict(zip(family.qkv, [(attended, hidden), (kept, hidden), (kept, hidden)], strict=True)),
+            **dict(zip(family.qkv, _as_many(qkv, family.qkv), strict=True)),
             family.out: (hidden, attended),
-            **dict.fromkeys(family.gate_up, (config.intermediate_size, hidden)),
+            **dict(
+                zip(
+                    family.gate_up,
+                    _as_many([(config.intermediate_size, hidden)] * 2, family.gate_up),
+                    strict=True,
+                )
+            ),
             family.down: (hidden, config.intermediate_size),
-            **dict.fromkeys((family.attention_norm, family.mlp_norm), (hidden,)),
+            **dict.fromkeys((family.attention_norm, family.mlp_norm, *post_norms), (hidden,)),
             **dict.fromkeys((family.q_norm, family.k_norm), (head_dim,)),
         }
         self._shapes: dict[str, tuple[int, ...]] = {
@@ -188,6 +196,11 @@ class RandomTensors:
 
     def read_table(self, name: str, rows: int, is_head: bool) -> Weight:
         return DenseWeight(self.read(name)[:rows])
+
+
+def _as_many(shapes: list[tuple[int, int]], names: tuple[str, ...]) -> list[tuple[int, int]]:
+    """The shapes [out, in], or, where a family has one matrix in their place, its shape."""
+    return shapes if len(names) > 1 else [(sum(rows for rows, _ in shapes), shapes[0][1])]
 
 
 class _RoundedAtLoad(ABC):

@@ -14,11 +14,20 @@ from pagetide.ops.batch import Batch
 
 @dataclass(frozen=True)
 class HeadShape:
-    """Sizes that all layers share."""
+    """Sizes that all layers share. query_size: scores are divided by its root, 0: head_dim; soft_cap: what
+    they cannot exceed then (arXiv:2408.00118), 0: nothing.
+    """
 
     num_heads: int
     num_kv_heads: int
     head_dim: int
+    query_size: float = 0.0
+    soft_cap: float = 0.0
+
+    @property
+    def scale(self) -> float:
+        """What scores are multiplied by."""
+        return float((self.query_size or self.head_dim) ** -0.5)
 
     @property
     def group(self) -> int:
@@ -140,10 +149,7 @@ class TorchAttention:
         visible = at <= position
         if layer.window:
             visible &= at > position - layer.window
-        mask = visible[:, None, None, :]
-        result = F.scaled_dot_product_attention(
-            q[tokens].unsqueeze(2), keys, values, attn_mask=mask, enable_gqa=True
-        )
+        result = attend_visible(q[tokens].unsqueeze(2), keys, values, visible[:, None, None, :], self._shape)
         out[tokens] = result.squeeze(2)
 
     def _attend_chunk(
@@ -161,7 +167,7 @@ class TorchAttention:
         keys, values = self._gather(kv, layer, table, start + count, q.dtype)
         queries = q[first : first + count].transpose(0, 1).unsqueeze(0)
         out[first : first + count] = (
-            attend_chunk(queries, keys, values, start, layer.window).squeeze(0).transpose(0, 1)
+            attend_chunk(queries, keys, values, start, layer.window, self._shape).squeeze(0).transpose(0, 1)
         )
 
     def _gather(
@@ -193,18 +199,38 @@ def _kept(x: torch.Tensor, scale: float, dtype: torch.dtype) -> torch.Tensor:
 
 
 def attend_chunk(
-    queries: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, start: int, window: int
+    queries: torch.Tensor,
+    keys: torch.Tensor,
+    values: torch.Tensor,
+    start: int,
+    window: int,
+    shape: HeadShape,
 ) -> torch.Tensor:
     """Causal attention of a chunk whose first query stands at position start.
 
     queries [1, H, count, head_dim], keys [1, K, length, head_dim].
     """
     count, length = queries.shape[2], keys.shape[2]
-    if start == 0 and not window:
-        return F.scaled_dot_product_attention(queries, keys, values, is_causal=True, enable_gqa=True)
     at = torch.arange(length, device=queries.device)
     position = torch.arange(start, start + count, device=queries.device).unsqueeze(1)
     visible = at <= position
     if window:
         visible &= at > position - window
-    return F.scaled_dot_product_attention(queries, keys, values, attn_mask=visible, enable_gqa=True)
+    return attend_visible(queries, keys, values, visible, shape)
+
+
+def attend_visible(
+    queries: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, visible: torch.Tensor, shape: HeadShape
+) -> torch.Tensor:
+    """queries [n, H, count, head_dim], keys and values [n, K, length, head_dim], visible: which key each
+    query sees, [count, length] or with as many dimensions as the scores.
+    """
+    if not shape.soft_cap:
+        return F.scaled_dot_product_attention(
+            queries, keys, values, attn_mask=visible, enable_gqa=True, scale=shape.scale
+        )
+    keys, values = (x.repeat_interleave(shape.group, dim=1) for x in (keys, values))
+    scores = (queries @ keys.transpose(2, 3)).float() * shape.scale
+    scores = shape.soft_cap * torch.tanh(scores / shape.soft_cap)
+    weights = scores.masked_fill(~visible, -torch.inf).softmax(-1)
+    return weights.to(values.dtype) @ values

@@ -20,7 +20,8 @@ Tensor = torch.Tensor
 
 @dataclass(frozen=True)
 class LayerShape:
-    """Sizes that all layers share. cos_sin: as LayerAttention's. kv_dtype: of the KV pool; uint8: keys and
+    """Sizes that all layers share. cos_sin: float32 [tables, max_len, head_dim], of which LayerAttention's is
+    one. activation: as LayerOps.gated takes it. kv_dtype: of the KV pool; uint8: keys and
     values are 8-bit integers with scales of their own, float8_e4m3fn: they are divided by those of the layer.
     comm: to the ranks that have the other heads and the rest of the MLP's width; what the last matrices of
     attention and MLP give is a part of a sum over them.
@@ -35,6 +36,7 @@ class LayerShape:
     cos_sin: Tensor
     kv_dtype: torch.dtype = torch.bfloat16
     comm: Comm = ALONE
+    activation: str = "silu"
 
 
 @dataclass(frozen=True)
@@ -49,7 +51,9 @@ class Affine:
 class LayerWeights:
     """One layer of a pre-norm decoder.
 
-    qkv: queries, keys, values; gate_up: gate, then up; window, k_scale, v_scale as LayerAttention's.
+    qkv: queries, keys, values; gate_up: gate, then up; window, k_scale, v_scale as LayerAttention's. rotary:
+    which of LayerShape's tables. post_attention_norm, post_mlp_norm: of what attention and MLP add to the
+    residual, or None.
     """
 
     attention_norm: Tensor
@@ -63,6 +67,9 @@ class LayerWeights:
     down: Affine
     k_scale: float = 1.0
     v_scale: float = 1.0
+    rotary: int = 0
+    post_attention_norm: Tensor | None = None
+    post_mlp_norm: Tensor | None = None
 
 
 class Layers(Protocol):
@@ -95,7 +102,7 @@ class LayerOps:
     """What ComposedLayers is made of; shapes are those of ops/reference.py."""
 
     add_rms_norm: Callable[[Tensor | None, Tensor, Tensor, float], Tensor]
-    silu_mul: Callable[[Tensor], Tensor]
+    gated: Callable[[Tensor, str], Tensor]
     make_matmul: Callable[[Affine], Matmul]
     make_attention: Callable[[HeadShape], AttentionBackend]
 
@@ -128,9 +135,13 @@ class ComposedLayers:
             q = attention.write(layer.qkv(x, batch), kv, layer.attention, batch)
             update = layer.out(attention.attend(q, kv, layer.attention, batch, plan), batch)
             comm.all_reduce(update)
+            if layer.post_attention_norm is not None:
+                update = add_rms_norm(None, update, layer.post_attention_norm, self._eps)
             x = add_rms_norm(update, residual, layer.mlp_norm, self._eps)
             update = layer.mlp(x, batch)
             comm.all_reduce(update)
+            if layer.post_mlp_norm is not None:
+                update = add_rms_norm(None, update, layer.post_mlp_norm, self._eps)
         if update is not None:
             residual += update
 
@@ -138,8 +149,9 @@ class ComposedLayers:
 class _Layer:
     def __init__(self, ops: LayerOps, shape: LayerShape, weights: LayerWeights):
         self.attention_norm, self.mlp_norm = weights.attention_norm, weights.mlp_norm
+        self.post_attention_norm, self.post_mlp_norm = weights.post_attention_norm, weights.post_mlp_norm
         self.attention = LayerAttention(
-            shape.cos_sin,
+            shape.cos_sin[weights.rotary],
             weights.window,
             weights.q_norm,
             weights.k_norm,
@@ -148,19 +160,19 @@ class _Layer:
             weights.v_scale,
         )
         self.qkv, self.out = ops.make_matmul(weights.qkv), ops.make_matmul(weights.out)
-        self.mlp = GatedMlp(ops, weights)
+        self.mlp = GatedMlp(ops, weights, shape.activation)
 
 
 class GatedMlp:
-    """SwiGLU (arXiv:2002.05202)."""
+    """SwiGLU, GeGLU (arXiv:2002.05202)."""
 
-    def __init__(self, ops: LayerOps, weights: LayerWeights):
-        self._silu_mul = ops.silu_mul
+    def __init__(self, ops: LayerOps, weights: LayerWeights, activation: str):
+        self._gated, self._activation = ops.gated, activation
         self._gate_up, self._down = ops.make_matmul(weights.gate_up), ops.make_matmul(weights.down)
 
     def __call__(self, x: Tensor, batch: Batch) -> Tensor:
         """[t, hidden] -> [t, hidden]"""
-        return self._down(self._silu_mul(self._gate_up(x, batch)), batch)
+        return self._down(self._gated(self._gate_up(x, batch), self._activation), batch)
 
 
 class Embedding(Protocol):

@@ -46,7 +46,7 @@ class TorchEmbedding:
         return linear(normed, self._head).float()
 
 
-TORCH_LAYERS = LayerOps(reference.add_rms_norm, reference.silu_mul, torch_matmul, TorchAttention)
+TORCH_LAYERS = LayerOps(reference.add_rms_norm, reference.gated, torch_matmul, TorchAttention)
 
 REFERENCE = Ops(
     can_record=False,

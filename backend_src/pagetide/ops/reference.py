@@ -56,10 +56,11 @@ def set_blocks(block_table: torch.Tensor, rows: torch.Tensor, index: torch.Tenso
 def rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
     """Root mean square norm over the last dimension, computed in float32 (arXiv:1910.07467).
 
-    x [..., size], weight [size].
+    x [..., size], weight [size], which may be wider than x.
     """
     wide = x.float()
-    return (wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + eps)).to(x.dtype) * weight
+    scale = torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + eps)
+    return ((wide * scale).to(weight.dtype) * weight).to(x.dtype)
 
 
 def add_rms_norm(
@@ -74,10 +75,13 @@ def add_rms_norm(
     return rms_norm(residual, weight, eps)
 
 
-def silu_mul(gate_up: torch.Tensor) -> torch.Tensor:
-    """silu(gate) * up of [t, 2 * size], gate first; returns [t, size] (SwiGLU, arXiv:2002.05202)."""
+def gated(gate_up: torch.Tensor, activation: str) -> torch.Tensor:
+    """activation(gate) * up of [t, 2 * size], gate first; returns [t, size] (arXiv:2002.05202).
+
+    activation: "silu", or "gelu", which is its approximation by tanh.
+    """
     gate, up = gate_up.chunk(2, dim=-1)
-    return F.silu(gate) * up
+    return (F.silu(gate) if activation == "silu" else F.gelu(gate, approximate="tanh")) * up
 
 
 def apply_rotary(x: torch.Tensor, cos_sin: torch.Tensor) -> torch.Tensor:

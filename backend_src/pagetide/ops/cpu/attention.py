@@ -33,7 +33,7 @@ from pagetide.ops.cpu.scratch import KEYS, NEXT_KEYS, VALUES
 from pagetide.ops.cpu.sync import take
 from pagetide.ops.cpu.tile_code import LANES
 from pagetide.ops.cpu.tiles import TILE_ROWS, depth_of, tile, tile_of_pages
-from pagetide.ops.cpu.vectors import clear, copy, prefetch, scale, soften
+from pagetide.ops.cpu.vectors import cap, clear, copy, prefetch, scale, soften
 
 _MINUS_INFINITY = np.float32(-3.0e38)
 
@@ -54,8 +54,10 @@ _prepare_queries = by_form(2, _leave, round_queries)
 
 
 @device_function
-def attend(sync, phase, thread, scratch, q, layer, kv, block_table, work, window, out):  # type: ignore[no-untyped-def]
+def attend(sync, phase, thread, scratch, q, layer, kv, block_table, work, window, soft_cap, out):  # type: ignore[no-untyped-def]
     """Each query against its sequence's tokens up to itself, at most `window` of them (0: all).
+
+    soft_cap: what scores cannot exceed, 0: nothing.
 
     q [t, H, D], scaled; kv [layers, blocks, 2, K, pages * page_size]; out [t, H * D], in its own type.
     """
@@ -102,6 +104,9 @@ def attend(sync, phase, thread, scratch, q, layer, kv, block_table, work, window
                 layer, kv, 0, head, block_table, sequence, at + SPAN, last, head_dim, places, NEXT_KEYS
             )
             _score(rows, queries, kv, places, end - at, scratch, thread, scores)
+            if soft_cap > 0:
+                for row in range(rows):
+                    cap(scores, row * SPAN, (end - at + PAGE - 1) // PAGE * PAGE, soft_cap)
             _weigh(rows, group, scores, at, end, start, window, peaks, totals, weights, sums)
             _add_values(rows, weights, kv, places, end - at, scratch, thread, sums)
             if end < last and end % SEGMENT == 0:

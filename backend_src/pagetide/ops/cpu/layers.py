@@ -1,6 +1,6 @@
 """All layers of the decoder in one call: the threads of one parallel region go through the phases of every
-layer and wait for each other in between. Where several ranks share a model, a call has one half of a layer,
-attention or MLP, after which the ranks add up what they have.
+layer and wait for each other in between. Where several ranks share a model, a call has attention or MLP of
+one layer, after which the ranks add up what they have.
 
 phase of a layer    reads        writes
 0 norm              residual     normed
@@ -9,12 +9,15 @@ phase of a layer    reads        writes
 3 attention         queries, KV  attended, parts
 4 merge             parts        attended
 5 round             attended     rounded
-6 out               attended     residual (added)
-7 norm              residual     normed
-8 gate, up, SiLU    normed       gated
-9 round             gated        rounded
-10 down             gated        residual (added)
+6 out               attended     residual (added), or update
+7 norm, add         update       residual (added)
+8 norm              residual     normed
+9 gate, up          normed       gated
+10 round            gated        rounded
+11 down             gated        residual (added), or update
+12 norm, add        update       residual (added)
 
+Only some models normalize what they add to the residual, and have an update for it.
 Quantized matrices multiply what is rounded to 8 bits; norms round what they write themselves.
 """
 
@@ -37,7 +40,7 @@ from pagetide.ops.cpu.compiled import HAS_BF16_DOT, as_numpy, borrowed, device_f
 from pagetide.ops.cpu.kept import Keeper, no_keeper
 from pagetide.ops.cpu.kv_tile import PAGE_HEADER
 from pagetide.ops.cpu.matmul import ROOM, prepare_rows, project, project_gated
-from pagetide.ops.cpu.norm import normalize
+from pagetide.ops.cpu.norm import add_normalized, normalize
 from pagetide.ops.cpu.packing import GROUP, Packed, pack, packed_dense
 from pagetide.ops.cpu.rotary import write
 from pagetide.ops.cpu.scratch import make_scratch
@@ -54,12 +57,16 @@ PHASES = (
     "merge",
     "round",
     "out",
+    "norm, add",
     "norm",
-    "gate, up, SiLU",
+    "gate, up",
     "round",
     "down",
+    "norm, add",
 )
 _NUM_PHASES = len(PHASES)
+_ATTENTION, _ADD_ATTENTION, _MLP, _ADD_MLP = range(4)  # the parts of a layer
+_NUM_PARTS = 4
 _MATRICES = ("qkv", "out", "gate_up", "down")
 
 
@@ -76,6 +83,9 @@ class Weights(NamedTuple):
     q_norm: np.ndarray  # float32 [layers, D]
     k_norm: np.ndarray
     windows: np.ndarray  # int64 [layers]
+    rotary: np.ndarray  # int64 [layers]: which table
+    post_attention_norm: np.ndarray  # float32 [layers, hidden]
+    post_mlp_norm: np.ndarray
     out: np.ndarray
     out_forms: np.ndarray  # of Packed
     out_bias: np.ndarray
@@ -105,6 +115,7 @@ class Activations(NamedTuple):
     queries: np.ndarray  # [rows, H, D]
     attended: np.ndarray  # [rows, H * D]
     gated: np.ndarray  # [rows, intermediate]
+    update: np.ndarray  # float32 [rows, hidden], no rows where nothing of it is normalized
 
 
 class Places(NamedTuple):
@@ -113,75 +124,105 @@ class Places(NamedTuple):
     slots: np.ndarray  # int64 [t]
     positions: np.ndarray  # int64 [t]
     block_table: np.ndarray  # int32 [n, max_blocks]
-    cos_sin: np.ndarray  # float32 [max_len, D]
+    cos_sin: np.ndarray  # float32 [tables, max_len, D]
+
+
+class Rules(NamedTuple):
+    """What all layers compute with: of LayerShape and HeadShape."""
+
+    eps: np.float32
+    scale: np.float32
+    soft_cap: np.float32
+    is_gelu: bool
 
 
 @kernel
-def _run(sync, halves, adds, weights, acts, rounded, scratch, places, work, kv, eps, scale):  # type: ignore[no-untyped-def]
-    """halves: (first, last) of all layers' halves in turn. adds: to the residual, instead of taking its place
+def _run(sync, parts, adds, weights, acts, rounded, scratch, places, work, kv, rules):  # type: ignore[no-untyped-def]
+    """parts: (first, last) of all layers' parts in turn. adds: to the residual, instead of taking its place
     with a rank's part of a sum.
     """
     for thread in prange(sync.shape[1]):
         own = borrowed((weights, acts, rounded, scratch, places, work))
-        _run_thread(np.int64(thread), borrowed(sync), halves, adds, *own, borrowed(kv), eps, scale)
+        _run_thread(np.int64(thread), borrowed(sync), parts, adds, *own, borrowed(kv), rules)
 
 
 @device_function
-def _run_thread(thread, sync, halves, adds, weights, acts, rounded, scratch, places, work, kv, eps, scale):  # type: ignore[no-untyped-def]
+def _run_thread(thread, sync, parts, adds, weights, acts, rounded, scratch, places, work, kv, rules):  # type: ignore[no-untyped-def]
     begin(sync, thread)
-    own = weights, acts, rounded, scratch
-    for half in range(halves[0], halves[1]):
-        layer, is_mlp = half // 2, half % 2
-        if is_mlp:
-            _mlp(sync, thread, layer, adds, *own, len(places.slots), eps)
+    own, t = (weights, acts, rounded, scratch), len(places.slots)
+    for number in range(parts[0], parts[1]):
+        layer, part = number // _NUM_PARTS, number % _NUM_PARTS
+        if part == _ATTENTION:
+            _attention(sync, thread, layer, adds, *own, places, work, kv, rules)
+        elif part == _MLP:
+            _mlp(sync, thread, layer, adds, *own, t, rules)
+        elif part == _ADD_ATTENTION:
+            _add_update(
+                sync, layer * _NUM_PHASES + 7, thread, acts, t, weights.post_attention_norm[layer], rules
+            )
         else:
-            _attention(sync, thread, layer, adds, *own, places, work, kv, eps, scale)
+            _add_update(sync, layer * _NUM_PHASES + 12, thread, acts, t, weights.post_mlp_norm[layer], rules)
 
 
 @device_function
-def _attention(sync, thread, layer, adds, weights, acts, rounded, scratch, places, work, kv, eps, scale):  # type: ignore[no-untyped-def]
+def _add_update(sync, phase, thread, acts, t, norm, rules):  # type: ignore[no-untyped-def]
+    if norm.shape[0] > 0:
+        add_normalized(sync, phase, thread, acts.update, t, norm, rules.eps, acts.residual)
+        finish(sync, phase, thread)
+
+
+@device_function
+def _attention(sync, thread, layer, adds, weights, acts, rounded, scratch, places, work, kv, rules):  # type: ignore[no-untyped-def]
     phase, t, hidden = layer * _NUM_PHASES, len(places.slots), acts.residual.shape[1]
-    residual, normed, attended = acts.residual, acts.normed, acts.attended
+    residual, normed, attended, eps = acts.residual, acts.normed, acts.attended, rules.eps
     norm, bias = weights.attention_norm[layer], weights.qkv_bias[layer]
     matrix = Packed(weights.qkv, weights.qkv_forms)
     normalize(sync, phase, thread, residual, t, norm, eps, normed, matrix, layer, rounded)
     finish(sync, phase, thread)
     project(sync, phase + 1, thread, normed, rounded, t, matrix, layer, hidden, bias, False, acts.qkv)
     finish(sync, phase + 1, thread)
-    norms = weights.q_norm[layer], weights.k_norm[layer]
-    write(sync, phase + 2, thread, scratch, acts.qkv, layer, kv, places, norms, eps, scale, acts.queries)
+    norms, turns = (weights.q_norm[layer], weights.k_norm[layer]), places.cos_sin[weights.rotary[layer]]
+    heads = acts.queries
+    write(
+        sync, phase + 2, thread, scratch, acts.qkv, layer, kv, places, turns, norms, eps, rules.scale, heads
+    )
     finish(sync, phase + 2, thread)
     table, window = places.block_table, weights.windows[layer]
-    attend(sync, phase + 3, thread, scratch, acts.queries, layer, kv, table, work, window, attended)
+    limit = rules.soft_cap
+    attend(sync, phase + 3, thread, scratch, heads, layer, kv, table, work, window, limit, attended)
     finish(sync, phase + 3, thread)
     if len(work.merges):
-        merge(sync, phase + 4, thread, scratch, work, acts.queries.shape[2], attended)
+        merge(sync, phase + 4, thread, scratch, work, heads.shape[2], attended)
         finish(sync, phase + 4, thread)
     matrix, bias = Packed(weights.out, weights.out_forms), weights.out_bias[layer]
-    _add_product(sync, phase + 5, thread, attended, rounded, t, matrix, layer, bias, adds, residual)
+    _add_product(sync, phase + 5, thread, attended, rounded, t, matrix, layer, bias, adds, acts)
 
 
 @device_function
-def _mlp(sync, thread, layer, adds, weights, acts, rounded, scratch, t, eps):  # type: ignore[no-untyped-def]
+def _mlp(sync, thread, layer, adds, weights, acts, rounded, scratch, t, rules):  # type: ignore[no-untyped-def]
     phase, hidden = layer * _NUM_PHASES, acts.residual.shape[1]
     residual, normed, gated = acts.residual, acts.normed, acts.gated
     norm, bias = weights.mlp_norm[layer], weights.gate_up_bias[layer]
     matrix, sums = Packed(weights.gate_up, weights.gate_up_forms), scratch.scores[thread].reshape(-1)
-    normalize(sync, phase + 7, thread, residual, t, norm, eps, normed, matrix, layer, rounded)
-    finish(sync, phase + 7, thread)
-    project_gated(sync, phase + 8, thread, sums, normed, rounded, t, matrix, layer, hidden, bias, gated)
+    normalize(sync, phase + 8, thread, residual, t, norm, rules.eps, normed, matrix, layer, rounded)
     finish(sync, phase + 8, thread)
+    is_gelu, own = rules.is_gelu, (normed, rounded, t, matrix, layer, hidden)
+    project_gated(sync, phase + 9, thread, sums, *own, bias, is_gelu, gated)
+    finish(sync, phase + 9, thread)
     matrix, bias = Packed(weights.down, weights.down_forms), weights.down_bias[layer]
-    _add_product(sync, phase + 9, thread, gated, rounded, t, matrix, layer, bias, adds, residual)
+    _add_product(sync, phase + 10, thread, gated, rounded, t, matrix, layer, bias, adds, acts)
 
 
 @device_function
-def _add_product(sync, phase, thread, x, rounded, t, weight, layer, bias, adds, residual):  # type: ignore[no-untyped-def]
-    """residual += x @ weight.T + bias, or = if not adds, in two phases."""
+def _add_product(sync, phase, thread, x, rounded, t, weight, layer, bias, adds, acts):  # type: ignore[no-untyped-def]
+    """residual += x @ weight.T + bias, or = if not adds, or update = where there is one, in two phases."""
     size = x.shape[1]
     if prepare_rows(sync, phase, thread, x, t, size, weight, layer, rounded):
         finish(sync, phase, thread)
-    project(sync, phase + 1, thread, x, rounded, t, weight, layer, size, bias, adds, residual)
+    has_update = acts.update.shape[0] > 0
+    target = acts.update if has_update else acts.residual
+    adds = adds and not has_update
+    project(sync, phase + 1, thread, x, rounded, t, weight, layer, size, bias, adds, target)
     finish(sync, phase + 1, thread)
 
 
@@ -195,6 +236,12 @@ class CompiledLayers:
         self._weights = Weights(**keep("layers", lambda: stack(shape, layers)))
         self.may_share = not self._weights.windows.any()
         self._cos_sin = shape.cos_sin.numpy()
+        heads, is_gelu = shape.heads, shape.activation == "gelu"
+        scale, soft_cap = np.float32(heads.scale), np.float32(heads.soft_cap)
+        self._rules = Rules(np.float32(shape.eps), scale, soft_cap, is_gelu)
+        num_parts = _NUM_PARTS * shape.num_layers
+        step = num_parts if shape.comm.size == 1 else 1
+        self._calls = [(first, first + step) for first in range(0, num_parts, step)]
         self._num_threads = num_concurrent_threads()
         self._activations: Activations | None = None
         self._rounded = make_rounded(0, 0)
@@ -228,19 +275,16 @@ class CompiledLayers:
         self._sync = sync = make_sync(_NUM_PHASES * shape.num_layers, self._num_threads)
         acts = self._make_room(t)
         acts.residual[:t] = residual.numpy()
-        scale = np.float32(shape.heads.head_dim**-0.5)
-        kv, eps = as_numpy(pool), np.float32(shape.eps)
-        result = torch.from_numpy(acts.residual[:t])
+        kv, rules = as_numpy(pool), self._rules
         # Rank 0's part of a sum has what was there before.
         adds = shape.comm.rank == 0
-        num_halves = 2 * shape.num_layers
-        step = num_halves if shape.comm.size == 1 else 1
-        for first in range(0, num_halves, step):
-            halves = (first, first + step)
+        added = torch.from_numpy((acts.update if len(acts.update) else acts.residual)[:t])
+        for parts in self._calls:
             own = self._weights, acts, self._rounded, self._scratch
-            _run(sync, halves, adds, *own, places, work, kv, eps, scale)
-            shape.comm.all_reduce(result)
-        residual.copy_(result)
+            _run(sync, parts, adds, *own, places, work, kv, rules)
+            if parts[0] % _NUM_PARTS in (_ATTENTION, _MLP):
+                shape.comm.all_reduce(added)
+        residual.copy_(torch.from_numpy(acts.residual[:t]))
 
     def _make_room(self, t: int) -> Activations:
         """Those of the largest step so far serve all smaller ones."""
@@ -292,9 +336,10 @@ def stack(shape: LayerShape, layers: Iterable[LayerWeights]) -> dict[str, np.nda
 
 def _packed(layer: LayerWeights) -> Iterator[tuple[str, torch.Tensor | QuantizedWeight]]:
     """One layer's entries of Weights."""
-    for name in ("attention_norm", "mlp_norm", "q_norm", "k_norm"):
+    for name in ("attention_norm", "mlp_norm", "q_norm", "k_norm", "post_attention_norm", "post_mlp_norm"):
         yield name, _floats(getattr(layer, name))
     yield "windows", torch.tensor(layer.window)
+    yield "rotary", torch.tensor(layer.rotary)
     for name in ("qkv", "out", "down"):
         affine = getattr(layer, name)
         yield name, _pack(affine.weight)
@@ -335,4 +380,5 @@ def _allocate(rows: int, shape: LayerShape, weights: Weights) -> Activations:
         queries=np.zeros((rows, heads.num_heads, heads.head_dim), dtype),
         attended=np.zeros((rows, heads.num_heads * heads.head_dim), dtype),
         gated=np.zeros((rows, shape.intermediate_size), dtype),
+        update=np.zeros((rows if weights.post_mlp_norm.size else 0, shape.hidden_size), np.float32),
     )

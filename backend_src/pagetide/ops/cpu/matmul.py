@@ -19,7 +19,7 @@ from pagetide.ops.cpu.packing import GROUP
 from pagetide.ops.cpu.sync import take
 from pagetide.ops.cpu.tile_code import LANES
 from pagetide.ops.cpu.tiles import TILE_ROWS, multiply, multiply_add
-from pagetide.ops.cpu.vectors import clear, gate
+from pagetide.ops.cpu.vectors import clear, gate_gelu, gate_silu
 
 _TASKS_PER_THREAD = 4
 # Rows that are multiplied before they are gated: whole tiles of every kind.
@@ -65,8 +65,8 @@ def project(sync, phase, thread, x, rounded, num_rows, weight, layer, size, bias
 
 
 @device_function
-def project_gated(sync, phase, thread, sums, x, rounded, num_rows, weight, layer, size, bias, out):  # type: ignore[no-untyped-def]
-    """out [m, n] = silu(gate) * up (SwiGLU, arXiv:2002.05202), in out's type.
+def project_gated(sync, phase, thread, sums, x, rounded, num_rows, weight, layer, size, bias, is_gelu, out):  # type: ignore[no-untyped-def]
+    """out [m, n] = silu(gate) * up, or gelu(gate) * up (arXiv:2002.05202), in out's type.
 
     weight, bias: 16 outputs of gate and 16 of up, in turn.
 
@@ -87,7 +87,11 @@ def project_gated(sync, phase, thread, sums, x, rounded, num_rows, weight, layer
                 if bias.shape[0] > 0:
                     for i in range(GROUP):
                         sums[r * GROUP + i] += bias[group * GROUP + i]
-                gate(sums, r * GROUP, out, (row + r) * num_outputs + group * LANES)
+                place = (row + r) * num_outputs + group * LANES
+                if is_gelu:
+                    gate_gelu(sums, r * GROUP, out, place)
+                else:
+                    gate_silu(sums, r * GROUP, out, place)
         task = take(sync, phase, thread, num_groups * blocks)
 
 

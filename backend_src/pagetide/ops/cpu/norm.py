@@ -26,3 +26,20 @@ def normalize(sync, phase, thread, rows, num_rows, weight, eps, out, matrix, lay
             scale_by(rows, row * size, weight, scale, size, out, row * size)
             prepare_row(out, row, size, matrix, layer, rounded)
         task = take(sync, phase, thread, num_tasks)
+
+
+@device_function
+def add_normalized(sync, phase, thread, rows, num_rows, weight, eps, residual):  # type: ignore[no-untyped-def]
+    """residual float32 [m, size] += the norms of rows float32 [m, size], times weight, which take rows'
+    place.
+    """
+    size = weight.shape[0]
+    num_tasks = (num_rows + _ROWS - 1) // _ROWS
+    task = take(sync, phase, thread, num_tasks)
+    while task >= 0:
+        for row in range(task * _ROWS, min(task * _ROWS + _ROWS, num_rows)):
+            scale = np.float32(1) / np.sqrt(sum_of_squares(rows, row * size, size) / np.float32(size) + eps)
+            scale_by(rows, row * size, weight, scale, size, rows, row * size)
+            for i in range(size):
+                residual[row, i] += rows[row, i]
+        task = take(sync, phase, thread, num_tasks)

@@ -18,17 +18,18 @@ _TOKENS = 4  # of a task
 
 
 @device_function
-def write(sync, phase, thread, scratch, qkv, layer, kv, places, norms, eps, scale, q):  # type: ignore[no-untyped-def]
+def write(sync, phase, thread, scratch, qkv, layer, kv, places, turns, norms, eps, scale, q):  # type: ignore[no-untyped-def]
     """qkv float32 [t, (H + 2K) * D]: queries, times scale, go to q [t, H, D]; keys and values to kv
     [layers, blocks, 2, K, pages * page_size].
 
-    places: layers.Places; norms: weights of queries and keys float32 [D], or empty.
+    places: layers.Places; turns: cosines and sines float32 [max_len, D]; norms: weights of queries and
+    keys float32 [D], or empty.
     """
     num_heads, head_dim = q.shape[1], q.shape[2]
     num_kv_heads, size = kv.shape[3], page_size(kv, head_dim)
     block_size = kv.shape[4] // size * PAGE
     width = qkv.shape[1]
-    slots, positions, turns = places.slots, places.positions, places.cos_sin
+    slots, positions = places.slots, places.positions
     num_tokens = len(slots)
     rotated = scratch.sums[thread, 0]
     num_tasks = (num_tokens + _TOKENS - 1) // _TOKENS

@@ -4,6 +4,9 @@ own loops do not become by themselves.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Any
+
 from llvmlite import ir
 from numba.core import cgutils, types
 from numba.extending import intrinsic
@@ -227,8 +230,46 @@ def weave(typing_context, array, at, rows, low, high):  # type: ignore[no-untype
 
 
 @intrinsic
-def gate(typing_context, sums, at, out, out_at):  # type: ignore[no-untyped-def]
+def cap(typing_context, x, at, count, limit):  # type: ignore[no-untyped-def]
+    """x[at + i] = limit * tanh(x[at + i] / limit) for i < count, a multiple of 16; x float32."""
+
+    def generate(context, builder, signature, args):  # type: ignore[no-untyped-def]
+        data = context.make_array(signature.args[0])(context, builder, args[0]).data
+        limits = spread(builder, args[3])
+        doubled = builder.fmul(limits, constant(2.0), flags=FAST)
+        rates = builder.fdiv(constant(2.0), limits, flags=FAST)
+        with each_vector(builder, args[2]) as i:
+            power = exp(builder, builder.fmul(read_vector(builder, data, args[1], i), rates, flags=FAST))
+            below = builder.fdiv(doubled, builder.fadd(power, constant(1.0), flags=FAST), flags=FAST)
+            capped = builder.fsub(limits, below, flags=FAST)
+            store(builder, capped, builder.gep(data, [builder.add(args[1], i)]))
+        return context.get_dummy_value()
+
+    return types.none(x, types.int64, types.int64, types.float32), generate
+
+
+@intrinsic
+def gate_silu(typing_context, sums, at, out, out_at):  # type: ignore[no-untyped-def]
     """out[out_at + i] = silu(sums[at + i]) * sums[at + 16 + i] for i < 16; sums float32."""
+    return _gate(sums, out, lambda builder, value: value)
+
+
+@intrinsic
+def gate_gelu(typing_context, sums, at, out, out_at):  # type: ignore[no-untyped-def]
+    """As gate_silu, with GELU by its approximation (arXiv:1606.08415): (1 + tanh(x)) / 2 is sigmoid(2 x)."""
+
+    def slope(builder: ir.IRBuilder, value: ir.Value) -> ir.Value:
+        square = builder.fmul(value, value, flags=FAST)
+        factor = builder.fadd(
+            builder.fmul(square, constant(0.0713548163), flags=FAST), constant(1.5957691216), flags=FAST
+        )
+        return builder.fmul(value, factor, flags=FAST)
+
+    return _gate(sums, out, slope)
+
+
+def _gate(sums: Any, out: Any, slope: Callable[[ir.IRBuilder, ir.Value], ir.Value]) -> Any:
+    """value * sigmoid(slope(value)) * up."""
 
     def generate(context, builder, signature, args):  # type: ignore[no-untyped-def]
         source, target = (
@@ -240,7 +281,8 @@ def gate(typing_context, sums, at, out, out_at):  # type: ignore[no-untyped-def]
             return builder.load(builder.bitcast(place, FLOATS.as_pointer()), align=4)
 
         value, up = read(0), read(LANES)
-        scale = builder.fadd(exp(builder, builder.fneg(value)), constant(1.0), flags=FAST)
+        power = exp(builder, builder.fneg(slope(builder, value)))
+        scale = builder.fadd(power, constant(1.0), flags=FAST)
         product = builder.fmul(builder.fdiv(value, scale, flags=FAST), up, flags=FAST)
         store(builder, product, builder.gep(target, [args[3]]))
         return context.get_dummy_value()

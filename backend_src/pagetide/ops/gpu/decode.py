@@ -15,11 +15,11 @@ import triton.language as tl
 
 from pagetide.ops.attention import HeadShape, LayerAttention
 from pagetide.ops.gpu.device import dim_block, num_processors
+from pagetide.ops.gpu.scores import capped, score_factor, score_limit
 
 # Keys of a matrix product; found by scripts/gpu_check.sh --only tune.
 TILE, NUM_WARPS, NUM_STAGES = 64, 4, 2
 _ROWS = 16  # the fewest rows of a matrix product on tensor cores
-_LOG2_E = 1.4426950408889634
 
 
 @triton.jit
@@ -80,6 +80,7 @@ def _decode(
     table_stride,
     splits,
     WINDOW: tl.constexpr,
+    LIMIT: tl.constexpr,
     KV_HEADS: tl.constexpr,
     GROUP: tl.constexpr,
     HEAD_DIM: tl.constexpr,
@@ -126,6 +127,8 @@ def _decode(
             kv + place[None, :] + dim[:, None], mask=is_key[None, :] & (dim[:, None] < HEAD_DIM), other=0.0
         )
         scores = tl.dot(queries, keys.to(queries.dtype), input_precision="ieee") * scale
+        if LIMIT > 0:
+            scores = capped(scores, LIMIT)
         scores = tl.where(is_key[None, :], scores, -float("inf"))
         higher = tl.maximum(highest, tl.max(scores, 1))
         correction = tl.exp2(highest - higher)
@@ -233,12 +236,13 @@ def attend_singles(
         singles.partial,
         singles.statistics,
         singles.arrivals,
-        shape.head_dim**-0.5 * _LOG2_E * layer.k_scale,
+        score_factor(shape, layer),
         layer.v_scale,
         q.stride(0),
         block_table.stride(0),
         singles.num_splits,
         layer.window,
+        score_limit(shape),
         shape.num_kv_heads,
         shape.group,
         shape.head_dim,

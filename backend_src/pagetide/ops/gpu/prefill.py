@@ -12,8 +12,7 @@ import triton.language as tl
 
 from pagetide.ops.attention import HeadShape, LayerAttention
 from pagetide.ops.gpu.device import dim_block
-
-_LOG2_E = 1.4426950408889634
+from pagetide.ops.gpu.scores import capped, score_factor, score_limit
 
 
 class Choice(NamedTuple):
@@ -53,6 +52,7 @@ def _attend_tiles(
     length,
     MASKED: tl.constexpr,
     WINDOW: tl.constexpr,
+    LIMIT: tl.constexpr,
     KV_HEADS: tl.constexpr,
     HEAD_DIM: tl.constexpr,
     BLOCK_SIZE: tl.constexpr,
@@ -80,6 +80,8 @@ def _attend_tiles(
             keys = tl.load(key_places, mask=dim[:, None] < HEAD_DIM, other=0.0)
             values = tl.load(value_places, mask=dim[None, :] < HEAD_DIM, other=0.0)
         scores = tl.dot(queries, keys.to(queries.dtype), input_precision="ieee") * scale
+        if LIMIT > 0:
+            scores = capped(scores, LIMIT)
         if MASKED:
             visible = at[None, :] <= position[:, None]
             if WINDOW > 0:
@@ -110,6 +112,7 @@ def _prefill(
     q_stride,
     table_stride,
     WINDOW: tl.constexpr,
+    LIMIT: tl.constexpr,
     KV_HEADS: tl.constexpr,
     GROUP: tl.constexpr,
     HEAD_DIM: tl.constexpr,
@@ -148,11 +151,11 @@ def _prefill(
     if WINDOW == 0:
         result, highest, total = _attend_tiles(
             queries, result, highest, total, kv, table, kv_head, position, scale, begin, whole, length,
-            False, WINDOW, KV_HEADS, HEAD_DIM, BLOCK_SIZE, TILE, DIM_BLOCK,
+            False, WINDOW, LIMIT, KV_HEADS, HEAD_DIM, BLOCK_SIZE, TILE, DIM_BLOCK,
         )  # fmt: skip
     result, highest, total = _attend_tiles(
         queries, result, highest, total, kv, table, kv_head, position, scale, whole, length, length,
-        True, WINDOW, KV_HEADS, HEAD_DIM, BLOCK_SIZE, TILE, DIM_BLOCK,
+        True, WINDOW, LIMIT, KV_HEADS, HEAD_DIM, BLOCK_SIZE, TILE, DIM_BLOCK,
     )  # fmt: skip
     result = result * (value_scale / tl.where(total > 0, total, 1.0))[:, None]
     target = out + token[:, None] * KV_HEADS * GROUP * HEAD_DIM + head[:, None] * HEAD_DIM + dim[None, :]
@@ -190,11 +193,12 @@ def attend_chunks(
         block_table,
         tiles,
         out,
-        shape.head_dim**-0.5 * _LOG2_E * layer.k_scale,
+        score_factor(shape, layer),
         layer.v_scale,
         q.stride(0),
         block_table.stride(0),
         layer.window,
+        score_limit(shape),
         shape.num_kv_heads,
         shape.group,
         shape.head_dim,

@@ -7,7 +7,7 @@ from functools import partial
 import torch
 
 from pagetide.ops import reference
-from pagetide.ops.gpu.activation import silu_mul
+from pagetide.ops.gpu.activation import gated
 from pagetide.ops.gpu.attention import PagedAttention
 from pagetide.ops.gpu.choices import Choices
 from pagetide.ops.gpu.copies import copy_blocks
@@ -24,7 +24,7 @@ from pagetide.ops.table import Ops
 def gpu_layers(dtype: torch.dtype, choices: Choices) -> LayerOps:
     """What a layer is made of."""
     products = partial(make_matmul, choices, dtype)
-    return LayerOps(add_rms_norm, silu_mul, products, partial(PagedAttention, dtype))
+    return LayerOps(add_rms_norm, gated, products, partial(PagedAttention, dtype))
 
 
 def make_gpu_ops(dtype: torch.dtype, choices: Choices) -> Ops:
