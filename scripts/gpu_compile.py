@@ -61,6 +61,7 @@ SHAPES = {
     "1B": HeadShape(32, 8, 64),
     "0.6B": HeadShape(16, 8, 128),
     "head 256": HeadShape(8, 1, 256),
+    "Gemma 2": HeadShape(8, 4, 256, soft_cap=50.0),
 }
 
 
@@ -152,7 +153,8 @@ def cases(dtype: torch.dtype) -> dict[str, Callable[[], object]]:
         found[f"norm {size}"] = lambda size=size: norm.add_rms_norm(
             empty(8, size), empty(8, size), empty(size), 1e-5
         )
-    found["silu"] = lambda: activation.gated(empty(8, 2 * 14_336), "silu")
+    for kind in ("silu", "gelu"):
+        found[kind] = lambda kind=kind: activation.gated(empty(8, 2 * 14_336), kind)
     for name, shape in SHAPES.items():
         heads = shape.num_heads + 2 * shape.num_kv_heads
         kv, table = empty(64, 2, shape.num_kv_heads, 16, shape.head_dim), ints(8, 64)
