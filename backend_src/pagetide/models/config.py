@@ -157,7 +157,8 @@ def _ropes(
 def _rope(raw: dict[str, Any], told: dict[str, Any]) -> dict[str, Any]:
     rope = dict(told)
     rope.setdefault("rope_theta", raw.get("rope_theta", 10000.0))
-    rope["rope_type"] = rope.get("rope_type") or rope.get("type") or "default"
+    kind = rope.get("rope_type") or rope.get("type") or "default"
+    rope["rope_type"] = "longrope" if kind == "su" else kind  # what the first files with it called it
     for name in ("partial_rotary_factor", "original_max_position_embeddings"):
         if raw.get(name):
             rope.setdefault(name, raw[name])
