@@ -55,10 +55,9 @@ CASES: dict[str, tuple[PretrainedConfig, int, dict[str, Any]]] = {
     "norms of heads": (FAMILIES["qwen3"], 2, {"ops": "reference"}),
     "windows": (FAMILIES["mistral-window"], 2, {}),
     "norms behind": (FAMILIES["gemma2"], 2, {}),
-    "norms behind, kernels of a GPU": (FAMILIES["gemma3"], 2, {"ops": "triton"}),
     "one matrix for queries, keys and values": (FAMILIES["phi3"], 2, {}),
     "quantized": (LlamaConfig(**LARGER), 2, {"quantization": "w8a16"}),
-    "kernels of a GPU": (FAMILIES["llama2"], 2, {"ops": "triton"}),
+    "kernels of a GPU": (FAMILIES["gemma3"], 2, {"ops": "triton"}),
     "KV cache in 8 bits": (LlamaConfig(**LARGER), 2, {"kv_cache_dtype": "int8"}),
 }
 PROMPTS = [[random.Random(index).randrange(6, 190) for _ in range(5 + 17 * index)] for index in range(6)]
