@@ -148,6 +148,7 @@ def test_files_of_older_versions_say_the_same_by_other_names(name, tmp_path):
     device = torch.device("cpu")
     assert torch.equal(rotary_tables(found, 100, device), rotary_tables(config, 100, device))
     assert replace(found, ropes=()) == replace(config, ropes=())
+    assert found.max_position == SIZES["max_position_embeddings"]
 
 
 def test_unknown_architecture_is_refused_with_the_known_ones(tmp_path):

@@ -124,7 +124,8 @@ def _max_position(raw: dict[str, Any], rope: dict[str, Any]) -> int:
     name only that.
     """
     named = raw["max_position_embeddings"]
-    if rope["rope_type"] not in ("yarn", "linear"):
+    # Gemma 3's files name the context that scaling has brought.
+    if rope["rope_type"] not in ("yarn", "linear") or raw.get("model_type") == "gemma3_text":
         return named
     original = rope.get("original_max_position_embeddings") or named
     return max(named, int(original * rope.get("factor", 1.0)))
