@@ -119,7 +119,7 @@ def test_what_may_become_long_is_turned_as_long_texts_are(ops, tmp_path):
 OLDER_NAMES: dict[str, tuple[str, tuple[str, ...], dict[str, Any]]] = {
     "gemma3": (
         "gemma3",
-        ("rope_parameters", "layer_types"),
+        ("rope_parameters", "layer_types", "tie_word_embeddings"),
         {
             "rope_theta": 1e6,
             "rope_scaling": {"rope_type": "linear", "factor": 8.0},
@@ -127,9 +127,13 @@ OLDER_NAMES: dict[str, tuple[str, tuple[str, ...], dict[str, Any]]] = {
             "sliding_window_pattern": 2,
         },
     ),
-    "gemma2": ("gemma2", ("rope_parameters", "layer_types"), {"rope_theta": 10000.0, "hidden_act": "gelu"}),
+    "gemma2": (
+        "gemma2",
+        ("rope_parameters", "layer_types", "tie_word_embeddings"),
+        {"rope_theta": 10000.0, "hidden_act": "gelu"},
+    ),
     "phi4-mini": ("phi4-mini", ("rope_parameters",), {"rope_theta": 10000.0, "partial_rotary_factor": 0.75}),
-    "smollm3": ("smollm3", ("no_rope_layers", "layer_types"), {}),
+    "smollm3": ("smollm3", ("no_rope_layers", "layer_types", "tie_word_embeddings"), {}),
 }
 
 
@@ -149,6 +153,15 @@ def test_files_of_older_versions_say_the_same_by_other_names(name, tmp_path):
     assert torch.equal(rotary_tables(found, 100, device), rotary_tables(config, 100, device))
     assert replace(found, ropes=()) == replace(config, ropes=())
     assert found.max_position == SIZES["max_position_embeddings"]
+
+
+def test_a_window_as_long_as_the_context_is_none(tmp_path):
+    write_model(tmp_path, Phi3Config(**SIZES, sliding_window=512))
+    assert read_model(tmp_path)[1].windows == (0, 0, 0)
+    config = {**FAMILIES["gemma3"].to_dict(), "sliding_window": 512, "architectures": ["Gemma3ForCausalLM"]}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    _, found = read_model(tmp_path)
+    assert (found.windows, found.rope_of_layer) == ((0, 0, 0), (1, 0, 1)), "its angles are local all the same"
 
 
 def test_unknown_architecture_is_refused_with_the_known_ones(tmp_path):

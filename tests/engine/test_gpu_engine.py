@@ -227,6 +227,9 @@ def test_what_a_device_cannot_do_is_refused(tmp_path):
     ):
         with pytest.raises(SettingsError, match=message):
             LLM(str(tmp_path), device="cpu", **settings, **refused)
+    write_model(tmp_path, small("gemma2"))
+    with pytest.raises(SettingsError, match="float16, which this model's values exceed; use bfloat16"):
+        LLM(str(tmp_path), device="cpu", **settings, ops="triton", dtype="float16")
 
 
 def test_the_hosts_memory_keeps_what_can_be_found(recorder, tmp_path):

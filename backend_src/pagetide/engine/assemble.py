@@ -102,6 +102,8 @@ def load_rank(settings: Settings, model: Model, device: Device, comm: Comm) -> R
     sys.setswitchinterval(2e-4)
     settings = settings.sized_for(device.torch_device.type)
     config, (dtype, kv_dtype) = model.config, _dtypes(settings, device)
+    if dtype is torch.float16 and model.family.exceeds_float16:
+        raise SettingsError("dtype is float16, which this model's values exceed; use bfloat16 or float32")
     shard = make_shard(config, comm.rank, comm.size)
 
     # Nothing may compute on this thread: a second OpenMP pool would make the first one sleep between its

@@ -52,15 +52,29 @@ def read_json(file: Path) -> dict[str, Any]:
     return json.loads(file.read_bytes()) if file.exists() else {}
 
 
-def read_config(model: Path, has_qk_norm: bool, window_pattern: int) -> DecoderConfig:
-    """The configuration in a Hugging Face model directory; the rest as Family has it. Raises
-    UnsupportedModelError.
+@dataclass(frozen=True)
+class Unsaid:
+    """What a family's files may leave out. window_pattern: every so many layers see all, 0: none does.
+    names_scaled_context: max_position_embeddings is what the scaling of angles has brought, and not what it
+    began with.
     """
+
+    qk_norm: bool = False
+    window_pattern: int = 0
+    ties_embeddings: bool = False
+    names_scaled_context: bool = False
+
+
+def read_config(model: Path, unsaid: Unsaid) -> DecoderConfig:
+    """The configuration in a Hugging Face model directory. Raises UnsupportedModelError."""
     raw = read_json(model / "config.json")
     heads = raw["num_attention_heads"]
     end_ids = _end_ids(model, raw)
-    windows = _windows(raw, window_pattern)
+    windows = _windows(raw, unsaid.window_pattern)
     ropes, rope_of_layer = _ropes(raw, windows)
+    max_position = raw["max_position_embeddings"]
+    if not unsaid.names_scaled_context:
+        max_position = _scaled_context(max_position, ropes[0])
     pad_id = raw.get("pad_token_id")
     return DecoderConfig(
         vocab_size=raw["vocab_size"],
@@ -70,13 +84,13 @@ def read_config(model: Path, has_qk_norm: bool, window_pattern: int) -> DecoderC
         num_heads=heads,
         num_kv_heads=raw.get("num_key_value_heads") or heads,
         head_dim=raw.get("head_dim") or raw["hidden_size"] // heads,
-        max_position=_max_position(raw, ropes[0]),
+        max_position=max_position,
         norm_eps=raw["rms_norm_eps"],
         ropes=ropes,
         rope_of_layer=rope_of_layer,
-        windows=windows,
-        tie_embeddings=raw.get("tie_word_embeddings", False),
-        qk_norm=has_qk_norm,
+        windows=tuple(window if window < max_position else 0 for window in windows),
+        tie_embeddings=raw.get("tie_word_embeddings", unsaid.ties_embeddings),
+        qk_norm=unsaid.qk_norm,
         end_ids=end_ids,
         pad_id=pad_id if isinstance(pad_id, int) else min(end_ids, default=0),
         activation=_activation(raw),
@@ -119,13 +133,11 @@ def _end_of_tokenizer(model: Path) -> int | None:
     return next((added["id"] for added in added_tokens if added["content"] == text), None)
 
 
-def _max_position(raw: dict[str, Any], rope: dict[str, Any]) -> int:
+def _scaled_context(named: int, rope: dict[str, Any]) -> int:
     """The context that the model was made for; files that scale an earlier one by YaRN, or evenly, often
     name only that.
     """
-    named = raw["max_position_embeddings"]
-    # Gemma 3's files name the context that scaling has brought.
-    if rope["rope_type"] not in ("yarn", "linear") or raw.get("model_type") == "gemma3_text":
+    if rope["rope_type"] not in ("yarn", "linear"):
         return named
     original = rope.get("original_max_position_embeddings") or named
     return max(named, int(original * rope.get("factor", 1.0)))

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from pagetide.models.config import DecoderConfig, UnsupportedModelError, read_config, read_json
+from pagetide.models.config import DecoderConfig, Unsaid, UnsupportedModelError, read_config, read_json
 
 
 @dataclass(frozen=True)
@@ -15,14 +15,13 @@ class Family:
 
     qkv, gate_up: matrices that become one, or the one that they are already. post_attention_norm,
     post_mlp_norm: of what is added to the residual, empty: there are none. norm_offset: added to all norms'
-    weights. scales_embedding: by the root of the hidden size. window_pattern: every so many layers see all,
-    where a file does not say which, 0: none does.
+    weights. scales_embedding: by the root of the hidden size. exceeds_float16: what layers add up does.
     """
 
-    qk_norm: bool = False
+    unsaid: Unsaid = Unsaid()  # noqa: RUF009 (it is frozen)
     norm_offset: float = 0.0
     scales_embedding: bool = False
-    window_pattern: int = 0
+    exceeds_float16: bool = False
     embedding: str = "model.embed_tokens"
     layer: str = "model.layers.{}."
     qkv: tuple[str, ...] = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj")
@@ -41,9 +40,10 @@ class Family:
 
 
 _GEMMA2 = Family(  # arXiv:2408.00118
+    unsaid=Unsaid(window_pattern=2, ties_embeddings=True),
     norm_offset=1.0,
     scales_embedding=True,
-    window_pattern=2,
+    exceeds_float16=True,
     mlp_norm="pre_feedforward_layernorm",
     post_attention_norm="post_attention_layernorm",
     post_mlp_norm="post_feedforward_layernorm",
@@ -53,11 +53,14 @@ FAMILIES = {
     "LlamaForCausalLM": Family(),  # Llama 2, 3, 3.x, SmolLM2
     "MistralForCausalLM": Family(),
     "Qwen2ForCausalLM": Family(),  # Qwen2, Qwen2.5: biases on QKV
-    "Qwen3ForCausalLM": Family(qk_norm=True),
+    "Qwen3ForCausalLM": Family(Unsaid(qk_norm=True)),
     "Phi3ForCausalLM": Family(qkv=("self_attn.qkv_proj",), gate_up=("mlp.gate_up_proj",)),  # Phi-3, 3.5, 4
-    "SmolLM3ForCausalLM": Family(),
+    "SmolLM3ForCausalLM": Family(Unsaid(ties_embeddings=True)),
     "Gemma2ForCausalLM": _GEMMA2,
-    "Gemma3ForCausalLM": replace(_GEMMA2, qk_norm=True, window_pattern=6),  # the text models
+    "Gemma3ForCausalLM": replace(  # the text models
+        _GEMMA2,
+        unsaid=Unsaid(qk_norm=True, window_pattern=6, ties_embeddings=True, names_scaled_context=True),
+    ),
 }
 
 
@@ -71,8 +74,7 @@ def read_model(model: Path) -> tuple[Family, DecoderConfig]:
     names = raw.get("architectures") or []
     for name in names:
         if name in FAMILIES:
-            family = FAMILIES[name]
-            return family, read_config(model, family.qk_norm, family.window_pattern)
+            return FAMILIES[name], read_config(model, FAMILIES[name].unsaid)
     raise UnsupportedModelError(
         f"the architecture {', '.join(names) or '(none named)'} is not supported; known: "
         f"{', '.join(FAMILIES)}"

@@ -150,17 +150,12 @@ class RandomTensors:
         hidden, head_dim = config.hidden_size, config.head_dim
         attended, kept = config.num_heads * head_dim, config.num_kv_heads * head_dim
         qkv = [(attended, hidden), (kept, hidden), (kept, hidden)]
+        gate_up = [(config.intermediate_size, hidden)] * 2
         post_norms = [name for name in (family.post_attention_norm, family.post_mlp_norm) if name]
         layer = {
             **dict(zip(family.qkv, _as_many(qkv, family.qkv), strict=True)),
             family.out: (hidden, attended),
-            **dict(
-                zip(
-                    family.gate_up,
-                    _as_many([(config.intermediate_size, hidden)] * 2, family.gate_up),
-                    strict=True,
-                )
-            ),
+            **dict(zip(family.gate_up, _as_many(gate_up, family.gate_up), strict=True)),
             family.down: (hidden, config.intermediate_size),
             **dict.fromkeys((family.attention_norm, family.mlp_norm, *post_norms), (hidden,)),
             **dict.fromkeys((family.q_norm, family.k_norm), (head_dim,)),
