@@ -16,7 +16,7 @@ import shutil
 import sys
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "backend_src"))
 
@@ -93,6 +93,15 @@ class Codes:
         return codes, torch.stack(scales, 1)
 
 
+class Inputs(NamedTuple):
+    """Of one sequence: what the next layer is called with, and what each is called with by name; layers of
+    different kinds have different angles and masks.
+    """
+
+    args: tuple[Any, ...]
+    kwargs: list[dict[str, Any]]
+
+
 def own_words(model: Path, count: int, length: int) -> list[list[int]]:
     """What the model says after random first tokens: `count` sequences of tokens."""
     llm = LLM(str(model), cache_dir=str(CACHE))
@@ -113,21 +122,24 @@ def tokens_of(text: Path, model: Path, count: int, length: int) -> list[list[int
     return [ids[at : at + length] for at in range(0, len(ids), length)][:count]
 
 
-def first_inputs(model: Any, sample: list[list[int]]) -> list[tuple[tuple[Any, ...], dict[str, Any]]]:
-    """What the first layer is called with for each sequence."""
-    found = []
-    layers, model.model.layers = model.model.layers, model.model.layers[:1]
-    hook = layers[0].register_forward_pre_hook(
-        lambda module, args, kwargs: found.append((args, kwargs)), with_kwargs=True
-    )
+def first_inputs(model: Any, sample: list[list[int]]) -> list[Inputs]:
+    """What the layers are called with for each sequence."""
+    found: list[Inputs] = []
+
+    def note(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        if module is model.model.layers[0]:
+            found.append(Inputs(args, []))
+        found[-1].kwargs.append(kwargs)
+
+    hooks = [layer.register_forward_pre_hook(note, with_kwargs=True) for layer in model.model.layers]
     for ids in sample:
         model.model(torch.tensor([ids]), use_cache=False)
-    hook.remove()
-    model.model.layers = layers
+    for hook in hooks:
+        hook.remove()
     return found
 
 
-def squares_of(layer: Any, calls: list[tuple[tuple[Any, ...], dict[str, Any]]]) -> dict[str, torch.Tensor]:
+def squares_of(layer: Any, number: int, calls: list[Inputs]) -> dict[str, torch.Tensor]:
     """Of each of the layer's matrices, by name: the mean of the products of its inputs [in, in]."""
     sums: dict[str, torch.Tensor] = {}
     hooks = []
@@ -140,7 +152,7 @@ def squares_of(layer: Any, calls: list[tuple[tuple[Any, ...], dict[str, Any]]]) 
         hooks.append(module.register_forward_pre_hook(note))
     num_tokens = 0
     for args, kwargs in calls:
-        layer(*args, **kwargs)
+        layer(*args, **kwargs[number])
         num_tokens += args[0].shape[1]
     for hook in hooks:
         hook.remove()
@@ -161,7 +173,7 @@ def quantized_tensors(model: Any, codes: Codes, sample: list[list[int]] | None) 
         del tensors["lm_head.weight"]
     calls = first_inputs(model, sample) if sample else []
     for number, layer in enumerate(tqdm(model.model.layers, desc="layers", disable=None)):
-        squares = squares_of(layer, calls) if sample else {}
+        squares = squares_of(layer, number, calls) if sample else {}
         for name, module in matrices_of(layer):
             whole = module.weight.float()
             found, scales = codes.round(whole, squares.get(name, torch.eye(whole.shape[1])))
@@ -173,7 +185,9 @@ def quantized_tensors(model: Any, codes: Codes, sample: list[list[int]] | None) 
             module.weight.data = (
                 (found.unflatten(1, (-1, codes.group)) * scales[..., None]).flatten(1).to(module.weight.dtype)
             )
-        calls = [((hidden_of(layer(*args, **kwargs)), *args[1:]), kwargs) for args, kwargs in calls]
+        calls = [
+            Inputs((hidden_of(layer(*args, **kwargs[number])), *args[1:]), kwargs) for args, kwargs in calls
+        ]
     return tensors
 
 

@@ -12,7 +12,7 @@ import torch
 from models import FAMILIES, SIZES, write_model
 from pagetide.models.weights import Checkpoint
 from pagetide.ops.weights import QuantizedWeight
-from quantize import Codes, check, tokens_of, write
+from quantize import Codes, check, first_inputs, hidden_of, tokens_of, write
 from transformers import AutoModelForCausalLM, LlamaConfig
 from triton_server import ROOT
 
@@ -47,6 +47,18 @@ def test_a_sample_makes_it_better(name, bits, group, most, tmp_path):
             theirs = read.model.layers[1].get_submodule(module).weight
             torch.testing.assert_close(own.dense(), theirs.float(), atol=1e-6, rtol=1e-5)
     assert lost["sample"] < 0.9 * lost["nearest"] < most
+
+
+def test_layers_of_different_kinds_are_called_with_their_own_angles(tmp_path):
+    model = write_model(tmp_path, FAMILIES["gemma3"])
+    sample = texts(2, 0)
+    with torch.inference_mode():
+        for ids, inputs in zip(sample, first_inputs(model, sample), strict=True):
+            args = inputs.args
+            for layer, kwargs in zip(model.model.layers, inputs.kwargs, strict=True):
+                args = hidden_of(layer(*args, **kwargs)), *args[1:]
+            expected = model.model(torch.tensor([ids])).last_hidden_state
+            torch.testing.assert_close(model.model.norm(args[0]), expected)
 
 
 def test_codes_are_the_nearest_where_inputs_have_nothing_in_common():
