@@ -239,9 +239,10 @@ class CompiledLayers:
         heads, is_gelu = shape.heads, shape.activation == "gelu"
         scale, soft_cap = np.float32(heads.scale), np.float32(heads.soft_cap)
         self._rules = Rules(np.float32(shape.eps), scale, soft_cap, is_gelu)
-        num_parts = _NUM_PARTS * shape.num_layers
-        step = num_parts if shape.comm.size == 1 else 1
-        self._calls = [(first, first + step) for first in range(0, num_parts, step)]
+        num_parts, has_update = _NUM_PARTS * shape.num_layers, self._weights.post_mlp_norm.size > 0
+        used = {_ATTENTION, _MLP} | ({_ADD_ATTENTION, _ADD_MLP} if has_update else set())
+        each = [(number, number + 1) for number in range(num_parts) if number % _NUM_PARTS in used]
+        self._calls = [(0, num_parts)] if shape.comm.size == 1 else each
         self._num_threads = num_concurrent_threads()
         self._activations: Activations | None = None
         self._rounded = make_rounded(0, 0)

@@ -13,6 +13,12 @@ _ROWS = 4  # of a task
 
 
 @device_function
+def inverse_norm(rows, at, size, eps):  # type: ignore[no-untyped-def]
+    """1 / sqrt(mean of squares + eps) of the `size` elements from rows' number `at` on; rows float32."""
+    return np.float32(1) / np.sqrt(sum_of_squares(rows, at, size) / np.float32(size) + eps)
+
+
+@device_function
 def normalize(sync, phase, thread, rows, num_rows, weight, eps, out, matrix, layer, rounded):  # type: ignore[no-untyped-def]
     """out [m, size], in its own type, = the norms of rows float32 [m, size], times weight [size], a
     multiple of 16; ready for a product with this layer's matrix (matmul.prepare_row).
@@ -22,7 +28,7 @@ def normalize(sync, phase, thread, rows, num_rows, weight, eps, out, matrix, lay
     task = take(sync, phase, thread, num_tasks)
     while task >= 0:
         for row in range(task * _ROWS, min(task * _ROWS + _ROWS, num_rows)):
-            scale = np.float32(1) / np.sqrt(sum_of_squares(rows, row * size, size) / np.float32(size) + eps)
+            scale = inverse_norm(rows, row * size, size, eps)
             scale_by(rows, row * size, weight, scale, size, out, row * size)
             prepare_row(out, row, size, matrix, layer, rounded)
         task = take(sync, phase, thread, num_tasks)
@@ -38,7 +44,7 @@ def add_normalized(sync, phase, thread, rows, num_rows, weight, eps, residual): 
     task = take(sync, phase, thread, num_tasks)
     while task >= 0:
         for row in range(task * _ROWS, min(task * _ROWS + _ROWS, num_rows)):
-            scale = np.float32(1) / np.sqrt(sum_of_squares(rows, row * size, size) / np.float32(size) + eps)
+            scale = inverse_norm(rows, row * size, size, eps)
             scale_by(rows, row * size, weight, scale, size, rows, row * size)
             for i in range(size):
                 residual[row, i] += rows[row, i]

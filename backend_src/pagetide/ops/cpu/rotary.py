@@ -7,12 +7,13 @@ import numpy as np
 from pagetide.kv_cache.layout import PAGE
 from pagetide.ops.cpu.attention import page_size
 from pagetide.ops.cpu.compiled import by_form, device_function, store
+from pagetide.ops.cpu.norm import inverse_norm
 from pagetide.ops.cpu.rotate import rotate
 from pagetide.ops.cpu.rounded_kv import write_rounded_key, write_rounded_value
 from pagetide.ops.cpu.sync import take
 from pagetide.ops.cpu.tile_code import LANES
 from pagetide.ops.cpu.tiles import depth_of
-from pagetide.ops.cpu.vectors import copy, scale_by, store_pair, sum_of_squares, weave
+from pagetide.ops.cpu.vectors import copy, scale_by, store_pair, weave
 
 _TOKENS = 4  # of a task
 
@@ -118,8 +119,7 @@ def _rotate(rows, at, turns, position, norm, eps, factor, head, out, out_at):  #
     """
     size = turns.shape[1]
     if norm.shape[0] > 0:
-        scale = np.float32(1) / np.sqrt(sum_of_squares(rows, at, size) / np.float32(size) + eps)
-        scale_by(rows, at, norm, scale, size, head, 0)
+        scale_by(rows, at, norm, inverse_norm(rows, at, size, eps), size, head, 0)
         rotate(head, 0, turns, position * size, size // 2, factor, out, out_at)
     else:
         rotate(rows, at, turns, position * size, size // 2, factor, out, out_at)

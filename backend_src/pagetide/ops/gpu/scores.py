@@ -23,4 +23,4 @@ def score_limit(shape: HeadShape) -> float:
 @triton.jit
 def capped(scores, LIMIT: tl.constexpr):
     """LIMIT * tanh(scores / LIMIT) (arXiv:2408.00118)."""
-    return LIMIT - 2 * LIMIT / (1 + tl.exp2(scores * (2 * 1.4426950408889634 / LIMIT)))
+    return LIMIT - 2 * LIMIT / (1 + tl.exp(scores * (2 / LIMIT)))
