@@ -1,12 +1,15 @@
-"""What each sampling feature costs a step of decoding sequences."""
+"""What each feature of requests costs a step of decoding sequences."""
 
 from __future__ import annotations
 
 import itertools
 import statistics
+import tempfile
 import time
+from pathlib import Path
 from typing import Any
 
+import random_adapter
 from engines import CACHE
 from workloads import MAX_RUNNING, workload
 
@@ -23,25 +26,38 @@ FEATURES: dict[str, dict[str, Any]] = {
     "logprobs 5": {"logprobs": 5},
     "guided, a regular expression": {"guide": ("regex", "[a-zA-Z0-9 ,.]*")},
 }
+LORAS = [{"lora_name": str(number)} for number in range(4)]
+RANK = 16
 
 
 def costs(repeats: int) -> dict[str, list[float]]:
     """Time per step of 32 decoding sequences, as a ratio to plain greedy ones just before: all with one
     feature, and each with another.
     """
+    with tempfile.TemporaryDirectory() as folder:
+        for lora in LORAS:
+            random_adapter.write(Path(folder) / lora["lora_name"], "", RANK)
+        return _costs(repeats, folder)
+
+
+def _costs(repeats: int, lora_dir: str) -> dict[str, list[float]]:
     from pagetide.llm import LLM
     from pagetide.types import Guide, Request, SamplingParams
 
-    llm = LLM(cache_dir=CACHE, max_num_seqs=MAX_RUNNING)
+    llm = LLM(cache_dir=CACHE, max_num_seqs=MAX_RUNNING, lora_dir=lora_dir, max_loras=len(LORAS))
     engine, numbers, seeds = llm.engine, itertools.count(), itertools.count(900_000)
 
     def params(values: dict[str, Any]) -> SamplingParams:
         given = {"temperature": 0, "max_tokens": 40, "ignore_eos": True, "seed": 1, **values}
+        given.pop("lora_name", None)
         return SamplingParams(**given | ({"guide": Guide(*given["guide"])} if "guide" in given else {}))
 
     def step_seconds(rules: list[dict[str, Any]]) -> float:
         for job, rule in zip(workload("batch", next(seeds))[:MAX_RUNNING], rules, strict=True):
-            engine.add(Request(number=next(numbers), prompt_ids=job.prompt, params=params(rule)))
+            name = rule.get("lora_name", "")
+            engine.add(
+                Request(number=next(numbers), prompt_ids=job.prompt, params=params(rule), lora_name=name)
+            )
         times = []
         while engine.has_work:
             gauges = engine.statistics().gauges
@@ -56,6 +72,8 @@ def costs(repeats: int) -> dict[str, list[float]]:
     batches = {"each request another one": mixed} | {
         name: [rule] * MAX_RUNNING for name, rule in FEATURES.items()
     }
+    batches[f"a LoRA adapter of rank {RANK} on all matrices"] = LORAS[:1] * MAX_RUNNING
+    batches[f"{len(LORAS)} such adapters"] = list(itertools.islice(itertools.cycle(LORAS), MAX_RUNNING))
     step_seconds(mixed)  # compiles kernels and grammars
     ratios: dict[str, list[float]] = {name: [] for name in batches}
     for _ in range(repeats):

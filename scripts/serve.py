@@ -187,7 +187,9 @@ def main() -> int:
         server = TritonServer(
             address, settings, control=control, traces=traces if arguments.triton_traces else ""
         )
-        options = ("--otlp-traces-endpoint", traces, "--drain-s", str(ceil(arguments.drain_s)))
+        options = ["--otlp-traces-endpoint", traces, "--drain-s", str(ceil(arguments.drain_s))]
+        if adapters := settings["lora_dir"]:
+            options += ["--lora-dir", adapters]
         gateway = (
             None
             if arguments.no_gateway

@@ -29,10 +29,11 @@ def add_settings(parser: argparse.ArgumentParser) -> None:
 def settings_of(arguments: argparse.Namespace) -> dict[str, Any]:
     """The settings, checked before anything starts. Raises SettingsError.
 
-    A relative model path counts from here, not from the server's folder.
+    Relative paths count from here, not from the server's folder.
     """
     values = {field.name: getattr(arguments, field.name) for field in settings_fields()}
-    if values["model"] and Path(values["model"]).expanduser().exists():
-        values["model"] = str(Path(values["model"]).expanduser().resolve())
+    for name in ("model", "lora_dir"):
+        if values[name] and Path(values[name]).expanduser().exists():
+            values[name] = str(Path(values[name]).expanduser().resolve())
     make_settings(**values)
     return values

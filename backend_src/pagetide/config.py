@@ -149,6 +149,24 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
             )
         ),
     ] = "paged"
+    lora_dir: Annotated[
+        str,
+        Meta(
+            description="folder of LoRA adapters that requests may name, one folder each, as PEFT writes "
+            "them (adapter_config.json, adapter_model.safetensors); they are read when they are first "
+            "asked for, also those that come later; empty: none"
+        ),
+    ] = ""
+    max_loras: Annotated[
+        int,
+        Meta(
+            ge=1,
+            le=256,
+            description="adapters that sequences can have at the same time; memory for so many is taken at "
+            "start, and on a GPU every recorded step does the work for all",
+        ),
+    ] = 4
+    max_lora_rank: Annotated[int, Meta(ge=1, le=512, description="largest rank of an adapter")] = 32
     ops: Annotated[
         Literal["auto", "reference", "triton"],
         Meta(

@@ -78,10 +78,13 @@ class LLM:
         prompts: Prompt | Seq[Prompt],
         sampling_params: SamplingParams | Seq[SamplingParams] | None = None,
         use_tqdm: bool = False,
+        lora_name: str | Seq[str] = "",
     ) -> list[RequestOutput]:
         """Completes prompts (texts, or lists of token ids) all together; one result for each, in their order.
 
-        sampling_params: for all prompts, or one for each. Raises RequestError before anything runs.
+        sampling_params, lora_name: for all prompts, or one for each; lora_name: an adapter in the folder
+        lora_dir, empty: none. Raises RequestError, before anything runs but for what turns out later: that
+        a grammar or an adapter is none.
         """
         listed = _as_list(prompts)
         params = (
@@ -91,7 +94,10 @@ class LLM:
         )
         if len(params) != len(listed):
             raise ValueError(f"there are {len(listed)} prompts but {len(params)} sampling_params")
-        requests = [self._make_request(prompt, one) for prompt, one in zip(listed, params, strict=True)]
+        names = [lora_name] * len(listed) if isinstance(lora_name, str) else list(lora_name)
+        if len(names) != len(listed):
+            raise ValueError(f"there are {len(listed)} prompts but {len(names)} lora_names")
+        requests = [self._make_request(*each) for each in zip(listed, params, names, strict=True)]
         results = {
             request.number: RequestOutput(
                 prompt if isinstance(prompt, str) else None,
@@ -103,14 +109,14 @@ class LLM:
         self._run(requests, results, use_tqdm)
         return list(results.values())
 
-    def _make_request(self, prompt: Prompt, params: SamplingParams) -> Request:
+    def _make_request(self, prompt: Prompt, params: SamplingParams, lora_name: str) -> Request:
         ids = (
             self.get_tokenizer()(prompt).input_ids
             if isinstance(prompt, str)
             else [int(token) for token in prompt]
         )
         self._num_requests += 1
-        request = Request(number=self._num_requests, prompt_ids=ids, params=params)
+        request = Request(number=self._num_requests, prompt_ids=ids, params=params, lora_name=lora_name)
         check_request(request, self.engine.info)
         return request
 

@@ -123,8 +123,8 @@ class Request(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     arrival_ns, deadline_ns: on the monotonic clock that all processes of a machine share; 0: now, and
     never.
     priority: lower runs sooner and is preempted later. salt: prompts with different salts share no cached
-    blocks. user: of the same priority, different users take turns. traceparent: the trace that the client
-    has begun, if any.
+    blocks. lora_name: the adapter that the model has for it, if any. user: of the same priority, different
+    users take turns. traceparent: the trace that the client has begun, if any.
     context_logits, generation_logits: return the logits of the prompt's, and of the sampled positions.
     timings: outputs tell their Timings.
     """
@@ -138,6 +138,7 @@ class Request(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     deadline_ns: int = 0
     priority: int = 0
     salt: str = ""
+    lora_name: str = ""
     user: str = ""
     traceparent: str = ""
     context_logits: bool = False

@@ -14,8 +14,9 @@ import numpy as np
 import pytest
 import torch
 from llvmlite import binding as llvm
+from pagetide.ops.adapters import MATRICES, LayerAdapter, LowRank
 from pagetide.ops.batch import Batch
-from pagetide.ops.layers import Affine, Layers, LayerShape, LayerWeights
+from pagetide.ops.layers import Affine, Layers, LayerShape, LayerWeights, adapted_sizes
 from pagetide.ops.weights import DenseWeight
 
 
@@ -54,6 +55,29 @@ def random_layers(
     ]
 
 
+def give_adapters(shape: LayerShape, *all_layers: Layers) -> None:
+    """The same random adapters for each, some without a part, in places where larger ones have been."""
+
+    def low_rank(name: str, rank: int) -> LowRank | None:
+        outputs, inputs = adapted_sizes(shape)[name]
+        if not rank:
+            return None
+        return LowRank(
+            torch.randn(rank, inputs) * inputs**-0.5, torch.randn(outputs, rank) * 0.3 * rank**-0.5
+        )
+
+    room = shape.adapters
+    for place in [*range(room.count), *range(room.count)]:
+        adapter = [
+            LayerAdapter(
+                *(low_rank(name, int(torch.randint(room.rank_of(name) + 1, ()))) for name in MATRICES)
+            )
+            for _ in range(shape.num_layers)
+        ]
+        for layers in all_layers:
+            layers.set_adapter(place, adapter)
+
+
 def run_steps(
     layers: Layers,
     shape: LayerShape,
@@ -62,7 +86,8 @@ def run_steps(
     dtype: torch.dtype,
     activations: torch.dtype = torch.float32,
 ) -> list[torch.Tensor]:
-    """Residuals after each step; lengths[k][i]: tokens of sequence i in step k.
+    """Residuals after each step; lengths[k][i]: tokens of sequence i in step k. Where there are adapters,
+    sequence 0 has none, and the others have one after the other.
 
     The cache begins with nothing but `fill`.
     """
@@ -88,7 +113,9 @@ def run_steps(
             tensor.to(device)
             for tensor in (positions, positions, slots, table[present].contiguous(), ends, positions)
         ]
-        layers(residual, Batch(*tensors, counts, starts[present], block_size), pool)
+        adapters = owner % (shape.adapters.count + 1) - 1 if shape.adapters.count else None
+        batch = Batch(*tensors, counts, starts[present], block_size, adapters)
+        layers(residual, batch, pool)
         results.append(residual.cpu())
         starts += np.array(step, np.int32)
     return results

@@ -4,10 +4,13 @@ their reference.
 
 from __future__ import annotations
 
+import random
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
+from pagetide.llm import LLM
+from pagetide.types import SamplingParams
 from transformers import (
     AutoModelForCausalLM,
     Gemma2Config,
@@ -20,6 +23,9 @@ from transformers import (
     Qwen3Config,
     SmolLM3Config,
 )
+
+if TYPE_CHECKING:
+    from peft import PeftModel
 
 SIZES: dict[str, Any] = {
     "vocab_size": 199,
@@ -106,3 +112,88 @@ def greedy(model: Any, prompt: list[int], num_tokens: int) -> list[int]:
         ids, attention_mask=torch.ones_like(ids), do_sample=False, max_new_tokens=num_tokens
     )
     return output[0, len(prompt) :].tolist()
+
+
+def write_adapters(folder: Path, model: Any, configs: dict[str, dict[str, Any]]) -> PeftModel:
+    """Writes random LoRA adapters for a model of transformers, whose layers PEFT replaces: one folder for
+    each name, with the fields of its LoraConfig. Returns PEFT's model, which has them all.
+    """
+    # It imports the Triton language, which then asks whether it is to be interpreted (interpreted.py).
+    from peft import LoraConfig, get_peft_model
+
+    torch.manual_seed(1)
+    wrapped: Any = None
+    for name, fields in configs.items():
+        config = LoraConfig(task_type="CAUSAL_LM", **fields)
+        if wrapped is None:
+            wrapped = get_peft_model(model, config, adapter_name=name)
+        else:
+            wrapped.add_adapter(name, config)
+    with torch.no_grad():
+        for name, parameter in wrapped.named_parameters():
+            if "lora_" in name:
+                parameter.copy_(torch.randn_like(parameter) * 0.2)
+    wrapped.eval()
+    for name in configs:
+        wrapped.save_pretrained(folder / "saved", selected_adapters=[name])
+        (folder / "saved" / name).rename(folder / name)
+    return wrapped
+
+
+def adapter_configs(name: str) -> dict[str, dict[str, Any]]:
+    """LoRA adapters of every kind for a family: of all matrices, of few of them with another scale, and of
+    one layer's with ranks and scales of their own.
+    """
+    is_fused = name.startswith("phi")
+    every = (
+        ["qkv_proj", "gate_up_proj"] if is_fused else ["q_proj", "k_proj", "v_proj", "gate_proj", "up_proj"]
+    )
+    every += ["o_proj", "down_proj"]
+    some = ["qkv_proj"] if is_fused else ["q_proj", "v_proj"]
+    patterns = {"rank_pattern": {"o_proj": 11}, "alpha_pattern": {"o_proj": 22}}
+    return {
+        "all": {"r": 8, "lora_alpha": 16, "target_modules": every},
+        "some": {"r": 3, "lora_alpha": 5, "target_modules": some, "use_rslora": True},
+        "patterns": {
+            "r": 4,
+            "lora_alpha": 4,
+            "target_modules": every,
+            "layers_to_transform": [1],
+            **patterns,
+        },
+    }
+
+
+def expected_of(wrapped: PeftModel, adapter: str, prompt: list[int], num_tokens: int) -> list[int]:
+    """PEFT's greedy continuation. adapter: empty for none."""
+    if not adapter:
+        with wrapped.disable_adapter():
+            return greedy(wrapped, prompt, num_tokens)
+    wrapped.set_adapter(adapter)
+    return greedy(wrapped, prompt, num_tokens)
+
+
+def check_adapters(
+    folder: Path, name: str, config: PretrainedConfig, num_tokens: int, **settings: Any
+) -> None:
+    """Every prompt with every adapter, and without one, all in one batch, against PEFT."""
+    wrapped = write_adapters(
+        folder / "adapters", write_model(folder / "model", config), adapter_configs(name)
+    )
+    chooser = random.Random(1)
+    prompts = [list(range(20, 60)), *(chooser.choices(range(6, 199), k=k) for k in (1, 33))]
+    asked = [(prompt, adapter) for prompt in prompts for adapter in ("", *adapter_configs(name))]
+    llm = LLM(
+        str(folder / "model"), dtype="float32", lora_dir=str(folder / "adapters"), check_integrity=True,
+        cache_dir=str(folder / "cache"), max_num_batched_tokens=48, **settings,
+    )  # fmt: skip
+    results = llm.generate(
+        [prompt for prompt, _ in asked],
+        SamplingParams(temperature=0, max_tokens=num_tokens),
+        lora_name=[adapter for _, adapter in asked],
+    )
+    llm.close()
+    found = [result.outputs[0].token_ids for result in results]
+    for (prompt, adapter), tokens in zip(asked, found, strict=True):
+        assert tokens == expected_of(wrapped, adapter, prompt, num_tokens), adapter
+    assert len({tuple(tokens) for tokens in found[:4]}) == 4, "adapters that change nothing prove nothing"

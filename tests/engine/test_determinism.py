@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import random_adapter
 from cases import run_on_older_processor
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
@@ -35,7 +36,10 @@ CASES: dict[str, tuple[PretrainedConfig, dict[str, Any]]] = {
     "w8a8": (LlamaConfig(**SHAPE), {"quantization": "w8a8"}),
     "w4a16": (LlamaConfig(**SHAPE), {"quantization": "w4a16"}),
     "KV cache in 8 bits": (LlamaConfig(**SHAPE), {"kv_cache_dtype": "int8"}),
+    "adapters": (LlamaConfig(**SHAPE), {"lora_dir": "", "max_loras": 2}),
+    "adapters, w8a8": (LlamaConfig(**SHAPE), {"lora_dir": "", "quantization": "w8a8"}),
 }
+ADAPTERS = ["", "a", "b", "c"]
 
 
 def lengths() -> st.SearchStrategy[list[int]]:
@@ -67,8 +71,15 @@ def run(folder: Path, groups: list[list[list[int]]], **options: Any) -> list[Req
     params = SamplingParams(
         temperature=0.8, seed=3, max_tokens=6, ignore_eos=True, logprobs=1, prompt_logprobs=1
     )
+    has_adapters = "lora_dir" in options
     try:
-        return [answer for group in groups for answer in llm.generate(group, params)]
+        return [
+            answer
+            for group in groups
+            for answer in llm.generate(
+                group, params, lora_name=[ADAPTERS[sum(prompt) % 4 * has_adapters] for prompt in group]
+            )
+        ]
     finally:
         llm.close()
 
@@ -82,6 +93,10 @@ def told(answer: RequestOutput) -> tuple[Any, ...]:
 def test_nothing_depends_on_company(name, tmp_path):
     config, options = CASES[name]
     write_model(tmp_path, config)
+    if "lora_dir" in options:
+        options = {**options, "lora_dir": str(tmp_path / "adapters")}
+        for seed, adapter in enumerate(ADAPTERS[1:]):
+            random_adapter.write(tmp_path / "adapters" / adapter, str(tmp_path), rank=9, seed=seed)
 
     @settings(max_examples=6, deadline=None)
     @given(lengths(), COMPANY, st.randoms(use_true_random=False))

@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 import torch
 from interpreted import DEVICE
-from models import FAMILIES, greedy, write_model
+from models import FAMILIES, check_adapters, greedy, write_model
 from pagetide.config import SettingsError, make_settings
 from pagetide.llm import LLM
 from pagetide.models.config import UnsupportedModelError
@@ -91,6 +91,13 @@ def test_greedy_tokens_equal_transformers(name, recorder, tmp_path):
     if DEVICE.type == "cpu":
         assert recorder.recorded == 2 * 3 and recorder.replayed > 3, "with sampling and without, of each size"
     engine.close()
+
+
+def test_adapters_equal_pefts(recorder, tmp_path):
+    """In recorded steps too, which do the same work whoever has which."""
+    settings = {name: SIZES[name] for name in ("ops", "num_blocks", "max_model_len", "max_num_seqs")}
+    check_adapters(tmp_path, "llama2", small("llama2"), 5, device=DEVICE.type, **settings)
+    assert DEVICE.type != "cpu" or recorder.replayed > 3
 
 
 def test_the_largest_steps_are_tried_before_the_cache_takes_what_is_left(recorder, monkeypatch, tmp_path):

@@ -10,11 +10,12 @@ from functools import partial
 import numpy as np
 import pytest
 import torch
-from cases import capped_shape, random_layers, random_rows, rotary_like, run_steps
+from cases import capped_shape, give_adapters, random_layers, random_rows, rotary_like, run_steps
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from interpreted import DEVICE, DTYPES, HAS_GPU
 from pagetide.ops import reference
+from pagetide.ops.adapters import AdapterRoom
 from pagetide.ops.attention import HeadShape
 from pagetide.ops.gpu import decode
 from pagetide.ops.gpu.activation import gated
@@ -110,15 +111,12 @@ def check_layers(shape: LayerShape, lengths, dtype, window, has_norms, has_bias,
     if has_fp8:
         weights = [replace(layer, k_scale=2.0**-6, v_scale=2.0**-10) for layer in weights]
     kept = torch.float8_e4m3fn
-    expected = run_steps(
-        ComposedLayers(TORCH_LAYERS, shape, weights), shape, lengths, 0.0, kept if has_fp8 else torch.float32
-    )
-    on_device = moved(weights, dtype)
+    composed = ComposedLayers(TORCH_LAYERS, shape, weights)
     there = LayerShape(**{**vars(shape), "cos_sin": shape.cos_sin.to(DEVICE)})
-    found = run_steps(
-        ComposedLayers(gpu_layers(dtype, Choices()), there, on_device), there, lengths, torch.nan,
-        kept if has_fp8 else dtype, dtype,
-    )  # fmt: skip
+    on_device = ComposedLayers(gpu_layers(dtype, Choices()), there, moved(weights, dtype))
+    give_adapters(shape, composed, on_device)
+    expected = run_steps(composed, shape, lengths, 0.0, kept if has_fp8 else torch.float32)
+    found = run_steps(on_device, there, lengths, torch.nan, kept if has_fp8 else dtype, dtype)
     for own, right in zip(found, expected, strict=True):
         # What is nearly between two FP8 values may become either.
         most = {torch.float32: 1e-2 if has_fp8 else 2e-5}.get(dtype, 0.03)
@@ -154,15 +152,18 @@ HEADS = [(4, 4, 16), (4, 2, 8), (6, 2, 32), (9, 3, 64), (7, 1, 80), (2, 1, 128),
     st.booleans(),
     st.booleans(),
     st.booleans(),
+    st.integers(0, 2),
     st.integers(0, 99),
 )
-def test_layers(lengths, heads, block_size, dtype, window, has_norms, has_bias, has_fp8, is_capped, seed):
+def test_layers(
+    lengths, heads, block_size, dtype, window, has_norms, has_bias, has_fp8, is_capped, adapters, seed
+):
     """Whole steps through two layers, prompts in chunks and single tokens mixed; what is read of the cache
     must have been written.
     """
     torch.manual_seed(seed)
     shape = LayerShape(2, 64, 48, HeadShape(*heads), block_size, 1e-5, rotary_like(400, heads[2]))
-    shape = capped_shape(shape) if is_capped else shape
+    shape = replace(capped_shape(shape) if is_capped else shape, adapters=AdapterRoom(adapters, 7))
     check_layers(shape, lengths, dtype, window, has_norms, has_bias, has_fp8)
 
 

@@ -11,11 +11,20 @@ import numpy as np
 import ops
 import pytest
 import torch
-from cases import capped_shape, random_layers, random_rows, rotary_like, run_on_older_processor, run_steps
+from cases import (
+    capped_shape,
+    give_adapters,
+    random_layers,
+    random_rows,
+    rotary_like,
+    run_on_older_processor,
+    run_steps,
+)
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from numba import njit, prange
 from pagetide.ops import reference
+from pagetide.ops.adapters import AdapterRoom
 from pagetide.ops.attention import HeadShape
 from pagetide.ops.batch import Batch
 from pagetide.ops.cpu.attention_tasks import MAX_ROWS, plan_tasks
@@ -122,19 +131,24 @@ def test_embedding(tokens, vocabulary, hidden, dtype, is_tied, seed):
     st.booleans(),
     st.booleans(),
     st.booleans(),
+    st.integers(0, 2),
     st.integers(0, 99),
 )
-def test_layers(lengths, heads, block_size, dtype, window, has_norms, has_bias, is_capped, seed):
+def test_layers(lengths, heads, block_size, dtype, window, has_norms, has_bias, is_capped, adapters, seed):
     """Whole steps through two layers, prompts in chunks and single tokens mixed; what is read of the cache
     must have been written.
     """
     torch.manual_seed(seed)
     cos_sin = rotary_like(400, heads[2])
-    shape = LayerShape(2, 64, 48, HeadShape(*heads), block_size, 1e-5, cos_sin)
+    shape = LayerShape(
+        2, 64, 48, HeadShape(*heads), block_size, 1e-5, cos_sin, adapters=AdapterRoom(adapters, 7)
+    )
     shape = capped_shape(shape) if is_capped else shape
     weights = random_layers(shape, dtype, window, has_norms, has_bias)
-    expected = run_steps(ComposedLayers(TORCH_LAYERS, shape, weights), shape, lengths, 0.0, dtype)
-    found = run_steps(CompiledLayers(shape, weights), shape, lengths, torch.nan, dtype)
+    compiled, composed = CompiledLayers(shape, weights), ComposedLayers(TORCH_LAYERS, shape, weights)
+    give_adapters(shape, compiled, composed)
+    expected = run_steps(composed, shape, lengths, 0.0, dtype)
+    found = run_steps(compiled, shape, lengths, torch.nan, dtype)
     tolerance = 0.25 if dtype is torch.bfloat16 else 2e-4
     for own, right in zip(found, expected, strict=True):
         torch.testing.assert_close(own, right, atol=tolerance, rtol=1e-3 if dtype is torch.float32 else 0.05)
@@ -173,6 +187,7 @@ def test_layers_say_what_each_phase_took():
     assert took.pop("merge") == [0, 0], "no context was split"
     assert took.pop("round") == [0, 0], "nothing is quantized"
     assert took.pop("norm, add") == [0, 0], "what is added has no norm"
+    assert took.pop("adapters") == [0, 0], "no token has one"
     assert all(ticks > 0 for by_layer in took.values() for ticks in by_layer)
 
 
@@ -183,7 +198,9 @@ def test_the_ops_of_a_step_add_up_to_it():
     for rows in measured.values():
         *parts, whole = rows
         assert all(
-            row.seconds > 0 for row in parts if row.name in {*PHASES} - {"merge", "round", "norm, add"}
+            row.seconds > 0
+            for row in parts
+            if row.name in {*PHASES} - {"merge", "round", "norm, add", "adapters"}
         )
         assert sum(row.seconds for row in parts) == pytest.approx(whole.seconds)
 

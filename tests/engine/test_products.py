@@ -10,10 +10,11 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from numba import prange
 from pagetide.ops import reference
+from pagetide.ops.cpu.block import ROOM, SCRATCH_ROWS
 from pagetide.ops.cpu.codes import make_rounded
 from pagetide.ops.cpu.compiled import as_numpy, borrowed, kernel
 from pagetide.ops.cpu.layers import activation_type
-from pagetide.ops.cpu.matmul import GATED_ROWS, ROOM, project, project_gated
+from pagetide.ops.cpu.matmul import project, project_gated
 from pagetide.ops.cpu.packing import GROUP, Packed, pack, packed_dense
 from pagetide.ops.cpu.sync import make_sync, num_concurrent_threads
 
@@ -29,7 +30,7 @@ def _project(sync, x, rounded, num_rows, weight, bias, adds, out):  # type: igno
     for thread in prange(sync.shape[1]):
         own = borrowed((x, rounded))
         size = x.shape[1]
-        project(borrowed(sync), 0, np.int64(thread), *own, num_rows, weight, 1, size, bias, adds, out)
+        project(borrowed(sync), 0, np.int64(thread), *own, num_rows, weight, 1, size, bias, adds, None, out)
 
 
 @kernel
@@ -48,6 +49,7 @@ def _project_gated(sync, sums, x, rounded, num_rows, weight, bias, is_gelu, out)
             1,
             size,
             bias,
+            None,
             is_gelu,
             out,
         )
@@ -93,7 +95,7 @@ def test_gated_products(num_rows, num_inputs, dtype, activation, seed):
     x, matrix, own, packed = operands(num_rows, num_inputs, 96, dtype)
     bias = torch.randn(96)
     threads = num_concurrent_threads()
-    sums = np.full((threads, GATED_ROWS * GROUP), np.nan, np.float32)
+    sums = np.full((threads, SCRATCH_ROWS * GROUP), np.nan, np.float32)
     out = torch.zeros(num_rows, 48)
     places = (bias.numpy(), activation == "gelu", out.numpy())
     _project_gated(make_sync(1, threads), sums, own, make_rounded(0, 0), num_rows, packed, *places)

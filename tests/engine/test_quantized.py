@@ -9,7 +9,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
-from cases import random_layers, rotary_like, run_on_older_processor, run_steps
+from cases import give_adapters, random_layers, rotary_like, run_on_older_processor, run_steps
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from models import FAMILIES, write_model
@@ -18,6 +18,7 @@ from pagetide.config import SettingsError
 from pagetide.llm import LLM
 from pagetide.models.config import UnsupportedModelError
 from pagetide.ops import weights as weights_module
+from pagetide.ops.adapters import AdapterRoom
 from pagetide.ops.attention import HeadShape
 from pagetide.ops.cpu.codes import (
     add_block,
@@ -227,17 +228,21 @@ def quantized_layers(layers: list[LayerWeights], bits: int, activation_bits: int
     st.sampled_from([8, 16]),
     st.sampled_from([torch.float32, torch.bfloat16]),
     st.booleans(),
+    st.integers(0, 2),
     st.integers(0, 99),
 )
-def test_quantized_layers(lengths, bits, activation_bits, dtype, has_bias, seed):
+def test_quantized_layers(lengths, bits, activation_bits, dtype, has_bias, adapters, seed):
     """Whole steps, against the same values multiplied by what torch has; how activations are rounded is all
     that differs.
     """
     torch.manual_seed(seed)
-    shape = LayerShape(2, 64, 48, HeadShape(6, 2, 32), 16, 1e-5, rotary_like(400, 32))
+    room = AdapterRoom(adapters, 7)
+    shape = LayerShape(2, 64, 48, HeadShape(6, 2, 32), 16, 1e-5, rotary_like(400, 32), adapters=room)
     weights = quantized_layers(random_layers(shape, dtype, 0, False, has_bias), bits, activation_bits)
-    expected = run_steps(ComposedLayers(TORCH_LAYERS, shape, weights), shape, lengths, 0.0, dtype)
-    found = run_steps(CompiledLayers(shape, weights), shape, lengths, torch.nan, dtype)
+    compiled, composed = CompiledLayers(shape, weights), ComposedLayers(TORCH_LAYERS, shape, weights)
+    give_adapters(shape, compiled, composed)
+    expected = run_steps(composed, shape, lengths, 0.0, dtype)
+    found = run_steps(compiled, shape, lengths, torch.nan, dtype)
     for own, right in zip(found, expected, strict=True):
         assert own.isfinite().all()
         limit = 0.03 if activation_bits == 8 or dtype is torch.bfloat16 else 2e-4
@@ -251,7 +256,7 @@ def test_quantized_layers_take_the_phases_that_round():
         compiled = CompiledLayers(shape, chosen)
         run_steps(compiled, shape, [[20, 5]], 0.0, torch.float32)
         for name, ticks in zip(PHASES, compiled.ticks.T, strict=True):
-            is_used = name not in ("merge", "norm, add") and (rounds or name != "round")
+            is_used = name not in ("merge", "norm, add", "adapters") and (rounds or name != "round")
             assert (ticks > 0).all() == is_used
 
 

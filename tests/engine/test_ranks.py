@@ -23,7 +23,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from models import FAMILIES, SIZES, greedy, write_model
+from models import FAMILIES, SIZES, check_adapters, greedy, write_model
 from pagetide.config import Settings, SettingsError
 from pagetide.engine import ranks
 from pagetide.engine.parent import environment_of_children
@@ -35,7 +35,7 @@ from pagetide.models.sharding import make_shard
 from pagetide.ops.layers import Affine, LayerWeights
 from pagetide.ops.weights import DenseWeight, columns_of, quantize
 from pagetide.types import EngineError, SamplingParams
-from transformers import LlamaConfig, PretrainedConfig
+from transformers import LlamaConfig, Phi3Config, PretrainedConfig
 
 LARGER: dict[str, Any] = {
     **SIZES,
@@ -135,6 +135,15 @@ answer = llm.generate([[7, 8, 9]], SamplingParams(temperature=0, max_tokens=6))[
 print(answer.token_ids, flush=True)
 os._exit(0)
 """
+
+
+@pytest.mark.parametrize("name", ["KV heads uneven", "one matrix for queries, keys and values"])
+def test_adapters_equal_pefts_on_two_ranks(name, tmp_path):
+    config, size, _ = CASES[name]
+    check_adapters(
+        tmp_path, "phi" if isinstance(config, Phi3Config) else "llama", config, 9, device="cpu",
+        tensor_parallel_size=size, num_blocks=40, max_model_len=120, max_loras=2,
+    )  # fmt: skip
 
 
 def test_two_machines_meet_at_a_port(tmp_path):

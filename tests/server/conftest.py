@@ -22,7 +22,13 @@ def no_stream_outlives_its_test(request) -> Iterator[None]:
 
 
 @pytest.fixture(scope="session")
-def real() -> Iterator[TritonServer]:
+def adapters(tmp_path_factory) -> Path:
+    """The folder of the real server's LoRA adapters; it is empty when the server starts."""
+    return tmp_path_factory.mktemp("adapters")
+
+
+@pytest.fixture(scope="session")
+def real(adapters) -> Iterator[TritonServer]:
     """The real model in float32, with so few blocks that the tests' prompts do not fit at once."""
     server = start(
         {
@@ -32,6 +38,8 @@ def real() -> Iterator[TritonServer]:
             "max_num_batched_tokens": 256,
             "allow_logits": True,
             "metric_names": "vllm",
+            "lora_dir": str(adapters),
+            "max_loras": 2,
         }
     )
     yield server

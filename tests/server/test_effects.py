@@ -223,8 +223,7 @@ EFFECTS: dict[str, tuple[dict[str, Any], dict[str, Any], Check]] = {
     ),
 }
 EFFECTS["text_input"] = (GREEDY, {"text_input": "2 + 2 ="}, lambda a, b: starts(a) and not starts(b))
-# What has no adapters or embeddings to act on says so by the field's name; the values that clients always
-# send are ignored.
+# What has nothing to act on says so by the field's name; the values that clients always send are ignored.
 REFUSED = {
     "lora_name": "nobody",
     "lora_task_id": 3,
@@ -241,6 +240,8 @@ ELSEWHERE = {
     "chat_template_kwargs": (
         "test_settings.py::test_a_template_sees_tools_variables_and_whether_an_answer_begins"
     ),
+    "lora_name": "test_adapters_server.py::test_requests_with_and_without_adapters_equal_peft",
+    "lora_task_id": "test_adapters_server.py::test_requests_with_and_without_adapters_equal_peft",
     "priority": "test_settings.py::test_lower_priority_numbers_run_sooner",
     "user": "test_settings.py::test_users_take_turns",
     "traceparent": "test_traces.py::test_triton_clients_name_their_trace_themselves",

@@ -1,9 +1,9 @@
 """A device that remembers tokens instead of keys and values: it shows whether every sequence sees exactly
 its own context.
 
-Each slot of the cache holds the token that was written to it. The logits of the next token are a hash of
-the context read back through the block table, so one wrong block, copy, or order of steps changes the
-answer. expected_tokens() is the same rule without any engine.
+Each slot of the cache holds the token that was written to it, and which adapter its row had. The logits of
+the next token are a hash of the context read back through the block table, so one wrong block, copy, adapter
+or order of steps changes the answer. expected_tokens() is the same rule without any engine.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from __future__ import annotations
 import hashlib
 
 import numpy as np
-from pagetide.runner.plan import NO_TOKEN, BeamCandidates, StepPlan, StepTokens, TokenScores
+from pagetide.runner.plan import NO_ADAPTER, NO_TOKEN, BeamCandidates, StepPlan, StepTokens, TokenScores
 
 VOCABULARY = 50
 
@@ -27,10 +27,15 @@ def next_token(context: list[int], seed: int) -> int:
     return int(logits_after(context, seed).argmax())
 
 
-def expected_tokens(prompt: list[int], num_tokens: int, seed: int) -> list[int]:
+def with_adapter(tokens: list[int], adapter: int) -> list[int]:
+    """What slots of the cache hold of them. adapter: its number, 0: none."""
+    return [token + VOCABULARY * adapter for token in tokens]
+
+
+def expected_tokens(prompt: list[int], num_tokens: int, seed: int, adapter: int = 0) -> list[int]:
     context = list(prompt)
     for _ in range(num_tokens):
-        context.append(next_token(context, seed))
+        context.append(next_token(with_adapter(context, adapter), seed))
     return context[len(prompt) :]
 
 
@@ -51,6 +56,8 @@ class ContextRunner:
         self.block_table = np.full((max_rows, -(-max_len // block_size)), -1)
         self.slots = np.full((num_blocks, block_size), -1)
         self.seeds = [0] * max_rows
+        self.adapter_places = [NO_ADAPTER] * max_rows
+        self.adapters = {NO_ADAPTER: 0}  # number by place
         self.lengths = np.zeros(max_rows, int)
         self.max_tokens = max_tokens
         self.results: dict[int, StepTokens] = {}
@@ -61,7 +68,10 @@ class ContextRunner:
     def forward(self, plan: StepPlan) -> None:
         assert 0 < plan.num_tokens <= self.max_tokens, plan.num_tokens
         self.num_computed_tokens += plan.num_tokens
+        if (load := plan.adapter_load) is not None:
+            self.adapters[load.place] = int(load.tensors["number"])
         for admission in plan.admissions:
+            self.adapter_places[admission.row] = admission.adapter
             self.history[admission.row, : len(admission.token_ids)] = admission.token_ids
             self.block_table[admission.row] = -1
             self.seeds[admission.row] = admission.params.seed
@@ -86,10 +96,12 @@ class ContextRunner:
             "host and device count a row's tokens differently"
         )
         self.lengths[plan.rows] += plan.counts
-        for row, start, count in zip(plan.rows, plan.starts, plan.counts, strict=True):
+        numbers = [self.adapters[self.adapter_places[row]] for row in plan.rows]
+        assert plan.has_adapters == any(numbers)
+        for row, start, count, number in zip(plan.rows, plan.starts, plan.counts, numbers, strict=True):
             for position in range(start, start + count):
                 self.slots[self.block_table[row, position // self.block_size], position % self.block_size] = (
-                    self.history[row, position]
+                    self.history[row, position] + VOCABULARY * number
                 )
 
     def sample(self, plan: StepPlan, masks: np.ndarray | None = None) -> None:

@@ -173,7 +173,11 @@ def test_several_prompts_have_their_own_values():
             {**PROMPT, "embedding_bias_words": text("a")},
             "embedding_bias_words has 1 words, embedding_bias_weights 0 numbers",
         ),
-        ({**PROMPT, "lora_name": text("mine")}, "lora_name is 'mine', but there is no such adapter"),
+        ({**PROMPT, "lora_name": text("x" * 2000)}, "lora_name has 2000 characters, may have"),
+        (
+            {**PROMPT, "lora_name": text("a"), "lora_task_id": np.array([[1]], np.uint64)},
+            "an adapter is named twice, by lora_name and by lora_task_id; give one of them",
+        ),
         (
             {**PROMPT, "prompt_vocab_size": np.array([[7]], np.int32)},
             "prompt_vocab_size is not supported by this model",
@@ -270,6 +274,13 @@ def test_harmless_values_of_unsupported_fields_are_ignored():
         parse({**PROMPT, **nothing, "lora_task_id": np.array([[0]], np.uint64)}, {})[0].params
         == SamplingParams()
     )
+
+
+def test_an_adapter_has_a_name_or_a_number():
+    number = {"lora_task_id": np.array([[2**64 - 1]], np.uint64)}
+    assert parse({**PROMPT, **number}, {})[0].lora_name == str(2**64 - 1)
+    assert parse({**PROMPT, "lora_name": text("sailor")}, {})[0].lora_name == "sailor"
+    assert parse({**PROMPT, "lora_name": text("")}, {})[0].lora_name == ""
 
 
 def test_defaults_hold_where_a_request_says_nothing():

@@ -42,6 +42,7 @@ def test_each_end_is_told_once(small, caplog):
         "request_id": "r1",
         "number": 1,
         "priority": 0,
+        "lora_name": "",
         "prompt_tokens": 5,
         "cached_tokens": 0,
         "answer_tokens": 6,

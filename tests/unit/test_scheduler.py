@@ -632,6 +632,7 @@ requests = st.lists(
         st.booleans(),  # beams
         st.integers(0, 12),  # arrives so many steps later
         st.one_of(st.none(), st.integers(0, 25)),  # cancelled after so many steps
+        st.sampled_from([0, 0, 1, 2, 3, 4]),  # adapter
     ),
     min_size=1,
     max_size=12,
@@ -662,6 +663,7 @@ def test_random_workloads_see_their_own_context_and_leave_every_block_free(
         enable_prefix_caching=caching,
         batching=batching,
         kv_reservation=reservation,
+        max_loras=2,
     )
     arrivals = sorted((sum(r[6] for r in requests[: i + 1]), i) for i in range(len(requests)))
     prompts = [[(kind * 7 + i) % 50 for i in range(length)] + own for kind, length, own, *_ in requests]
@@ -675,22 +677,24 @@ def test_random_workloads_see_their_own_context_and_leave_every_block_free(
     while arrivals or small.engine.has_work:
         while arrivals and arrivals[0][0] <= step:
             number = arrivals.pop(0)[1]
-            _, _, _, max_tokens, n, *_ = requests[number]
+            _, _, _, max_tokens, n, *_, adapter = requests[number]
             width = n if number in beams else 1
             small.add(
-                number, prompts[number], max_tokens=max_tokens, n=n, beam_width=width, stream=bool(number % 2)
-            )
+                number, prompts[number], max_tokens=max_tokens, n=n, beam_width=width,
+                stream=bool(number % 2), lora_name=str(adapter or ""),
+            )  # fmt: skip
         small.engine.cancel([i for i, at in cancels.items() if at == step])
         small.step()
         step += 1
         assert step < 20_000
     assert small.blocks.num_used == 0
-    for number, (_, _, _, max_tokens, n, _, _, cancelled) in enumerate(requests):
+    for number, (_, _, _, max_tokens, n, _, _, cancelled, adapter) in enumerate(requests):
         expected = [
-            expected_tokens(prompts[number], max_tokens, _seed_of_sample(0, index)) for index in range(n)
+            expected_tokens(prompts[number], max_tokens, _seed_of_sample(0, index), adapter)
+            for index in range(n)
         ]
         if number in beams:
-            expected = beams_alone(prompts[number], n, max_tokens)
+            expected = beams_alone(prompts[number], n, max_tokens, lora_name=str(adapter or ""))
         for index in range(n):
             tokens, reasons = small.tokens(number, index), small.reason(number, index)
             if cancelled is None:

@@ -110,12 +110,9 @@ def _assemble(values: dict[str, Value], defaults: Defaults) -> ParsedRequest:
     if len(prompts) != 1:
         said = " and ".join(prompts) or "none of them"
         raise RequestError(f"a request needs exactly one of {', '.join(_PROMPTS)}; it has {said}")
-    for name in ("lora_name", "lora_task_id"):
-        if name in values:
-            raise RequestError(
-                f"{name} is {shown(values[name])}, but there is no such adapter: this server has none"
-            )
-    for name in ("cache_salt", "user", "traceparent"):
+    if "lora_name" in values and "lora_task_id" in values:
+        raise RequestError("an adapter is named twice, by lora_name and by lora_task_id; give one of them")
+    for name in ("lora_name", "cache_salt", "user", "traceparent"):
         if len(text := values.get(name, "")) > MAX_WORD_LENGTH:
             raise RequestError(f"{name} has {len(text)} characters, may have {MAX_WORD_LENGTH}")
     params = _params_of(values, defaults)
@@ -135,6 +132,7 @@ def _assemble(values: dict[str, Value], defaults: Defaults) -> ParsedRequest:
         pad_id=values.get("pad_id"),
         priority=values.get("priority", 0),
         salt=values.get("cache_salt", ""),
+        lora_name=values.get("lora_name", "") or str(values.get("lora_task_id", "")),
         user=values.get("user", ""),
         traceparent=values.get("traceparent", ""),
         timeout_ms=values.get("timeout_ms", 0),

@@ -51,6 +51,7 @@ class ParsedRequest(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=Tru
     pad_id: int | None = None
     priority: int = 0
     salt: str = ""
+    lora_name: str = ""
     user: str = ""
     traceparent: str = ""
     timeout_ms: int = 0

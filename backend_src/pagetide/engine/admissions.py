@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from functools import cached_property
 from typing import NamedTuple
 
 from pagetide.config import Settings
+from pagetide.engine.adapters import Adapter, AdapterPlaces
 from pagetide.engine.blocks import BlockManager
-from pagetide.engine.sequence import Sequence
+from pagetide.engine.sequence import Sequence, SequenceGroup
 
 
 class Admittance(NamedTuple):
@@ -38,6 +40,41 @@ def admittance(
     if num_needed + num_running > blocks.num_free:
         return None
     return Admittance(found, num_tokens, num_reserved)
+
+
+class Claims:
+    """One look through those who wait, in their order: whose adapter finds no place claims the one that has
+    been used least recently, which nobody behind him gets. running: sequences, whose places are used.
+    """
+
+    def __init__(self, places: AdapterPlaces, running: Iterable[Sequence]):
+        self._places, self._running = places, running
+        self._claimed: dict[str, int] = {}  # by the key of the adapter that waits
+
+    @cached_property
+    def _used(self) -> set[int]:
+        return {sequence.group.adapter_place for sequence in self._running}
+
+    def give(self, group: SequenceGroup) -> bool:
+        """Gives a request's adapter a place, if it has one; False if it has to wait."""
+        adapter = group.adapter
+        if adapter is None or any(sequence.row >= 0 for sequence in group.unfinished):
+            return True
+        place = self._places.find(adapter, self._used, self._claimed.values())
+        if place is None:
+            self._claim(adapter)
+            return False
+        group.adapter_place = place
+        self._used.add(place)
+        return True
+
+    def _claim(self, adapter: Adapter) -> None:
+        has_place = self._places.place_of(adapter) is not None
+        if has_place or adapter.key in self._claimed or self._places.has_room(adapter, self._used):
+            return  # it waits for a load of another, or for who waits for its place
+        place = self._places.next_free(self._claimed.values())
+        if place is not None:
+            self._claimed[adapter.key] = place
 
 
 def num_rows_for(sequence: Sequence) -> int:

@@ -12,9 +12,11 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import NamedTuple
 
+import numpy as np
 import torch
 
 from pagetide.config import Settings, SettingsError
+from pagetide.engine.adapters import AdapterFolder
 from pagetide.engine.blocks import BlockManager
 from pagetide.engine.engine import Engine, StepRunner
 from pagetide.engine.groups import ModelLimits
@@ -23,12 +25,14 @@ from pagetide.engine.host_blocks import HostBlocks
 from pagetide.engine.ranks import check_nodes, start_ranks
 from pagetide.engine.scheduler import Scheduler
 from pagetide.kv_cache.store import make_store
+from pagetide.models.adapters import adapter_version, read_adapter
 from pagetide.models.config import DecoderConfig
 from pagetide.models.decoder import Decoder, layer_shape
 from pagetide.models.families import Family, read_model
 from pagetide.models.sharding import make_shard
 from pagetide.models.source import find_codes, find_model, packed_folder
 from pagetide.models.weights import Checkpoint, Fp8AtLoad, QuantizedAtLoad, RandomTensors, Tensors
+from pagetide.ops.adapters import NO_ADAPTERS, AdapterRoom
 from pagetide.ops.comm import ALONE, Comm
 from pagetide.ops.select import select_ops
 from pagetide.ops.table import Ops
@@ -70,6 +74,7 @@ def assemble(settings: Settings, on_lost: Callable[[str], None] | None = None) -
     Raises SettingsError, UnsupportedModelError, RankError.
     """
     check_nodes(settings)
+    _lora_folder(settings)
     model = Model.find(settings)
     if settings.tensor_parallel_size == 1:
         device = select_device(settings)
@@ -113,7 +118,9 @@ def load_rank(settings: Settings, model: Model, device: Device, comm: Comm) -> R
         folder = packed_folder(model.path, settings.cache_path) if keeps else None
         ops = select_ops(device.torch_device, settings, dtype, model.path, folder, comm)
         checkpoint = _read_checkpoint(settings, model.path, dtype, device, model.family, config)
-        shape = layer_shape(shard.config, settings.block_size, max_len, device.torch_device, kv_dtype, comm)
+        room = AdapterRoom(settings.max_loras, settings.max_lora_rank) if settings.lora_dir else NO_ADAPTERS
+        place = device.torch_device
+        shape = layer_shape(shard.config, settings.block_size, max_len, place, kv_dtype, comm, room)
         activations = device.activation_dtype or dtype
         return ops, Decoder(shard, model.family, checkpoint, ops, shape, activations)
 
@@ -174,6 +181,7 @@ def _make_engine(settings: Settings, model: Model, rank: Rank, runner: StepRunne
             HostBlocks(rank.num_host_blocks) if rank.num_host_blocks else None,
         ),
         guides,
+        adapters=_adapter_folder(settings, model, _dtypes(settings, device)[0]),
     )
     info = EngineInfo(
         model=str(model.path),
@@ -190,6 +198,26 @@ def _make_engine(settings: Settings, model: Model, rank: Rank, runner: StepRunne
     gc.collect()
     gc.freeze()
     return Engine(info, scheduler, runner, device.overlaps, settings.check_integrity)
+
+
+def _adapter_folder(settings: Settings, model: Model, dtype: torch.dtype) -> AdapterFolder | None:
+    """Where requests' adapters are."""
+    folder = _lora_folder(settings)
+    if folder is None:
+        return None
+
+    def read(each: Path) -> dict[str, np.ndarray]:
+        return read_adapter(each, model.family, model.config, dtype, settings.max_lora_rank)
+
+    return AdapterFolder(folder, adapter_version, read, settings.max_loras)
+
+
+def _lora_folder(settings: Settings) -> Path | None:
+    """Raises SettingsError."""
+    folder = Path(settings.lora_dir).expanduser() if settings.lora_dir else None
+    if folder is not None and not folder.is_dir():
+        raise SettingsError(f"lora_dir is {settings.lora_dir!r}, which is no folder")
+    return folder
 
 
 def _read_checkpoint(

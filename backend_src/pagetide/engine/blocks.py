@@ -26,9 +26,12 @@ def hash_block(parent: bytes, token_ids: list[int]) -> bytes:
     return hashlib.blake2b(parent + np.asarray(token_ids, np.int32).tobytes(), digest_size=16).digest()
 
 
-def _root(salt: str) -> bytes:
-    """What comes before the first block: prompts with different salts have no block in common."""
-    return hashlib.blake2b(salt.encode(), digest_size=16, person=b"salt").digest() if salt else b""
+def _root(salt: str, adapter: str) -> bytes:
+    """What comes before the first block: prompts with different salts or adapters have no block in common."""
+    if not (salt or adapter):
+        return b""
+    key = hashlib.blake2b(adapter.encode(), digest_size=16).digest() if adapter else b""
+    return hashlib.blake2b(salt.encode(), digest_size=16, person=b"salt", key=key).digest()
 
 
 class BlockManager:
@@ -237,7 +240,7 @@ class BlockManager:
         size = self.block_size
         while len(sequence.hashes) < num_full:
             at = len(sequence.hashes)
-            parent = sequence.hashes[-1] if at else _root(sequence.request.salt)
+            parent = sequence.hashes[-1] if at else _root(sequence.request.salt, sequence.group.adapter_key)
             sequence.hashes.append(hash_block(parent, sequence.token_ids[at * size : (at + 1) * size]))
         return sequence.hashes[:num_full]
 

@@ -111,7 +111,7 @@ class Engine:
     def _step(self) -> StepResult:
         plan = self.scheduler.schedule()
         if plan is None and self._last is None:
-            self.scheduler.requests.wait_for_guides()
+            self.scheduler.requests.wait_for_needs()
         if plan is not None:
             self.runner.forward(plan)
             if not self._waits_for_masks(plan):

@@ -62,6 +62,7 @@ def log_line(group: SequenceGroup, end_ns: int, error: BaseException | None) -> 
         "request_id": request.request_id,
         "number": request.number,
         "priority": request.priority,
+        "lora_name": request.lora_name,
         "prompt_tokens": len(request.prompt_ids),
         "cached_tokens": group.num_cached,
         "answer_tokens": group.num_generated,

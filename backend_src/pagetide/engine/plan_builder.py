@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from pagetide.engine.sequence import Sequence
-from pagetide.runner.plan import Admission, StepPlan
+from pagetide.runner.plan import AdapterLoad, Admission, StepPlan
 
 
 @dataclass(frozen=True)
@@ -46,7 +46,7 @@ MAX_REPORTED = 512
 class PlanBuilder:
     """budget: tokens that the step may still take. preempted: some sequence has given way in this step.
 
-    swap_outs: (device block, host block), swap_ins: (host block, device block).
+    swap_outs: (device block, host block), swap_ins: (host block, device block). adapter_load: as StepPlan's.
     """
 
     def __init__(self, budget: int):
@@ -54,6 +54,7 @@ class PlanBuilder:
         self.preempted = False
         self.swap_outs: list[tuple[int, int]] = []
         self.swap_ins: list[tuple[int, int]] = []
+        self.adapter_load: AdapterLoad | None = None
         self._num_tokens = 0
         self._rows: list[int] = []  # of each chunk: its row, first position and number of tokens
         self._starts: list[int] = []
@@ -63,6 +64,7 @@ class PlanBuilder:
         self._admissions: list[Admission] = []
         self._blocks: list[tuple[int, int, int]] = []  # (row, index, block)
         self._copies: list[tuple[int, int]] = []  # (source, target)
+        self._has_adapters = False
 
     @property
     def is_empty(self) -> bool:
@@ -88,7 +90,13 @@ class PlanBuilder:
         if known is None:
             token_ids = np.array(sequence.token_ids, np.int32)
             self._admissions.append(
-                Admission(sequence.row, sequence.num_computed, token_ids, sequence.sampling)
+                Admission(
+                    sequence.row,
+                    sequence.num_computed,
+                    token_ids,
+                    sequence.sampling,
+                    sequence.group.adapter_place,
+                )
             )
             known = 0
         elif copies:
@@ -104,6 +112,8 @@ class PlanBuilder:
         self._counts.append(count)
         if sequence.group.reports_prompt:
             self._report_prompt(sequence, count)
+        if sequence.group.adapter is not None:
+            self._has_adapters = True
         self.budget -= count
         self._num_tokens += count
         sequence.num_computed += count
@@ -170,6 +180,8 @@ class PlanBuilder:
             beam_index=np.array([at for at, _ in searches], np.int32),
             num_candidates=max((search.num_for_each for _, search in searches), default=0),
             return_index=np.array(returned, np.int32),
+            adapter_load=self.adapter_load,
+            has_adapters=self._has_adapters,
         )
 
 

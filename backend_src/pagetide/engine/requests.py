@@ -1,5 +1,5 @@
-"""The requests that have not ended: their queueing limit, deadlines, grammars, and the faults of single
-ones.
+"""The requests that have not ended: their queueing limit, deadlines, grammars and adapters, and the faults of
+single ones.
 """
 
 from __future__ import annotations
@@ -11,9 +11,11 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import Future, wait
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 
+from pagetide.engine.adapters import Adapter, AdapterSource
 from pagetide.engine.fairness import Turns
 from pagetide.engine.groups import ModelLimits, give_guides, group_of
 from pagetide.engine.guides import GuideCompiler, GuideState
@@ -25,7 +27,7 @@ from pagetide.types import EngineError, QueueFullError, Request, RequestError
 
 log = logging.getLogger("pagetide.requests")
 
-_GUIDE_WAIT_S = 0.005
+_NEEDS_WAIT_S = 0.005
 
 
 @dataclass(frozen=True)
@@ -37,6 +39,27 @@ class Refusal:
 
     number: int
     error: Exception
+
+
+@dataclass
+class Needs:
+    """What a request waits for before it can run: its grammar, its adapter."""
+
+    guide: Future[Callable[[], GuideState]] | None
+    lora_name: str
+    adapter: Future[Adapter] | None = None
+
+    @property
+    def futures(self) -> list[Future[Any]]:
+        """Those on their way."""
+        return [future for future in (self.guide, self.adapter) if future is not None]
+
+    def advance(self, adapters: AdapterSource) -> bool:
+        """Begins what could not begin before; True if all is there."""
+        if self.lora_name and self.adapter is None:
+            self.adapter = adapters.start(self.lora_name)
+        waits = self.lora_name and self.adapter is None
+        return not waits and all(future.done() for future in self.futures)
 
 
 class Requests:
@@ -58,6 +81,7 @@ class Requests:
         now: Callable[[], int],
         turns: Turns,
         max_queue_ns: int,
+        adapters: AdapterSource,
     ):
         self._max_requests = max_requests
         self._limits = limits
@@ -68,7 +92,8 @@ class Requests:
         self._leave = leave
         self._now = now
         self._groups: dict[int, SequenceGroup] = {}
-        self._compiling: dict[int, Future[Callable[[], GuideState]]] = {}
+        self._adapters = adapters
+        self._preparing: dict[int, Needs] = {}
         self._turns = turns
         self._max_queue_ns = max_queue_ns
         self._queued: deque[tuple[int, int]] = deque()  # until when each of them may wait, in their order
@@ -83,17 +108,18 @@ class Requests:
         return len(self._groups) < self._max_requests
 
     @property
-    def num_compiling(self) -> int:
-        """Requests that wait for their grammar."""
-        return len(self._compiling)
+    def num_preparing(self) -> int:
+        """Requests that wait for their grammar or adapter."""
+        return len(self._preparing)
 
     @property
     def has_news(self) -> bool:
         """True if something will come of these requests without any step."""
-        return bool(self._refusals or self._compiling)
+        return bool(self._refusals or self._preparing)
 
     def add(self, request: Request) -> SequenceGroup | None:
-        """Takes a request that has been checked; None: its grammar has to be compiled first.
+        """Takes a request that has been checked; None: its grammar has to be compiled, or its adapter read,
+        first.
 
         Raises QueueFullError, RequestError, EngineError.
         """
@@ -117,10 +143,12 @@ class Requests:
             self._note_deadline(request)
         if self._max_queue_ns:
             self._queued.append((self._now() + self._max_queue_ns, request.number))
-        if request.params.guide is None:
+        if request.params.guide is None and not request.lora_name:
             return group
         with self.on_behalf_of(group):
-            self._compiling[request.number] = self._guides.compile(request.params.guide)
+            guide = request.params.guide
+            compiled = None if guide is None else self._guides.compile(guide)
+            self._preparing[request.number] = Needs(compiled, request.lora_name)
         return None
 
     def find(self, number: int) -> SequenceGroup | None:
@@ -134,7 +162,8 @@ class Requests:
     def forget(self, group: SequenceGroup) -> None:
         """The request has its last answer."""
         self._note_end(group)
-        self._stop_compiling(group.request.number)
+        self._stop_preparing(group.request.number)
+        group.adapter = None
         del self._groups[group.request.number]
         self._observed.e2e_s.append((self._now() - group.arrival_ns) / 1e9)
         self._journal.close(group)
@@ -188,10 +217,11 @@ class Requests:
         self._note_end(group)
         self._counters.failed += 1
         self._journal.close(group, error)
-        self._stop_compiling(group.request.number)
+        self._stop_preparing(group.request.number)
         for sequence in group.unfinished:
             self._leave(sequence)
         group.unfinished = []
+        group.adapter = None
         self._refusals.append(Refusal(group.request.number, error))
 
     def _note_end(self, group: SequenceGroup) -> None:
@@ -203,25 +233,32 @@ class Requests:
         refusals, self._refusals = self._refusals, []
         return refusals
 
-    # -- grammars ------------------------------------------------------------------------------------------
+    # -- what requests wait for ------------------------------------------------------------------------------
 
-    def wait_for_guides(self) -> None:
-        """A short wait, for when nothing can be done until some grammar is compiled."""
-        wait(self._compiling.values(), _GUIDE_WAIT_S)
+    def wait_for_needs(self) -> None:
+        """A short wait, for when nothing can be done until some grammar or adapter is there."""
+        wait([future for needs in self._preparing.values() for future in needs.futures], _NEEDS_WAIT_S)
 
-    def take_compiled(self) -> list[SequenceGroup]:
-        """The requests whose grammars have become ready; those whose are none are refused."""
+    def take_prepared(self) -> list[SequenceGroup]:
+        """The requests that have become ready; those whose grammars or adapters are none are refused."""
         ready = []
-        for number in [number for number, guide in self._compiling.items() if guide.done()]:
-            guide, group = self._compiling.pop(number), self._groups[number]
+        for number in list(self._preparing):
+            needs, group = self._preparing[number], self._groups[number]
             with self.on_behalf_of(group):
-                give_guides(group, guide.result())
+                if not needs.advance(self._adapters):
+                    continue
+                del self._preparing[number]
+                if needs.guide is not None:
+                    give_guides(group, needs.guide.result())
+                if needs.adapter is not None:
+                    group.adapter = needs.adapter.result()
                 ready.append(group)
         return ready
 
-    def _stop_compiling(self, number: int) -> None:
-        if guide := self._compiling.pop(number, None):
-            guide.cancel()
+    def _stop_preparing(self, number: int) -> None:
+        needs = self._preparing.pop(number, None)
+        if needs is not None and needs.guide is not None:  # others may wait for the same adapter
+            needs.guide.cancel()
 
     def masks(self, sequences: list[Sequence]) -> np.ndarray:
         """Which token each of these guided sequences may sample next: int32 [g, vocabulary / 32].

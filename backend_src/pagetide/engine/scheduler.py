@@ -13,7 +13,8 @@ from collections.abc import Callable, Iterable
 import numpy as np
 
 from pagetide.config import Settings
-from pagetide.engine.admissions import admittance, num_promised_rows, num_rows_for
+from pagetide.engine.adapters import AdapterPlaces, AdapterSource, NoAdapters
+from pagetide.engine.admissions import Claims, admittance, num_promised_rows, num_rows_for
 from pagetide.engine.blocks import BlockManager
 from pagetide.engine.fairness import QueueTime, Turns
 from pagetide.engine.groups import ModelLimits
@@ -28,13 +29,16 @@ from pagetide.engine.statistics import Counters, Observations
 from pagetide.runner.plan import NO_TOKEN, StepPlan, StepTokens
 from pagetide.types import Request, RequestError
 
-_MOST_PASSED = 64  # waiting requests that lack rows, which a step looks past: the queue may hold thousands
+# Waiting requests that lack rows, or a place for their adapter, which a step looks past: the queue may hold
+# thousands.
+_MOST_PASSED, _MOST_UNPLACED = 64, 1024
 
 
 class Scheduler:
     """The sequences of an engine: schedule() makes the next step, commit() takes its tokens.
 
-    guides: compiles what guided requests ask for. now: the clock of deadlines and timings, in ns.
+    guides: compiles what guided requests ask for. now: the clock of deadlines and timings, in ns. adapters:
+    that requests may name.
     """
 
     def __init__(
@@ -44,6 +48,7 @@ class Scheduler:
         blocks: BlockManager,
         guides: GuideCompiler,
         now: Callable[[], int] = time.monotonic_ns,
+        adapters: AdapterSource | None = None,
     ):
         self._settings = settings
         self._now = now
@@ -65,7 +70,9 @@ class Scheduler:
             now,
             self.turns,
             self.queue_time.limit_ns,
+            adapters or NoAdapters(),
         )
+        self._places = AdapterPlaces(settings.max_loras)
         self.outputs = OutputQueue(self.observed)
         self._in_flight: dict[int, StepSequences] = {}  # by step
         self._batch_is_open = True
@@ -78,8 +85,8 @@ class Scheduler:
 
     @property
     def num_waiting(self) -> int:
-        """Sequences that wait for their turn, or for their grammar."""
-        return len(self.waiting) + self.requests.num_compiling
+        """Sequences that wait for their turn, or for their grammar or adapter."""
+        return len(self.waiting) + self.requests.num_preparing
 
     def add(self, request: Request) -> None:
         """Queues a request that has been checked. Raises QueueFullError, RequestError, EngineError."""
@@ -131,7 +138,7 @@ class Scheduler:
         None: nothing can run now.
         """
         self._end_late()
-        for group in self.requests.take_compiled():
+        for group in self.requests.take_prepared():
             self._enqueue(group)
         step = PlanBuilder(self._settings.max_num_batched_tokens)
         step.preempted = self._may_admit() and self._give_way()
@@ -149,6 +156,7 @@ class Scheduler:
             step.swap_outs, step.swap_ins = self.blocks.host.take_moves()
             self.counters.swapped_out += len(step.swap_outs)
             self.counters.swapped_in += len(step.swap_ins)
+        step.adapter_load = self._places.take_load()
         plan = step.plan(self.counters.steps)
         self._in_flight[plan.step] = step.sequences()
         self.counters.steps += 1
@@ -182,7 +190,10 @@ class Scheduler:
         def fits(left: list[Sequence]) -> bool:
             """Beside those who are left."""
             num_free = self.queues.num_free_rows + len(running) - len(left)
-            return num_rows + num_promised_rows(left) <= num_free
+            if num_rows + num_promised_rows(left) > num_free:
+                return False
+            places = {sequence.group.adapter_place for sequence in left}
+            return first.group.adapter is None or self._places.has_room(first.group.adapter, places)
 
         if not overtakers or fits(running) or not fits(others):
             return False
@@ -204,9 +215,11 @@ class Scheduler:
     def _admit_waiting(self, step: PlanBuilder) -> None:
         at, num_promised = 0, num_promised_rows(self.running)
         lacking: frozenset[int] = frozenset()  # numbers of those before it who lack rows
+        num_unplaced, claims = 0, Claims(self._places, self.running)  # those whose adapter has no place
         while (
             at < len(self.waiting)
             and len(lacking) < _MOST_PASSED
+            and num_unplaced < _MOST_UNPLACED
             and (num_rows := self.queues.num_free_rows - num_promised) > 0
         ):
             sequence = self.waiting[at]
@@ -214,8 +227,13 @@ class Scheduler:
                 # A preempted beam: its next token is chosen when the others of its search have theirs.
                 at += 1
                 continue
+            has_place = claims.give(sequence.group)  # also to who lacks rows: nobody behind takes it
             if num_rows < num_rows_for(sequence):
                 lacking |= {sequence.request.number}
+                at += 1
+                continue
+            if not has_place:
+                num_unplaced += 1
                 at += 1
                 continue
             if not self._admit(step, sequence):

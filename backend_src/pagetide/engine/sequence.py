@@ -14,9 +14,10 @@ from typing import Protocol
 
 import numpy as np
 
+from pagetide.engine.adapters import Adapter
 from pagetide.engine.guides import GuideState
 from pagetide.engine.stops import StopChecker
-from pagetide.runner.plan import BeamCandidates, RowParams
+from pagetide.runner.plan import NO_ADAPTER, BeamCandidates, RowParams
 from pagetide.types import Request, SamplingParams, Timings, TokenScore
 
 _NO_TIMINGS = Timings()
@@ -74,6 +75,7 @@ class SequenceGroup:
         for (see StepPlan); prompt_scores, context_logits: what came.
     reasons, num_generated: of the answers that have ended, for the journal.
     overtook: numbers of the requests that lacked rows when this one was admitted past them.
+    adapter: what its model has, None: nothing; adapter_place: where that lies while it runs.
     """
 
     request: Request
@@ -97,6 +99,8 @@ class SequenceGroup:
     reasons: list[str] = field(default_factory=list)
     num_generated: int = 0
     overtook: frozenset[int] = frozenset()
+    adapter: Adapter | None = None
+    adapter_place: int = NO_ADAPTER
     params: SamplingParams = field(init=False)
     is_beam_search: bool = field(init=False)
     streams: bool = field(init=False)
@@ -112,6 +116,11 @@ class SequenceGroup:
             request.params.logprobs is not None or request.params.picks_best or request.generation_logits
         )
         self.reports_prompt = request.params.prompt_logprobs is not None or request.context_logits
+
+    @property
+    def adapter_key(self) -> str:
+        """Empty for none."""
+        return "" if self.adapter is None else self.adapter.key
 
     @property
     def timings(self) -> Timings:

@@ -44,6 +44,9 @@ def parse_arguments() -> argparse.Namespace:
         "--tool-call-format", choices=FORMATS, help="how the model writes calls; by its template otherwise"
     )
     parser.add_argument(
+        "--lora-dir", type=Path, help="Triton's folder of LoRA adapters, whose names then are models too"
+    )
+    parser.add_argument(
         "--otlp-traces-endpoint",
         default="",
         help="an OpenTelemetry collector's URL for traces (OTLP over HTTP)",
@@ -73,9 +76,9 @@ def main() -> None:
     )
     metrics = _addresses(arguments.metrics)
     tritons, token = _addresses(arguments.triton), os.environ.get("ADMIN_TOKEN", "")
-    app = make_app(
-        tritons, rules, arguments.tool_call_format or "", metrics, token, arguments.otlp_traces_endpoint
-    )
+    lora_dir = arguments.lora_dir and arguments.lora_dir.expanduser()
+    call_format, traces = arguments.tool_call_format or "", arguments.otlp_traces_endpoint
+    app = make_app(tritons, rules, call_format, metrics, token, traces, lora_dir)
     config = uvicorn.Config(
         app,
         host=arguments.host,

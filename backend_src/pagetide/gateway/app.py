@@ -10,6 +10,7 @@ import contextlib
 import logging
 import time
 from collections.abc import AsyncIterator, Sequence
+from pathlib import Path
 from typing import Any
 
 from fastapi import FastAPI, Request
@@ -38,16 +39,17 @@ def make_app(
     metrics: Sequence[str] = (),
     admin_token: str = "",
     traces: str = "",
+    lora_dir: Path | None = None,
 ) -> FastAPI:
     """The application, as an ASGI server runs it. urls: the gRPC addresses of Tritons; metrics: those of
-    their metrics; traces: of a collector of spans.
+    their metrics; traces: of a collector of spans; lora_dir: as Models takes it.
     """
 
     @contextlib.asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
         # gRPC's channels belong to the event loop that runs by now.
         triton = Triton(urls, admin_token)
-        app.state.gateway = Gateway(triton, call_format)
+        app.state.gateway = Gateway(triton, call_format, lora_dir)
         await triton.servers.look_up()
         watches = (triton.servers.watch(), app.state.gateway.health.watch())
         watching = [asyncio.ensure_future(watch) for watch in watches]
@@ -79,11 +81,14 @@ def _add_routes(app: FastAPI) -> None:
 
     @app.get("/v1/models")
     async def models() -> dict[str, Any]:
-        return {"object": "list", "data": [_model(name) for name in await gateway().models.names()]}
+        names = await gateway().models.names()
+        adapters = [_model(name, parent=names[0]) for name in gateway().models.adapters()]
+        return {"object": "list", "data": [*map(_model, names), *adapters]}
 
     @app.get("/v1/models/{name:path}")
     async def model(name: str) -> dict[str, Any]:
-        return _model(await gateway().models.find(name))
+        chosen = await gateway().models.choose(name)
+        return _model(chosen.shown, chosen.triton if chosen.lora_name else None)
 
     @app.post("/v1/embeddings")
     async def embeddings() -> None:
@@ -91,13 +96,13 @@ def _add_routes(app: FastAPI) -> None:
 
     @app.post("/tokenize")
     async def tokenize(body: TokenizeBody) -> dict[str, Any]:
-        model = await gateway().models.find(body.model)
+        model = (await gateway().models.choose(body.model)).triton
         tokens = await gateway().triton.tokenize(model, prompt_to_tokenize(body))
         return {"tokens": tokens, "count": len(tokens)}
 
     @app.post("/detokenize")
     async def detokenize(body: DetokenizeBody) -> dict[str, str]:
-        model = await gateway().models.find(body.model)
+        model = (await gateway().models.choose(body.model)).triton
         return {"prompt": await gateway().triton.detokenize(model, body.tokens)}
 
     @app.get("/health")
@@ -127,8 +132,10 @@ def _add_page(app: FastAPI, status: Status) -> None:
     app.mount("/playground", Page())
 
 
-def _model(name: str) -> dict[str, Any]:
-    return {"id": name, "object": "model", "created": int(time.time()), "owned_by": "pagetide"}
+def _model(name: str, parent: str | None = None) -> dict[str, Any]:
+    """parent: the model that an adapter belongs to."""
+    described = {"id": name, "object": "model", "created": int(time.time()), "owned_by": "pagetide"}
+    return described | ({"parent": parent} if parent else {})
 
 
 def _add_errors(app: FastAPI) -> None:

@@ -6,6 +6,7 @@ import asyncio
 import logging
 import time
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from pagetide.gateway.calls import Thinking
@@ -15,6 +16,8 @@ from pagetide.gateway.triton import Triton
 log = logging.getLogger("pagetide.gateway")
 
 _KEPT_S = 10.0
+_ADAPTER_CONFIG = "adapter_config.json"
+_MOST_NAMED = 20
 _CALL = {
     "id": "abcdefghi",  # Mistral's templates take ids of nine characters only
     "type": "function",
@@ -38,12 +41,27 @@ class Habits:
         return Thinking(self.begins_thinking) if self.thinks else None
 
 
-class Models:
-    """Asks Triton, and remembers the answer for some seconds. call_format: overrides the template's."""
+@dataclass(frozen=True)
+class Chosen:
+    """What a request's `model` means. triton: the model's name there; lora_name: the adapter's, empty: none;
+    shown: as the answer names it.
+    """
 
-    def __init__(self, triton: Triton, call_format: str = ""):
+    triton: str
+    lora_name: str
+    shown: str
+
+
+class Models:
+    """Asks Triton, and remembers the answer for some seconds. call_format: overrides the template's.
+
+    lora_dir: the folder of adapters whose names are models too where Triton has one model.
+    """
+
+    def __init__(self, triton: Triton, call_format: str = "", lora_dir: Path | None = None):
         self._triton = triton
         self._call_format = call_format
+        self._lora_dir = lora_dir
         self._names: list[str] = []
         self._habits: dict[str, Habits] = {}
         self._known_until = 0.0
@@ -55,6 +73,44 @@ class Models:
             await self._ask_for_names()
         return self._names
 
+    def adapters(self) -> list[str]:
+        """Those that are models by their own name."""
+        if self._lora_dir is None or len(self._names) != 1:
+            return []
+        try:
+            names = sorted(file.parent.name for file in self._lora_dir.glob(f"*/{_ADAPTER_CONFIG}"))
+        except OSError as error:
+            log.warning("adapters cannot be listed: %s", error)
+            return []
+        return [name for name in names if name.isprintable()]
+
+    async def choose(self, name: str | None) -> Chosen:
+        """A model, or one with an adapter: `model:adapter`, or the adapter's name alone. Raises ApiError."""
+        if name is not None and name not in self._names and (found := self._with_adapter(name)):
+            self._refresh()
+            return found
+        try:
+            model = await self.find(name)
+            return Chosen(model, "", model)
+        except ApiError:
+            if name is not None and (found := self._with_adapter(name)):
+                return found
+            raise
+
+    def _with_adapter(self, name: str) -> Chosen | None:
+        base, _, adapter = name.partition(":")
+        if base in self._names and adapter:
+            return Chosen(base, adapter, name)
+        if self._lora_dir is None or len(self._names) != 1 or "/" in name or "\0" in name:
+            return None
+        has_one = (self._lora_dir / name / _ADAPTER_CONFIG).is_file()
+        return Chosen(self._names[0], name, name) if has_one else None
+
+    def _refresh(self) -> None:
+        """Asks for the models again, if they are old, while a request goes on."""
+        if self._is_old and self._asking.done():
+            self._asking = asyncio.ensure_future(self._ask_again())
+
     async def find(self, name: str | None) -> str:
         """The Triton model of this name; without a name, the only one. Raises ApiError.
 
@@ -62,8 +118,7 @@ class Models:
         that it does not have.
         """
         if name in self._names or (name is None and len(self._names) == 1):
-            if self._is_old and self._asking.done():
-                self._asking = asyncio.ensure_future(self._ask_again())
+            self._refresh()
             return name or self._names[0]
         names = await self.names()
         if not names:
@@ -74,7 +129,9 @@ class Models:
             return names[0]
         if name is None:
             raise refused(f"model must be named; there are {', '.join(names)}", "model")
-        message = f"there is no model {name!r}; there are {', '.join(names)}"
+        known = [*names, *self.adapters()]
+        shown = ", ".join(known[:_MOST_NAMED]) + (", ..." if len(known) > _MOST_NAMED else "")
+        message = f"there is no model {name!r}; there are {shown}"
         raise ApiError(404, message, "model", "model_not_found")
 
     @property

@@ -11,6 +11,7 @@ import json
 import logging
 import uuid
 from collections.abc import AsyncIterator
+from pathlib import Path
 from typing import Any
 
 from starlette.requests import Request
@@ -21,7 +22,7 @@ from pagetide.gateway.bodies import ChatBody, CompletionBody, GenerationBody, St
 from pagetide.gateway.errors import ApiError, named, refused
 from pagetide.gateway.fields import chat_prompt, fields_of, prompts_of
 from pagetide.gateway.health import Health
-from pagetide.gateway.models import Models
+from pagetide.gateway.models import Chosen, Models
 from pagetide.gateway.streams import merged
 from pagetide.gateway.tools import ToolUse
 from pagetide.gateway.triton import Generation, Triton
@@ -34,16 +35,17 @@ _CLIENT_LEFT = 499
 class Gateway:
     """What the routes share."""
 
-    def __init__(self, triton: Triton, call_format: str):
+    def __init__(self, triton: Triton, call_format: str, lora_dir: Path | None = None):
         self.triton = triton
-        self.models = Models(triton, call_format)
+        self.models = Models(triton, call_format, lora_dir)
         self.health = Health(triton)
 
     async def chat(self, body: ChatBody, request: Request) -> Response:
-        model = await self.models.find(body.model)
+        chosen = await self.models.choose(body.model)
+        model = chosen.triton
         habits = await self.models.habits(model)
         tools = ToolUse(body, habits.calls)
-        fields = {**fields_of(body), **_of_request(request), **tools.fields()}
+        fields = {**_fields(body, chosen), **_of_request(request), **tools.fields()}
         if tools.fields() and body.response_format and body.response_format.type != "text":
             raise refused("response_format does not go with tools that must be called", "response_format")
         prompt = chat_prompt(body, tools.shown())
@@ -52,12 +54,13 @@ class Gateway:
         def make_choice(index: int) -> ChatChoice:
             return ChatChoice(index, tools, habits.thinking(), body.top_logprobs or 0)
 
-        answer = Answer("chat.completion", request_id, model, body.n or 1, make_choice)
+        answer = Answer("chat.completion", request_id, chosen.shown, body.n or 1, make_choice)
         return await self._answer(body, request, answer, [Generation(model, request_id, prompt, fields)])
 
     async def complete(self, body: CompletionBody, request: Request) -> Response:
-        model = await self.models.find(body.model)
-        fields, prompts = {**fields_of(body), **_of_request(request)}, prompts_of(body)
+        chosen = await self.models.choose(body.model)
+        model = chosen.triton
+        fields, prompts = {**_fields(body, chosen), **_of_request(request)}, prompts_of(body)
         request_id = f"cmpl-{uuid.uuid4().hex}"
         echoed = [await self._text_of(model, prompt) if body.echo else "" for prompt in prompts]
         per_prompt = body.n or 1
@@ -65,7 +68,7 @@ class Gateway:
         def make_choice(index: int) -> CompletionChoice:
             return CompletionChoice(index, echoed[index // per_prompt], body.logprobs is not None)
 
-        answer = Answer("text_completion", request_id, model, per_prompt, make_choice)
+        answer = Answer("text_completion", request_id, chosen.shown, per_prompt, make_choice)
         generations = [
             Generation(model, f"{request_id}-{i}", prompt, fields) for i, prompt in enumerate(prompts)
         ]
@@ -119,6 +122,15 @@ class _EventStream(StreamingResponse):
 
 class _ClientLeftError(Exception):
     """Nobody waits for the answer."""
+
+
+def _fields(body: GenerationBody, chosen: Chosen) -> dict[str, Any]:
+    """The contract's, with the adapter that the model's name means. Raises ApiError."""
+    fields = fields_of(body)
+    named = fields.get("lora_name") or fields.get("lora_task_id")
+    if chosen.lora_name and named and named != chosen.lora_name:
+        raise refused(f"model names the adapter {chosen.lora_name!r}, and the request {named!r}", "lora_name")
+    return fields | ({"lora_name": chosen.lora_name} if chosen.lora_name else {})
 
 
 def _of_request(request: Request) -> dict[str, str]:

@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
+from dataclasses import replace
 
+import numpy as np
 import torch
 
 from pagetide.kv_cache.layout import KVLayout
+from pagetide.models.adapters import layer_adapter
 from pagetide.models.config import DecoderConfig
 from pagetide.models.families import Family
 from pagetide.models.rotary import in_halves, rotary_size, rotary_tables
 from pagetide.models.sharding import Shard, ShardedEmbedding
 from pagetide.models.weights import Tensors
+from pagetide.ops.adapters import NO_ADAPTERS, AdapterRoom, LayerAdapter
 from pagetide.ops.attention import HeadShape
 from pagetide.ops.batch import Batch
 from pagetide.ops.comm import ALONE, Comm
@@ -36,6 +40,7 @@ class Decoder:
     ):
         self._config, self._family, self._checkpoint = shard.model, family, checkpoint
         self._shard, self._activations, self._kv_dtype = shard, activations, shape.kv_dtype
+        self.has_adapters = shape.adapters.count > 0
         self.layers = ops.make_layers(shape, self._read_layers())
         tables = self._read_embedding()
         self._embedding: Embedding = ops.make_embedding(shard.embedding(tables))
@@ -61,6 +66,28 @@ class Decoder:
             logits.div_(cap).tanh_().mul_(cap)
         return logits
 
+    def set_adapter(self, index: int, tensors: Mapping[str, np.ndarray]) -> None:
+        """Puts an adapter, as models.adapters reads it, into one of the places for them."""
+        config, shard = self._config, self._shard
+        whole = (layer_adapter(tensors, layer, self._family, config) for layer in range(config.num_layers))
+        self.layers.set_adapter(
+            index, (shard.adapter(self._turned(layer, at)) for at, layer in enumerate(whole))
+        )
+
+    def _turned(self, adapter: LayerAdapter, index: int) -> LayerAdapter:
+        """Its rows in the order of the model's (_qkv_in_halves)."""
+        turned = self._rotary_size(index)
+        if adapter.qkv is None or turned == self._config.head_dim:
+            return adapter
+        return replace(
+            adapter, qkv=replace(adapter.qkv, up=_rows_in_halves(adapter.qkv.up, self._config, turned))
+        )
+
+    def _rotary_size(self, index: int) -> int:
+        """How many elements of a layer's heads turn."""
+        config = self._config
+        return rotary_size(config.ropes[config.rope_of_layer[index]], config.head_dim)
+
     def _read_embedding(self) -> EmbeddingWeights:
         family = self._family
         is_tied = self._config.tie_embeddings or not self._checkpoint.has(family.head)
@@ -85,7 +112,7 @@ class Decoder:
     def _read_layer(self, index: int) -> LayerWeights:
         family, config = self._family, self._config
         prefix = family.layer.format(index)
-        turned = rotary_size(config.ropes[config.rope_of_layer[index]], config.head_dim)
+        turned = self._rotary_size(index)
 
         def affine(*names: str) -> Affine:
             full = tuple(prefix + name for name in names)
@@ -136,13 +163,18 @@ def _embedding_scale(config: DecoderConfig, family: Family, tables: EmbeddingWei
 
 def _qkv_in_halves(qkv: Affine, config: DecoderConfig, turned: int) -> Affine:
     """Queries and keys of which only a part turns, as rotary.in_halves has them."""
-    num_turned = config.num_heads + config.num_kv_heads
 
     def order(rows: torch.Tensor) -> torch.Tensor:
-        heads = rows.unflatten(0, (-1, config.head_dim))
-        return torch.cat([in_halves(heads[:num_turned], turned), heads[num_turned:]]).flatten(0, 1)
+        return _rows_in_halves(rows, config, turned)
 
     return Affine(rearranged(qkv.weight, order), None if qkv.bias is None else order(qkv.bias))
+
+
+def _rows_in_halves(rows: torch.Tensor, config: DecoderConfig, turned: int) -> torch.Tensor:
+    """[out of queries, keys and values, ...]"""
+    num_turned = config.num_heads + config.num_kv_heads
+    heads = rows.unflatten(0, (-1, config.head_dim))
+    return torch.cat([in_halves(heads[:num_turned], turned), heads[num_turned:]]).flatten(0, 1)
 
 
 def layer_shape(
@@ -152,9 +184,10 @@ def layer_shape(
     device: torch.device,
     kv_dtype: torch.dtype,
     comm: Comm = ALONE,
+    adapters: AdapterRoom = NO_ADAPTERS,
 ) -> LayerShape:
     """The sizes of a model's layers, or of one rank's part of them. max_len: the longest sequence, in
-    tokens; kv_dtype: as LayerShape's.
+    tokens; kv_dtype, adapters: as LayerShape's.
     """
     return LayerShape(
         num_layers=config.num_layers,
@@ -169,4 +202,5 @@ def layer_shape(
         cos_sin=rotary_tables(config, max_len, device),
         kv_dtype=kv_dtype,
         comm=comm,
+        adapters=adapters,
     )

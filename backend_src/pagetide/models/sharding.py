@@ -13,6 +13,7 @@ from dataclasses import dataclass, replace
 import torch
 
 from pagetide.models.config import DecoderConfig, UnsupportedModelError
+from pagetide.ops.adapters import LayerAdapter, LowRank
 from pagetide.ops.comm import Comm
 from pagetide.ops.layers import Affine, Embedding, EmbeddingWeights, LayerWeights
 from pagetide.ops.weights import Weight, columns_of, rearranged
@@ -48,18 +49,41 @@ class Shard:
         """This rank's part of a layer. Raises UnsupportedModelError where codes cannot be split."""
         if self.size == 1:
             return whole
-        model, head_dim = self.model, self.model.head_dim
-        queries = _scaled(self.query_heads, head_dim)
-        keys = _scaled(self.kv_heads, head_dim, model.num_heads * head_dim)
-        values = _scaled(self.kv_heads, head_dim, (model.num_heads + model.num_kv_heads) * head_dim)
-        gate, up = (_scaled(self.intermediate, 1, before) for before in (0, model.intermediate_size))
         return replace(
             whole,
-            qkv=_outputs(whole.qkv, [queries, keys, values]),
-            out=self._inputs(whole.out, queries),
-            gate_up=_outputs(whole.gate_up, [gate, up]),
+            qkv=_outputs(whole.qkv, self._heads),
+            out=self._inputs(whole.out, self._queries),
+            gate_up=_outputs(whole.gate_up, self._gate_up),
             down=self._inputs(whole.down, self.intermediate),
         )
+
+    def adapter(self, whole: LayerAdapter) -> LayerAdapter:
+        """What of it belongs to this rank's part of a layer."""
+        if self.size == 1:
+            return whole
+        return LayerAdapter(
+            qkv=whole.qkv and LowRank(whole.qkv.down, _concatenated(whole.qkv.up, self._heads)),
+            out=whole.out and _columns_of(whole.out, self._queries),
+            gate_up=whole.gate_up
+            and LowRank(whole.gate_up.down, _concatenated(whole.gate_up.up, self._gate_up)),
+            down=whole.down and _columns_of(whole.down, self.intermediate),
+        )
+
+    @property
+    def _queries(self) -> range:
+        return _scaled(self.query_heads, self.model.head_dim)
+
+    @property
+    def _heads(self) -> list[range]:
+        """This rank's rows of queries, keys and values."""
+        model, head_dim = self.model, self.model.head_dim
+        keys = _scaled(self.kv_heads, head_dim, model.num_heads * head_dim)
+        values = _scaled(self.kv_heads, head_dim, (model.num_heads + model.num_kv_heads) * head_dim)
+        return [self._queries, keys, values]
+
+    @property
+    def _gate_up(self) -> list[range]:
+        return [_scaled(self.intermediate, 1, before) for before in (0, self.model.intermediate_size)]
 
     def embedding(self, whole: EmbeddingWeights) -> EmbeddingWeights:
         """This rank's tokens."""
@@ -153,11 +177,18 @@ def _scaled(part: range, factor: int, offset: int = 0) -> range:
 
 
 def _outputs(affine: Affine, parts: list[range]) -> Affine:
-    bias = affine.bias
-    if bias is not None:
-        bias = torch.cat([bias[part.start : part.stop] for part in parts])
+    bias = None if affine.bias is None else _concatenated(affine.bias, parts)
     return Affine(_rows(affine.weight, parts), bias)
 
 
 def _rows(weight: Weight, parts: list[range]) -> Weight:
-    return rearranged(weight, lambda rows: torch.cat([rows[part.start : part.stop] for part in parts]))
+    return rearranged(weight, lambda rows: _concatenated(rows, parts))
+
+
+def _concatenated(rows: torch.Tensor, parts: list[range]) -> torch.Tensor:
+    return torch.cat([rows[part.start : part.stop] for part in parts])
+
+
+def _columns_of(whole: LowRank, part: range) -> LowRank:
+    """Of some inputs: all ranks' results are added up."""
+    return LowRank(whole.down[:, part.start : part.stop], whole.up)

@@ -33,6 +33,7 @@ class Batch:
     slot_mapping: a token's place in the cache (block * block_size + offset).
     lengths: tokens that each sequence has in the cache when the step has run.
     counts, starts: the plan's, on the host; a sequence's tokens of this step begin at position starts[i].
+    adapters: which adapter each token has, -1 for none; None: no token has one.
     """
 
     ids: torch.Tensor  # int64 [t]
@@ -44,6 +45,7 @@ class Batch:
     counts: np.ndarray  # int32 [n]
     starts: np.ndarray  # int32 [n]
     block_size: int
+    adapters: torch.Tensor | None = None  # int64 [t]
 
 
 @dataclass(frozen=True)

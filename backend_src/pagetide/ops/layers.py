@@ -6,14 +6,15 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Protocol, TypeAlias
 
 import torch
 
+from pagetide.ops.adapters import MATRICES, NO_ADAPTERS, AdapterRoom, LayerAdapter, LowRank
 from pagetide.ops.attention import AttentionBackend, HeadShape, LayerAttention
 from pagetide.ops.batch import Batch
 from pagetide.ops.comm import ALONE, Comm
-from pagetide.ops.weights import Weight
+from pagetide.ops.weights import Weight, device_of, dtype_of
 
 Tensor = torch.Tensor
 
@@ -24,7 +25,7 @@ class LayerShape:
     one. activation: as LayerOps.gated takes it. kv_dtype: of the KV pool; uint8: keys and
     values are 8-bit integers with scales of their own, float8_e4m3fn: they are divided by those of the layer.
     comm: to the ranks that have the other heads and the rest of the MLP's width; what the last matrices of
-    attention and MLP give is a part of a sum over them.
+    attention and MLP give is a part of a sum over them. adapters: that lie beside the layers.
     """
 
     num_layers: int
@@ -37,6 +38,19 @@ class LayerShape:
     kv_dtype: torch.dtype = torch.bfloat16
     comm: Comm = ALONE
     activation: str = "silu"
+    adapters: AdapterRoom = NO_ADAPTERS
+
+
+def adapted_sizes(shape: LayerShape) -> dict[str, tuple[int, int]]:
+    """(outputs, inputs) of each of MATRICES."""
+    heads, hidden, width = shape.heads, shape.hidden_size, shape.intermediate_size
+    queries, kept = heads.num_heads * heads.head_dim, heads.num_kv_heads * heads.head_dim
+    return {
+        "qkv": (queries + 2 * kept, hidden),
+        "out": (hidden, queries),
+        "gate_up": (2 * width, hidden),
+        "down": (hidden, width),
+    }
 
 
 @dataclass(frozen=True)
@@ -83,6 +97,9 @@ class Layers(Protocol):
     def is_deterministic(self) -> bool:
         """Whether a token's result is the same to the last bit whatever else its step has."""
 
+    def set_adapter(self, index: int, layers: Iterable[LayerAdapter]) -> None:
+        """Puts an adapter, layer after layer, into a place below AdapterRoom.count, for the next call."""
+
     def __call__(self, residual: Tensor, batch: Batch, pool: Tensor) -> None:
         """Runs the step's tokens through all layers, in place; residual [t, hidden].
 
@@ -90,11 +107,8 @@ class Layers(Protocol):
         """
 
 
-class Matmul(Protocol):
-    """A matrix product with a bias; it sees the batch, since rows may have different adapters."""
-
-    def __call__(self, x: Tensor, batch: Batch) -> Tensor:
-        """[t, in] -> [t, out]"""
+# A matrix product with a bias: [t, in] -> [t, out]
+Matmul: TypeAlias = Callable[[Tensor], Tensor]
 
 
 @dataclass(frozen=True)
@@ -116,7 +130,8 @@ class ComposedLayers:
         self._ops = ops
         self._eps = shape.eps
         self._comm = shape.comm
-        self._block_size = shape.block_size
+        self._block_size, self._activation = shape.block_size, shape.activation
+        self._room = shape.adapters
         self._attention = ops.make_attention(shape.heads)
         self._layers = [_Layer(ops, shape, weights) for weights in layers]
 
@@ -126,24 +141,38 @@ class ComposedLayers:
     def block_shape(self) -> tuple[int, ...]:
         return self._attention.block_shape(self._block_size)
 
+    def set_adapter(self, index: int, layers: Iterable[LayerAdapter]) -> None:
+        for layer, added in zip(self._layers, layers, strict=True):
+            for name in MATRICES:
+                getattr(layer, name).set_adapter(index, getattr(added, name))
+
     def __call__(self, residual: Tensor, batch: Batch, pool: Tensor) -> None:
         add_rms_norm, attention, comm = self._ops.add_rms_norm, self._attention, self._comm
         plan = attention.plan(batch)
+        others = self._others(batch)
         update = None
         for layer, kv in zip(self._layers, pool, strict=True):
             x = add_rms_norm(update, residual, layer.attention_norm, self._eps)
-            q = attention.write(layer.qkv(x, batch), kv, layer.attention, batch)
-            update = layer.out(attention.attend(q, kv, layer.attention, batch, plan), batch)
+            q = attention.write(layer.qkv(x, others), kv, layer.attention, batch)
+            update = layer.out(attention.attend(q, kv, layer.attention, batch, plan), others)
             comm.all_reduce(update)
             if layer.post_attention_norm is not None:
                 update = add_rms_norm(None, update, layer.post_attention_norm, self._eps)
             x = add_rms_norm(update, residual, layer.mlp_norm, self._eps)
-            update = layer.mlp(x, batch)
+            gated = self._ops.gated(layer.gate_up(x, others), self._activation)
+            update = layer.down(gated, others)
             comm.all_reduce(update)
             if layer.post_mlp_norm is not None:
                 update = add_rms_norm(None, update, layer.post_mlp_norm, self._eps)
         if update is not None:
             residual += update
+
+    def _others(self, batch: Batch) -> Tensor | None:
+        """Which adapters a token does not have: bool [t, adapters]; None where no token has any."""
+        if batch.adapters is None:
+            return None
+        numbers = torch.arange(self._room.count, device=batch.adapters.device)
+        return batch.adapters[:, None] != numbers
 
 
 class _Layer:
@@ -159,20 +188,41 @@ class _Layer:
             weights.k_scale,
             weights.v_scale,
         )
-        self.qkv, self.out = ops.make_matmul(weights.qkv), ops.make_matmul(weights.out)
-        self.mlp = GatedMlp(ops, weights, shape.activation)
+        self.qkv, self.out, self.gate_up, self.down = (
+            _Product(ops, getattr(weights, name), shape.adapters, name) for name in MATRICES
+        )
 
 
-class GatedMlp:
-    """SwiGLU, GeGLU (arXiv:2002.05202)."""
+class _Product:
+    """A matrix product, and what each token's adapter adds to it.
 
-    def __init__(self, ops: LayerOps, weights: LayerWeights, activation: str):
-        self._gated, self._activation = ops.gated, activation
-        self._gate_up, self._down = ops.make_matmul(weights.gate_up), ops.make_matmul(weights.down)
+    The matrices of all adapters are multiplied as one, and what is not of a token's own is cleared in
+    between: the same work in every step, so that it can be recorded.
+    """
 
-    def __call__(self, x: Tensor, batch: Batch) -> Tensor:
-        """[t, hidden] -> [t, hidden]"""
-        return self._down(self._gated(self._gate_up(x, batch), self._activation), batch)
+    def __init__(self, ops: LayerOps, affine: Affine, room: AdapterRoom, name: str):
+        self._matmul = ops.make_matmul(affine)
+        self._sizes = room.count, room.rank_of(name)
+        (outputs, inputs), rank = affine.weight.shape, room.count * room.rank_of(name)
+        dtype, device = dtype_of(affine.weight), device_of(affine.weight)
+        self._down = torch.zeros((rank, inputs), dtype=dtype, device=device)
+        self._up = torch.zeros((outputs, rank), dtype=dtype, device=device)
+
+    def set_adapter(self, index: int, added: LowRank | None) -> None:
+        down = self._down.unflatten(0, self._sizes)[index].zero_()
+        up = self._up.unflatten(1, self._sizes)[:, index].zero_()
+        if added is not None:
+            rank = len(added.down)
+            down[:rank], up[:, :rank] = added.down, added.up
+
+    def __call__(self, x: Tensor, others: Tensor | None) -> Tensor:
+        """[t, in] -> [t, out]. others: bool [t, adapters], those that a token does not have; None: all."""
+        result = self._matmul(x)
+        if others is not None:
+            hidden = torch.nn.functional.linear(x.to(self._down.dtype), self._down).unflatten(1, self._sizes)
+            hidden = hidden.masked_fill_(others[:, :, None], 0).flatten(1)
+            result += torch.nn.functional.linear(hidden, self._up)
+        return result
 
 
 class Embedding(Protocol):

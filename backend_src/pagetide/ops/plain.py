@@ -8,7 +8,6 @@ import torch
 
 from pagetide.ops import reference
 from pagetide.ops.attention import TorchAttention
-from pagetide.ops.batch import Batch
 from pagetide.ops.layers import Affine, ComposedLayers, EmbeddingWeights, LayerOps, Matmul
 from pagetide.ops.table import Ops
 
@@ -19,10 +18,7 @@ def torch_matmul(affine: Affine) -> Matmul:
     """x @ weight.T + bias in the weight's type; the result has x's."""
     weight, bias = affine.weight.dense(), affine.bias
 
-    def matmul(x: Tensor, batch: Batch) -> Tensor:
-        return linear(x, weight, bias)
-
-    return matmul
+    return lambda x: linear(x, weight, bias)
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:

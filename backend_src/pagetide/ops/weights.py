@@ -97,6 +97,16 @@ class Fp8Weight:
 Weight: TypeAlias = DenseWeight | QuantizedWeight | Fp8Weight
 
 
+def dtype_of(weight: Weight) -> torch.dtype:
+    """Of the matrix that it stands for."""
+    return weight.values.dtype if isinstance(weight, DenseWeight) else weight.dtype
+
+
+def device_of(weight: Weight) -> torch.device:
+    """Where it is."""
+    return next(iter(_tensors(weight).values())).device
+
+
 def stacked(weights: Sequence[Weight]) -> Weight:
     """One matrix with the outputs of all, for products that share their input: codes of 8 bits where their
     codes differ, dense if their formats do.

@@ -23,6 +23,10 @@ def make_batch(plan: StepPlan, tensors: PlanTensors, rows: Rows, block_size: int
         plan.num_tokens,
         block_size,
     )
+    adapters = None
+    if plan.has_adapters:
+        of_sequence = rows.adapters[tensors.rows]
+        adapters = of_sequence.repeat_interleave(tensors.counts, output_size=plan.num_tokens)
     return Batch(
         ids=ids,
         positions=positions,
@@ -33,4 +37,5 @@ def make_batch(plan: StepPlan, tensors: PlanTensors, rows: Rows, block_size: int
         counts=plan.counts,
         starts=plan.starts,
         block_size=block_size,
+        adapters=adapters,
     )

@@ -43,7 +43,8 @@ class DecodeGraphs:
     """Steps in which every sequence runs one token and samples the next.
 
     forward: a batch to logits; sample: logits, rows and positions to tokens. max_size: the largest batch that
-    there will be; those beyond MAX_SIZE do not fit.
+    there will be; those beyond MAX_SIZE do not fit. has_adapters: rows may have some, for which all steps do
+    the work.
     """
 
     def __init__(
@@ -55,9 +56,10 @@ class DecodeGraphs:
         forward: Callable[[Batch], torch.Tensor],
         sample: Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor],
         max_size: int,
+        has_adapters: bool = False,
     ):
         self._device, self._ops, self._rows, self._block_size = device, ops, rows, block_size
-        self._forward, self._sample = forward, sample
+        self._forward, self._sample, self._has_adapters = forward, sample, has_adapters
         max_size = min(max_size, MAX_SIZE)
         self._sizes = graph_sizes(max_size)
         self._order = np.arange(max_size, dtype=np.int32)
@@ -117,7 +119,10 @@ class DecodeGraphs:
                 rows.history, rows.block_table, rows.lengths, parts.rows, counts, size, self._block_size
             )
             ones, starts = np.ones(size, np.int32), np.zeros(size, np.int32)
-            batch = Batch(ids, positions, slots, block_table, lengths, tokens, ones, starts, self._block_size)
+            adapters = rows.adapters[parts.rows] if self._has_adapters else None
+            batch = Batch(
+                ids, positions, slots, block_table, lengths, tokens, ones, starts, self._block_size, adapters
+            )
             logits = self._forward(batch)
             if samples:
                 return self._sample(logits, parts.rows, lengths)

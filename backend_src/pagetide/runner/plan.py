@@ -15,6 +15,7 @@ from dataclasses import dataclass, field
 import numpy as np
 
 ALWAYS = 2**31 - 1
+NO_ADAPTER = -1
 NO_TOKEN = -1  # what a row samples that has no token left to choose from
 
 
@@ -110,14 +111,23 @@ class RowParams:
 
 @dataclass(frozen=True)
 class Admission:
-    """A sequence takes a row: its tokens so far (int32 [len]), of which num_computed are in the cache, and
-    its parameters.
+    """A sequence takes a row: its tokens so far (int32 [len]), of which num_computed are in the cache, its
+    parameters, and the place of its adapter.
     """
 
     row: int
     num_computed: int
     token_ids: np.ndarray
     params: RowParams
+    adapter: int = NO_ADAPTER
+
+
+@dataclass(frozen=True, eq=False)
+class AdapterLoad:
+    """An adapter's tensors (models.adapters.read_adapter) take a place among those beside the model."""
+
+    place: int
+    tensors: dict[str, np.ndarray]
 
 
 @dataclass(frozen=True)
@@ -129,6 +139,7 @@ class StepPlan:
         row sample_rows, whose next token stands at sample_positions. The first num_sampled of them sample
         that token; the others are prompt tokens whose successor is known. Several rows may sample from one
         token (parallel samples); an unfinished prompt chunk samples none.
+    adapter_load: happens before anything else. has_adapters: some row of the step has one.
     block_rows, block_index, block_ids: [d] changes to the rows' block tables.
     swap_outs, swap_ins: [c, 2] blocks (device, host) and (host, device) whose content moves before anything
         else: all outs, then all ins.
@@ -166,6 +177,8 @@ class StepPlan:
     beam_index: np.ndarray = field(default_factory=_no_rows)
     num_candidates: int = 0
     return_index: np.ndarray = field(default_factory=_no_rows)
+    adapter_load: AdapterLoad | None = None
+    has_adapters: bool = False
 
     @property
     def num_tokens(self) -> int:

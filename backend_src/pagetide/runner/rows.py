@@ -9,7 +9,7 @@ import numpy as np
 import torch
 
 from pagetide.ops.batch import LogitEdits, to_device
-from pagetide.runner.plan import NO_EDITS, Admission, StepPlan, bits_of
+from pagetide.runner.plan import NO_ADAPTER, NO_EDITS, Admission, StepPlan, bits_of
 
 _FLOATS = ("temperature", "top_p", "min_p", "repetition_penalty", "presence_penalty", "frequency_penalty")
 _INTEGERS = ("top_k", "seed", "num_prompt")
@@ -24,7 +24,8 @@ class Rows:
 
     lengths int32 [max_rows]: how many of them are in the cache, or on the way there. block_table int32
     [max_rows, max_blocks]; masks int32 [max_rows, vocabulary / 32]: bit i of word w says whether token
-    32 * w + i may be sampled, where is_masked [max_rows] is true; edits: of all rows.
+    32 * w + i may be sampled, where is_masked [max_rows] is true; edits: of all rows. adapters int64
+    [max_rows]: the places of the rows' adapters.
     """
 
     def __init__(self, max_rows: int, max_len: int, block_size: int, vocab_size: int, device: torch.device):
@@ -39,6 +40,7 @@ class Rows:
         self._integers = torch.zeros((len(_INTEGERS), max_rows), dtype=torch.int64, device=device)
         self.masks = torch.zeros((max_rows, -(-vocab_size // 32)), dtype=torch.int32, device=device)
         self.is_masked = torch.zeros(max_rows, dtype=torch.bool, device=device)
+        self.adapters = torch.full((max_rows,), NO_ADAPTER, dtype=torch.int64, device=device)
         self._edits_of = [NO_EDITS] * max_rows
         self.edits = self._gather_edits()
 
@@ -67,6 +69,7 @@ class Rows:
             values = [[getattr(a.params, name) for a in admissions] for name in names]
             of_type = np.float32 if state is self._floats else np.int64
             state[:, rows] = self._upload(np.array(values, of_type))
+        self.adapters[rows] = self._upload(np.array([a.adapter for a in admissions], np.int64))
         self.is_masked[rows] = False
         for admission in admissions:
             if admission.params.allowed:

@@ -5,6 +5,7 @@ tokens to the host.
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 
 import numpy as np
 import torch
@@ -74,6 +75,7 @@ class Runner:
                 self._decode,
                 self._sampler.draw,
                 max_size,
+                self.decoder.has_adapters,
             )
 
     def _decode(self, batch: Batch) -> torch.Tensor:
@@ -81,6 +83,8 @@ class Runner:
 
     @torch.inference_mode()
     def _forward(self, plan: StepPlan) -> None:
+        if (load := plan.adapter_load) is not None:
+            self.decoder.set_adapter(load.place, load.tensors)
         self._rows.admit(plan)
         graphs = self._graphs if self._graphs is not None and self._graphs.fits(plan) else None
         if graphs is None or plan.moves_blocks or not plan.only_samples:
@@ -128,14 +132,19 @@ class Runner:
         Writes to block 0 only.
         """
         for count, start, temperature in ((num_tokens, 0, 0.0), (1, num_tokens, 0.0), (1, num_tokens, 1.0)):
-            self._try(warm_up_plan(1, count, start, temperature, self._block_size))
+            self._try(self._warm_up_plan(1, count, start, temperature))
 
     def try_largest(self, num_tokens: int, num_sequences: int) -> None:
         """As warm_up(), and all sequences sample at once: what takes the most memory, where nobody asks for
         the log-probabilities of a prompt.
         """
         self.warm_up(num_tokens)
-        self._try(warm_up_plan(num_sequences, 1, 0, 1.0, self._block_size))
+        self._try(self._warm_up_plan(num_sequences, 1, 0, 1.0))
+
+    def _warm_up_plan(self, num_sequences: int, count: int, start: int, temperature: float) -> StepPlan:
+        """As if rows had adapters, if they can: a step of such takes more memory."""
+        plan = warm_up_plan(num_sequences, count, start, temperature, self._block_size)
+        return replace(plan, has_adapters=self.decoder.has_adapters)
 
     def _try(self, plan: StepPlan) -> None:
         self.forward(plan)

@@ -154,6 +154,7 @@ class LlmModel:
             deadline_ns=parsed.deadline_ns,
             priority=parsed.priority,
             salt=parsed.salt,
+            lora_name=parsed.lora_name,
             user=parsed.user,
             traceparent=nearest(parsed.traceparent, traceparent),
             context_logits="return_context_logits" in parsed.returns,

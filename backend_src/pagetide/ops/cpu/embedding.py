@@ -6,11 +6,12 @@ import numpy as np
 import torch
 from numba import prange
 
+from pagetide.ops.cpu.block import ROOM
 from pagetide.ops.cpu.codes import join_codes, make_rounded, pack_codes, read_code_rows
 from pagetide.ops.cpu.compiled import as_numpy, as_tensor, borrowed, device_function, kernel
 from pagetide.ops.cpu.kept import Arrays, Keeper, no_keeper
 from pagetide.ops.cpu.layers import activation_type
-from pagetide.ops.cpu.matmul import ROOM, project
+from pagetide.ops.cpu.matmul import project
 from pagetide.ops.cpu.norm import normalize
 from pagetide.ops.cpu.packing import GROUP, Packed, pack, packed_dense, read_rows
 from pagetide.ops.cpu.sync import finish, make_sync, num_concurrent_threads
@@ -32,7 +33,7 @@ def _logits(sync, num_rows, residual, norm, eps, normed, rounded, head, bias, ou
 def _logits_thread(thread, num_rows, eps, sync, residual, norm, normed, rounded, head, bias, out):  # type: ignore[no-untyped-def]
     normalize(sync, 0, thread, residual, num_rows, norm, eps, normed, head, 0, rounded)
     finish(sync, 0, thread)
-    project(sync, 1, thread, normed, rounded, num_rows, head, 0, residual.shape[1], bias, False, out)
+    project(sync, 1, thread, normed, rounded, num_rows, head, 0, residual.shape[1], bias, False, None, out)
 
 
 class CompiledEmbedding:

@@ -2,23 +2,28 @@
 layer and wait for each other in between. Where several ranks share a model, a call has attention or MLP of
 one layer, after which the ranks add up what they have.
 
-phase of a layer    reads        writes
-0 norm              residual     normed
-1 qkv               normed       qkv
-2 rotary, write     qkv          queries, KV cache
-3 attention         queries, KV  attended, parts
-4 merge             parts        attended
-5 round             attended     rounded
-6 out               attended     residual (added), or update
-7 norm, add         update       residual (added)
-8 norm              residual     normed
-9 gate, up          normed       gated
-10 round            gated        rounded
-11 down             gated        residual (added), or update
-12 norm, add        update       residual (added)
+phase of a layer    reads             writes
+0 norm              residual          normed
+1 adapters          normed            hidden
+2 qkv               normed, hidden    qkv
+3 rotary, write     qkv               queries, KV cache
+4 attention         queries, KV       attended, parts
+5 merge             parts             attended
+6 round             attended          rounded
+7 adapters          attended          hidden
+8 out               attended, hidden  residual (added), or update
+9 norm, add         update            residual (added)
+10 norm             residual          normed
+11 adapters         normed            hidden
+12 gate, up         normed, hidden    gated
+13 round            gated             rounded
+14 adapters         gated             hidden
+15 down             gated, hidden     residual (added), or update
+16 norm, add        update            residual (added)
 
 Only some models normalize what they add to the residual, and have an update for it.
-Quantized matrices multiply what is rounded to 8 bits; norms round what they write themselves.
+Quantized matrices multiply what is rounded to 8 bits; norms round what they write themselves. Adapters have
+their phases in steps with a token that has one.
 """
 
 from __future__ import annotations
@@ -32,42 +37,48 @@ import torch.nn.functional as F
 from numba import prange
 
 from pagetide.kv_cache.layout import PAGE
+from pagetide.ops.adapters import MATRICES, LayerAdapter
 from pagetide.ops.batch import Batch
+from pagetide.ops.cpu.adapters import AdapterMemory, added_to, shrink
 from pagetide.ops.cpu.attention import attend, merge
 from pagetide.ops.cpu.attention_tasks import MAX_ROWS, plan_tasks
+from pagetide.ops.cpu.block import ROOM
 from pagetide.ops.cpu.codes import IS_HALF, join_codes, make_rounded, pack_codes
 from pagetide.ops.cpu.compiled import HAS_BF16_DOT, as_numpy, borrowed, device_function, kernel
 from pagetide.ops.cpu.kept import Keeper, no_keeper
 from pagetide.ops.cpu.kv_tile import PAGE_HEADER
-from pagetide.ops.cpu.matmul import ROOM, prepare_rows, project, project_gated
+from pagetide.ops.cpu.matmul import prepare_rows, project, project_gated
 from pagetide.ops.cpu.norm import add_normalized, normalize
-from pagetide.ops.cpu.packing import GROUP, Packed, pack, packed_dense
+from pagetide.ops.cpu.packing import GROUP, Packed, interleaved, pack, packed_dense
 from pagetide.ops.cpu.rotary import write
 from pagetide.ops.cpu.scratch import make_scratch
 from pagetide.ops.cpu.sync import begin, finish, make_sync, num_concurrent_threads, phase_ticks
 from pagetide.ops.cpu.tile_code import LANES
-from pagetide.ops.layers import LayerShape, LayerWeights
+from pagetide.ops.layers import LayerShape, LayerWeights, adapted_sizes
 from pagetide.ops.weights import QuantizedWeight, Weight, rearranged
 
 PHASES = (
     "norm",
+    "adapters",
     "qkv",
     "rotary, write",
     "attention",
     "merge",
     "round",
+    "adapters",
     "out",
     "norm, add",
     "norm",
+    "adapters",
     "gate, up",
     "round",
+    "adapters",
     "down",
     "norm, add",
 )
 _NUM_PHASES = len(PHASES)
 _ATTENTION, _ADD_ATTENTION, _MLP, _ADD_MLP = range(4)  # the parts of a layer
 _NUM_PARTS = 4
-_MATRICES = ("qkv", "out", "gate_up", "down")
 
 
 class Weights(NamedTuple):
@@ -137,19 +148,21 @@ class Rules(NamedTuple):
 
 
 @kernel
-def _run(sync, parts, adds, weights, acts, rounded, scratch, places, work, kv, rules):  # type: ignore[no-untyped-def]
+def _run(sync, parts, adds, weights, adapters, acts, rounded, scratch, places, work, kv, rules):  # type: ignore[no-untyped-def]
     """parts: (first, last) of all layers' parts in turn. adds: to the residual, instead of taking its place
     with a rank's part of a sum.
     """
     for thread in prange(sync.shape[1]):
-        own = borrowed((weights, acts, rounded, scratch, places, work))
+        own = borrowed((weights, adapters, acts, rounded, scratch, places, work))
         _run_thread(np.int64(thread), borrowed(sync), parts, adds, *own, borrowed(kv), rules)
 
 
 @device_function
-def _run_thread(thread, sync, parts, adds, weights, acts, rounded, scratch, places, work, kv, rules):  # type: ignore[no-untyped-def]
+def _run_thread(  # type: ignore[no-untyped-def]
+    thread, sync, parts, adds, weights, adapters, acts, rounded, scratch, places, work, kv, rules
+):
     begin(sync, thread)
-    own, t = (weights, acts, rounded, scratch), len(places.slots)
+    own, t = (weights, adapters, acts, rounded, scratch), len(places.slots)
     for number in range(parts[0], parts[1]):
         layer, part = number // _NUM_PARTS, number % _NUM_PARTS
         if part == _ATTENTION:
@@ -158,10 +171,10 @@ def _run_thread(thread, sync, parts, adds, weights, acts, rounded, scratch, plac
             _mlp(sync, thread, layer, adds, *own, t, rules)
         elif part == _ADD_ATTENTION:
             _add_update(
-                sync, layer * _NUM_PHASES + 7, thread, acts, t, weights.post_attention_norm[layer], rules
+                sync, layer * _NUM_PHASES + 9, thread, acts, t, weights.post_attention_norm[layer], rules
             )
         else:
-            _add_update(sync, layer * _NUM_PHASES + 12, thread, acts, t, weights.post_mlp_norm[layer], rules)
+            _add_update(sync, layer * _NUM_PHASES + 16, thread, acts, t, weights.post_mlp_norm[layer], rules)
 
 
 @device_function
@@ -172,58 +185,74 @@ def _add_update(sync, phase, thread, acts, t, norm, rules):  # type: ignore[no-u
 
 
 @device_function
-def _attention(sync, thread, layer, adds, weights, acts, rounded, scratch, places, work, kv, rules):  # type: ignore[no-untyped-def]
+def _attention(sync, thread, layer, adds, weights, adapters, acts, rounded, scratch, places, work, kv, rules):  # type: ignore[no-untyped-def]
     phase, t, hidden = layer * _NUM_PHASES, len(places.slots), acts.residual.shape[1]
     residual, normed, attended, eps = acts.residual, acts.normed, acts.attended, rules.eps
     norm, bias = weights.attention_norm[layer], weights.qkv_bias[layer]
     matrix = Packed(weights.qkv, weights.qkv_forms)
     normalize(sync, phase, thread, residual, t, norm, eps, normed, matrix, layer, rounded)
     finish(sync, phase, thread)
-    project(sync, phase + 1, thread, normed, rounded, t, matrix, layer, hidden, bias, False, acts.qkv)
-    finish(sync, phase + 1, thread)
+    added = added_to(adapters, layer, hidden, adapters.qkv_down, adapters.qkv_up)
+    _adapt(sync, phase + 1, thread, scratch, normed, rounded, t, added)
+    project(sync, phase + 2, thread, normed, rounded, t, matrix, layer, hidden, bias, False, added, acts.qkv)
+    finish(sync, phase + 2, thread)
     norms, turns = (weights.q_norm[layer], weights.k_norm[layer]), places.cos_sin[weights.rotary[layer]]
     heads = acts.queries
     write(
-        sync, phase + 2, thread, scratch, acts.qkv, layer, kv, places, turns, norms, eps, rules.scale, heads
+        sync, phase + 3, thread, scratch, acts.qkv, layer, kv, places, turns, norms, eps, rules.scale, heads
     )
-    finish(sync, phase + 2, thread)
+    finish(sync, phase + 3, thread)
     table, window = places.block_table, weights.windows[layer]
     limit = rules.soft_cap
-    attend(sync, phase + 3, thread, scratch, heads, layer, kv, table, work, window, limit, attended)
-    finish(sync, phase + 3, thread)
+    attend(sync, phase + 4, thread, scratch, heads, layer, kv, table, work, window, limit, attended)
+    finish(sync, phase + 4, thread)
     if len(work.merges):
-        merge(sync, phase + 4, thread, scratch, work, heads.shape[2], attended)
-        finish(sync, phase + 4, thread)
+        merge(sync, phase + 5, thread, scratch, work, heads.shape[2], attended)
+        finish(sync, phase + 5, thread)
     matrix, bias = Packed(weights.out, weights.out_forms), weights.out_bias[layer]
-    _add_product(sync, phase + 5, thread, attended, rounded, t, matrix, layer, bias, adds, acts)
+    added = added_to(adapters, layer, attended.shape[1], adapters.out_down, adapters.out_up)
+    _add_product(
+        sync, phase + 6, thread, scratch, attended, rounded, t, matrix, layer, bias, adds, added, acts
+    )
 
 
 @device_function
-def _mlp(sync, thread, layer, adds, weights, acts, rounded, scratch, t, rules):  # type: ignore[no-untyped-def]
+def _mlp(sync, thread, layer, adds, weights, adapters, acts, rounded, scratch, t, rules):  # type: ignore[no-untyped-def]
     phase, hidden = layer * _NUM_PHASES, acts.residual.shape[1]
     residual, normed, gated = acts.residual, acts.normed, acts.gated
     norm, bias = weights.mlp_norm[layer], weights.gate_up_bias[layer]
     matrix, sums = Packed(weights.gate_up, weights.gate_up_forms), scratch.scores[thread].reshape(-1)
-    normalize(sync, phase + 8, thread, residual, t, norm, rules.eps, normed, matrix, layer, rounded)
-    finish(sync, phase + 8, thread)
-    is_gelu, own = rules.is_gelu, (normed, rounded, t, matrix, layer, hidden)
-    project_gated(sync, phase + 9, thread, sums, *own, bias, is_gelu, gated)
-    finish(sync, phase + 9, thread)
+    normalize(sync, phase + 10, thread, residual, t, norm, rules.eps, normed, matrix, layer, rounded)
+    finish(sync, phase + 10, thread)
+    added = added_to(adapters, layer, hidden, adapters.gate_up_down, adapters.gate_up_up)
+    _adapt(sync, phase + 11, thread, scratch, normed, rounded, t, added)
+    is_gelu, operands = rules.is_gelu, (normed, rounded, t, matrix, layer, hidden)
+    project_gated(sync, phase + 12, thread, sums, *operands, bias, added, is_gelu, gated)
+    finish(sync, phase + 12, thread)
     matrix, bias = Packed(weights.down, weights.down_forms), weights.down_bias[layer]
-    _add_product(sync, phase + 10, thread, gated, rounded, t, matrix, layer, bias, adds, acts)
+    added = added_to(adapters, layer, gated.shape[1], adapters.down_down, adapters.down_up)
+    _add_product(sync, phase + 13, thread, scratch, gated, rounded, t, matrix, layer, bias, adds, added, acts)
 
 
 @device_function
-def _add_product(sync, phase, thread, x, rounded, t, weight, layer, bias, adds, acts):  # type: ignore[no-untyped-def]
-    """residual += x @ weight.T + bias, or = if not adds, or update = where there is one, in two phases."""
+def _adapt(sync, phase, thread, scratch, x, rounded, t, added):  # type: ignore[no-untyped-def]
+    if added.adapters.active.shape[0] > 0:
+        shrink(sync, phase, thread, scratch.scores[thread].reshape(-1), x, rounded, t, added)
+        finish(sync, phase, thread)
+
+
+@device_function
+def _add_product(sync, phase, thread, scratch, x, rounded, t, weight, layer, bias, adds, added, acts):  # type: ignore[no-untyped-def]
+    """residual += x @ weight.T + bias, or = if not adds, or update = where there is one, in three phases."""
     size = x.shape[1]
     if prepare_rows(sync, phase, thread, x, t, size, weight, layer, rounded):
         finish(sync, phase, thread)
+    _adapt(sync, phase + 1, thread, scratch, x, rounded, t, added)
     has_update = acts.update.shape[0] > 0
     target = acts.update if has_update else acts.residual
     adds = adds and not has_update
-    project(sync, phase + 1, thread, x, rounded, t, weight, layer, size, bias, adds, target)
-    finish(sync, phase + 1, thread)
+    project(sync, phase + 2, thread, x, rounded, t, weight, layer, size, bias, adds, added, target)
+    finish(sync, phase + 2, thread)
 
 
 class CompiledLayers:
@@ -244,6 +273,7 @@ class CompiledLayers:
         each = [(number, number + 1) for number in range(num_parts) if number % _NUM_PARTS in used]
         self._calls = [(0, num_parts)] if shape.comm.size == 1 else each
         self._num_threads = num_concurrent_threads()
+        self._adapters = _adapter_memory(shape, self._weights)
         self._activations: Activations | None = None
         self._rounded = make_rounded(0, 0)
         self._sync = make_sync(_NUM_PHASES * shape.num_layers, self._num_threads)
@@ -266,6 +296,9 @@ class CompiledLayers:
         """What each phase of each layer took in the last call (sync.phase_ticks): int64 [layers, phases]."""
         return phase_ticks(self._sync).reshape(-1, _NUM_PHASES)
 
+    def set_adapter(self, index: int, layers: Iterable[LayerAdapter]) -> None:
+        self._adapters.set(index, layers)
+
     def __call__(self, residual: torch.Tensor, batch: Batch, pool: torch.Tensor) -> None:
         shape = self._shape
         t = len(residual)
@@ -277,14 +310,15 @@ class CompiledLayers:
         acts = self._make_room(t)
         acts.residual[:t] = residual.numpy()
         kv, rules = as_numpy(pool), self._rules
+        adapters = self._adapters.of_step(batch.adapters, len(acts.residual))
         # Rank 0's part of a sum has what was there before.
         adds = shape.comm.rank == 0
-        added = torch.from_numpy((acts.update if len(acts.update) else acts.residual)[:t])
+        update = torch.from_numpy((acts.update if len(acts.update) else acts.residual)[:t])
         for parts in self._calls:
-            own = self._weights, acts, self._rounded, self._scratch
+            own = self._weights, adapters, acts, self._rounded, self._scratch
             _run(sync, parts, adds, *own, places, work, kv, rules)
             if parts[0] % _NUM_PARTS in (_ATTENTION, _MLP):
-                shape.comm.all_reduce(added)
+                shape.comm.all_reduce(update)
         residual.copy_(torch.from_numpy(acts.residual[:t]))
 
     def _make_room(self, t: int) -> Activations:
@@ -308,6 +342,14 @@ def can_run(shape: LayerShape) -> bool:
     )
 
 
+def _adapter_memory(shape: LayerShape, weights: Weights) -> AdapterMemory:
+    first = weights.first
+    is_half = bool(first.forms[0, IS_HALF]) if first.is_quantized else first.data.dtype == np.uint16
+    sizes = adapted_sizes(shape)
+    dtype = torch.bfloat16 if is_half else torch.float32
+    return AdapterMemory(shape.adapters, shape.num_layers, sizes, dtype, activation_type(first))
+
+
 def activation_type(weight: Packed) -> type[np.generic]:
     """What attention, and matrix products with this weight, take: bfloat16 (uint16) where the processor
     multiplies it, float32 otherwise.
@@ -329,7 +371,7 @@ def stack(shape: LayerShape, layers: Iterable[LayerWeights]) -> dict[str, np.nda
                 arrays[name] = torch.empty((shape.num_layers, *tensor.shape), dtype=tensor.dtype)
             arrays[name][index] = tensor
     found = {name: as_numpy(tensor) for name, tensor in arrays.items()}
-    for name in _MATRICES:
+    for name in MATRICES:
         packed = join_codes(codes.pop(name)) if name in codes else packed_dense(found[name])
         found[name], found[f"{name}_forms"] = packed
     return found
@@ -346,8 +388,8 @@ def _packed(layer: LayerWeights) -> Iterator[tuple[str, torch.Tensor | Quantized
         yield name, _pack(affine.weight)
         yield f"{name}_bias", _whole_groups(_floats(affine.bias))
     weight, bias = layer.gate_up.weight, layer.gate_up.bias
-    yield "gate_up", _pack(rearranged(weight, _interleaved))
-    yield "gate_up_bias", _floats(None if bias is None else _interleaved(bias))
+    yield "gate_up", _pack(rearranged(weight, interleaved))
+    yield "gate_up_bias", _floats(None if bias is None else interleaved(bias))
 
 
 def _pack(weight: Weight) -> torch.Tensor | QuantizedWeight:
@@ -362,11 +404,6 @@ def _floats(values: torch.Tensor | None) -> torch.Tensor:
 def _whole_groups(bias: torch.Tensor) -> torch.Tensor:
     """Filled up with zeros as the outputs of the matrix are."""
     return F.pad(bias, (0, -len(bias) % GROUP))
-
-
-def _interleaved(gate_up: torch.Tensor) -> torch.Tensor:
-    """[2 * size, ...], gate first, to 16 outputs of gate and 16 of up, in turn."""
-    return gate_up.unflatten(0, (2, -1, LANES)).transpose(0, 1).flatten(0, 2)
 
 
 def _allocate(rows: int, shape: LayerShape, weights: Weights) -> Activations:

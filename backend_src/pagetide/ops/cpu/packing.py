@@ -14,13 +14,14 @@ from pagetide.ops.cpu.tile_code import LANES
 from pagetide.ops.cpu.tiles import depth_of
 
 GROUP = 2 * LANES  # outputs that are computed at a time
+NO_FORMS = np.zeros((0, 5), np.int64)  # of dense matrices
 
 
 class Packed(NamedTuple):
     """A matrix of each layer, dense or quantized (codes.py)."""
 
     data: np.ndarray  # dense: bfloat16 (uint16) or float32 [layers, panels]; quantized: uint8, flat
-    forms: np.ndarray  # int64 [layers, columns of codes.py]; dense: [0, 5]
+    forms: np.ndarray  # int64 [layers, columns of codes.py]; dense: NO_FORMS
 
     @property
     def is_quantized(self) -> bool:
@@ -29,7 +30,7 @@ class Packed(NamedTuple):
 
 def packed_dense(data: np.ndarray) -> Packed:
     """Of [layers, panels]."""
-    return Packed(data, np.zeros((0, 5), np.int64))
+    return Packed(data, NO_FORMS)
 
 
 def pack(weight: torch.Tensor) -> torch.Tensor:
@@ -41,6 +42,11 @@ def pack(weight: torch.Tensor) -> torch.Tensor:
     depth = 2 if weight.dtype is torch.bfloat16 else 1
     filled = F.pad(weight, (0, 0, 0, -len(weight) % GROUP))
     return filled.view(-1, LANES, weight.shape[1] // depth, depth).transpose(1, 2).flatten()
+
+
+def interleaved(gate_up: torch.Tensor) -> torch.Tensor:
+    """[2 * size, ...], gate first, to 16 outputs of gate and 16 of up, in turn."""
+    return gate_up.unflatten(0, (2, -1, LANES)).transpose(0, 1).flatten(0, 2)
 
 
 @device_function

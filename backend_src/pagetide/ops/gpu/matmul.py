@@ -6,7 +6,6 @@ from bisect import bisect_left
 
 import torch
 
-from pagetide.ops.batch import Batch
 from pagetide.ops.gpu.choices import Choices, Way
 from pagetide.ops.gpu.dequantize import dequantize, rows_to_fp8, streamed
 from pagetide.ops.gpu.device import FP8, multiplies_fp8
@@ -109,9 +108,4 @@ def on_device(weight: Weight) -> tuple[Streamed, bool]:
 
 def make_matmul(choices: Choices, dtype: torch.dtype, affine: Affine) -> Matmul:
     """LayerOps.make_matmul of a GPU."""
-    product = GpuProduct(choices, affine.weight, affine.bias, dtype)
-
-    def matmul(x: torch.Tensor, batch: Batch) -> torch.Tensor:
-        return product(x)
-
-    return matmul
+    return GpuProduct(choices, affine.weight, affine.bias, dtype)
