@@ -138,7 +138,7 @@ def parse_arguments() -> argparse.Namespace:
         help="through Triton and the gateway too, taking turns with the engine alone",
     )
     parser.add_argument(
-        "--features", action="store_true", help="what each sampling feature costs a step, and nothing else"
+        "--features", action="store_true", help="what each feature of requests costs a step, and nothing else"
     )
     parser.add_argument(
         "--streams",
