@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import json
 import random
+import re
+import shlex
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -15,6 +18,7 @@ from models import expected_of, write_adapters
 from pagetide.models.source import find_model
 from test_openai import Gateway
 from transformers import AutoModelForCausalLM
+from triton_server import ROOT
 
 NUM_TOKENS = 12
 # More than have a place beside the model at the same time.
@@ -94,6 +98,18 @@ def test_what_is_no_adapter_is_refused_and_nobody_else_notices(real, peft, adapt
     assert generate(real, {**body, "lora_name": "sailor"}, model="ensemble_unary")[0] == 200
 
 
+def complete_as_the_readme_says(gateway: Gateway) -> Any:
+    """Its command, asked of this gateway for an adapter that is there."""
+    text = (ROOT / "README.md").read_text()
+    (command,) = re.findall(r"curl -s http://127\.0\.0\.1:9000(/v1/completions .*\n.*)\n", text)
+    path, *options = shlex.split(command.replace("\\\n", ""))
+    given = dict(zip(options[::2], options[1::2], strict=True))
+    header, body = given["-H"].split(": "), given["-d"].replace("example", "sailor").encode()
+    status, answer = gateway.ask(path, body, {header[0]: header[1]})
+    assert status == 200, answer
+    return json.loads(answer)
+
+
 def test_adapters_are_models_of_the_gateway(real, peft, adapters):
     gateway = Gateway(real, "--lora-dir", str(adapters))
     client, prompt = gateway.client(), [5, 6, 7]
@@ -125,6 +141,7 @@ def test_adapters_are_models_of_the_gateway(real, peft, adapters):
             client.completions.create(model="ensemble:nobody", prompt=prompt)
         with pytest.raises(openai.BadRequestError, match="the adapter 'sailor', and the request 'poet'"):
             client.completions.create(model="sailor", prompt=prompt, extra_body={"lora_name": "poet"})
+        assert complete_as_the_readme_says(gateway)["model"] == "sailor"
         chunks = client.chat.completions.create(
             model="poet", messages=[{"role": "user", "content": "Hello"}], max_tokens=4, stream=True
         )
