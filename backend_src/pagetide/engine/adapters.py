@@ -5,6 +5,7 @@ long as sequences run with it.
 from __future__ import annotations
 
 import logging
+import threading
 import weakref
 from collections import OrderedDict
 from collections.abc import Callable, Collection
@@ -73,12 +74,15 @@ class AdapterFolder:
         self._reading: dict[str, Future[Adapter]] = {}
         self._in_memory: weakref.WeakValueDictionary[str, Adapter] = weakref.WeakValueDictionary()
         self._recent: OrderedDict[str, Adapter] = OrderedDict()
+        self._lock = threading.Lock()  # of what is in memory: it must not grow while it is looked through
 
     def start(self, name: str) -> Future[Adapter] | None:
         if (reading := self._reading.get(name)) is not None:
             return reading
-        is_in_memory = any(key.startswith(f"{name}/") for key in list(self._in_memory))
-        if not is_in_memory and len(self._reading) + len(self._in_memory) >= _IN_MEMORY * self._count:
+        with self._lock:
+            keys = list(self._in_memory)
+        is_in_memory = any(key.startswith(f"{name}/") for key in keys)
+        if not is_in_memory and len(self._reading) + len(keys) >= _IN_MEMORY * self._count:
             return None
         future = self._reading[name] = self._pool.submit(self._find, name)
         future.add_done_callback(lambda _: self._reading.pop(name, None))
@@ -97,7 +101,8 @@ class AdapterFolder:
             adapter = self._read_whole(name)
         except ValueError as error:
             raise RequestError(f"the adapter {name!r} cannot be used: {error}") from error
-        self._in_memory[adapter.key] = adapter
+        with self._lock:
+            self._in_memory[adapter.key] = adapter
         self._recent[adapter.key] = adapter
         self._recent.move_to_end(adapter.key)
         while len(self._recent) > self._count:
@@ -147,9 +152,6 @@ class AdapterPlaces:
             return None
         self._place_of.move_to_end(adapter.key)
         return place
-
-    def place_of(self, adapter: Adapter) -> int | None:
-        return self._place_of.get(adapter.key)
 
     def has_room(self, adapter: Adapter, used: Collection[int]) -> bool:
         """Whether it has a place, or there is one for it."""

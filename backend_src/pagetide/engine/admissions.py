@@ -69,9 +69,8 @@ class Claims:
         return True
 
     def _claim(self, adapter: Adapter) -> None:
-        has_place = self._places.place_of(adapter) is not None
-        if has_place or adapter.key in self._claimed or self._places.has_room(adapter, self._used):
-            return  # it waits for a load of another, or for who waits for its place
+        if adapter.key in self._claimed or self._places.has_room(adapter, self._used):
+            return  # it waits for a load of another, or behind who waits for its place
         place = self._places.next_free(self._claimed.values())
         if place is not None:
             self._claimed[adapter.key] = place

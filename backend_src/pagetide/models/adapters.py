@@ -155,37 +155,37 @@ def _check(module: str, parts: dict[str, np.ndarray], size: tuple[int, int], max
 
 def module_sizes(family: Family, config: DecoderConfig) -> dict[str, tuple[int, int]]:
     """(outputs, inputs) of each matrix that can be adapted, by its name in a checkpoint."""
+    return {
+        family.layer.format(index) + name: size
+        for index in range(config.num_layers)
+        for name, size in _layer_sizes(family, config).items()
+    }
+
+
+def _layer_sizes(family: Family, config: DecoderConfig) -> dict[str, tuple[int, int]]:
+    """The same of any layer, by names within it."""
     queries, kept = (count * config.head_dim for count in (config.num_heads, config.num_kv_heads))
     hidden, width = config.hidden_size, config.intermediate_size
     qkv = [queries, kept, kept] if len(family.qkv) == 3 else [queries + 2 * kept]
     gate_up = [width, width] if len(family.gate_up) == 2 else [2 * width]
     sizes = {name: (outputs, hidden) for name, outputs in zip(family.qkv, qkv, strict=True)}
     sizes |= {name: (outputs, hidden) for name, outputs in zip(family.gate_up, gate_up, strict=True)}
-    sizes |= {family.out: (hidden, queries), family.down: (hidden, width)}
-    return {
-        family.layer.format(index) + name: size
-        for index in range(config.num_layers)
-        for name, size in sizes.items()
-    }
+    return sizes | {family.out: (hidden, queries), family.down: (hidden, width)}
 
 
 def layer_adapter(
     tensors: Mapping[str, np.ndarray], index: int, family: Family, config: DecoderConfig
 ) -> LayerAdapter:
     """What an adapter (read_adapter) adds to one layer; matrices that have become one, as one."""
-    prefix = family.layer.format(index)
-    sizes = module_sizes(family, config)
+    prefix, sizes = family.layer.format(index), _layer_sizes(family, config)
 
     def joined(*names: str) -> LowRank | None:
-        parts = [_low_rank(tensors, prefix + name) for name in names]
-        if not any(parts):
+        parts = {name: _low_rank(tensors, prefix + name) for name in names}
+        downs = [part.down for part in parts.values() if part]
+        if not downs:
             return None
         # Each has columns of its own, and nothing in those of the others.
-        ups = [
-            part.up if part else torch.zeros((sizes[prefix + name][0], 0))
-            for name, part in zip(names, parts, strict=True)
-        ]
-        downs = [part.down for part in parts if part]
+        ups = [part.up if part else torch.zeros((sizes[name][0], 0)) for name, part in parts.items()]
         return LowRank(torch.cat(downs), torch.block_diag(*ups))
 
     return LayerAdapter(joined(*family.qkv), joined(family.out), joined(*family.gate_up), joined(family.down))

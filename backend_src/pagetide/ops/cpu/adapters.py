@@ -129,6 +129,8 @@ class AdapterMemory:
                 shape = (num_layers * room.count, elements)
                 self._matrices[f"{name}_{part}"] = torch.zeros(shape, dtype=dtype)
         self._hidden = np.zeros((0, max(self._ranks.values())), activations)
+        self._views: dict[str, Any] = {name: as_numpy(values) for name, values in self._matrices.items()}
+        self._of_none = self._of(np.zeros(0, np.int64), 0)
 
     def set(self, adapter: int, layers: Iterable[LayerAdapter]) -> None:
         """Takes the place of what has been there."""
@@ -152,18 +154,16 @@ class AdapterMemory:
 
     def of_step(self, of_token: torch.Tensor | None, rows: int) -> Adapters:
         """What kernels take. of_token: Batch.adapters; rows: as the other activations have."""
-        tokens = np.zeros(0, np.int64) if of_token is None else of_token.numpy()
+        return self._of_none if of_token is None else self._of(of_token.numpy(), rows)
+
+    def _of(self, tokens: np.ndarray, rows: int) -> Adapters:
         active = np.unique(tokens[tokens >= 0])
         parts = [_part(np.flatnonzero(tokens == adapter), len(tokens)) for adapter in active]
         room, rank = self._hidden.shape
         if room < len(active) * rows:
             self._hidden = np.zeros((len(active) * rows, rank), self._activations)
-        matrices: dict[str, Any] = {name: as_numpy(values) for name, values in self._matrices.items()}
-        return Adapters(self._count, rows, tokens, active, _pairs(parts), self._hidden, NO_FORMS, **matrices)
-
-
-def _pairs(parts: list[tuple[int, int]]) -> np.ndarray:
-    return np.array(parts, np.int64).reshape(-1, 2)
+        pairs = np.array(parts, np.int64).reshape(-1, 2)
+        return Adapters(self._count, rows, tokens, active, pairs, self._hidden, NO_FORMS, **self._views)
 
 
 def _part(rows: np.ndarray, num_rows: int) -> tuple[int, int]:

@@ -343,10 +343,8 @@ def can_run(shape: LayerShape) -> bool:
 
 
 def _adapter_memory(shape: LayerShape, weights: Weights) -> AdapterMemory:
-    first = weights.first
-    is_half = bool(first.forms[0, IS_HALF]) if first.is_quantized else first.data.dtype == np.uint16
-    sizes = adapted_sizes(shape)
-    dtype = torch.bfloat16 if is_half else torch.float32
+    first, sizes = weights.first, adapted_sizes(shape)
+    dtype = torch.bfloat16 if _is_half(first) else torch.float32
     return AdapterMemory(shape.adapters, shape.num_layers, sizes, dtype, activation_type(first))
 
 
@@ -354,8 +352,12 @@ def activation_type(weight: Packed) -> type[np.generic]:
     """What attention, and matrix products with this weight, take: bfloat16 (uint16) where the processor
     multiplies it, float32 otherwise.
     """
-    is_half = weight.forms[0, IS_HALF] if weight.is_quantized else weight.data.dtype == np.uint16
-    return np.uint16 if HAS_BF16_DOT and is_half else np.float32
+    return np.uint16 if HAS_BF16_DOT and _is_half(weight) else np.float32
+
+
+def _is_half(weight: Packed) -> bool:
+    """Whether it is bfloat16, or stands for such a matrix."""
+    return bool(weight.forms[0, IS_HALF]) if weight.is_quantized else weight.data.dtype == np.uint16
 
 
 def stack(shape: LayerShape, layers: Iterable[LayerWeights]) -> dict[str, np.ndarray]:
