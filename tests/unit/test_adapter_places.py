@@ -81,20 +81,33 @@ def test_thousands_that_wait_for_a_place_stop_nobody_else():
     small.run()
 
 
-def test_beams_go_on_although_another_waits_for_their_place():
-    """One of them gives way to a request that comes before it; it must come back beside the others, which
-    wait for it.
-    """
-    small = SmallEngine(max_loras=1, num_blocks=9, max_num_seqs=6, block_size=4)
-    small.add(1, [1, 2, 3], max_tokens=10, n=2, beam_width=2, lora_name="1", priority=1)
-    for _ in range(3):
-        small.step()
-    small.add(2, [9] * 4, max_tokens=12, priority=0)
-    small.add(3, [9] * 4, max_tokens=12, priority=0, lora_name="3")
-    small.add(4, [9] * 4, max_tokens=12, priority=0)
-    small.run(300)
-    assert small.tokens(3) == expected_tokens([9] * 4, 12, 0, adapter=3)
-    assert small.scheduler.counters.preemptions
+def test_nobody_gives_way_to_who_has_no_place_yet():
+    small = SmallEngine(max_loras=1, max_num_seqs=4)
+    small.add(1, [1], max_tokens=40, lora_name="1")
+    small.add(2, [2], max_tokens=6)
+    small.step()
+    small.add(3, [3], max_tokens=3, n=3, lora_name="3")
+    for number in (4, 5):  # overtake it, and would give way when 2 leaves it rows enough
+        small.add(number, [number], max_tokens=20)
+    small.run_until(lambda: bool(small.reason(4) and small.reason(5)))
+    assert not small.reason(1) and not small.scheduler.counters.preemptions
+    small.run()
+    assert small.tokens(3) == expected_tokens([3], 3, 0, adapter=3)
+
+
+def test_a_beam_comes_back_beside_its_siblings_although_others_wait_for_their_place():
+    """They wait for it, and who is before it waits until they have ended."""
+    small = SmallEngine(max_loras=1, max_num_seqs=6, overlaps=False)
+    small.add(1, [1, 2, 3], max_tokens=8, n=2, beam_width=2, lora_name="1", priority=1)
+    small.add(2, [2], max_tokens=50)
+    small.run_until(lambda: len(small.scheduler.running) == 3)
+    small.add(3, [3], max_tokens=3, lora_name="3", priority=0)
+    small.step()
+    small.scheduler._preempt(small.scheduler.running[-1])
+    small.run_until(lambda: bool(small.reason(1)))
+    assert not small.reason(2) and not small.reason(3)
+    small.run()
+    assert small.tokens(3) == expected_tokens([3], 3, 0, adapter=3)
 
 
 def test_a_request_waits_until_there_is_memory_for_its_adapter():
