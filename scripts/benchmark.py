@@ -301,7 +301,8 @@ def print_one(arguments: argparse.Namespace) -> bool:
         found = {"limits": limits, "ops": ops.as_json(cases), "sharing": sharing}
     elif arguments.features:
         costs = features.costs(max(arguments.repeats, 3))
-        table, found = features.table(costs), {"step_ratios": costs}
+        steps = {name: cost._asdict() for name, cost in costs.items()}
+        table, found = features.table(costs), {"steps": steps}
     else:
         return False
     print(table)

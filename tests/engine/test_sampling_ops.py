@@ -165,6 +165,16 @@ def test_sampling_and_scores_of_large_vocabularies(vocabulary, spread, has_ties,
             assert all(len(set(row)) == len(row) for row in own.tolist())
 
 
+@pytest.mark.parametrize("top_p", [1.0, 0.001])
+def test_any_token_may_win_where_all_are_alike(top_p):
+    """The noise decides alone, and with a small top-p most draws are repeated many times."""
+    rows, vocabulary = 16, 49_152
+    logits = torch.randn(rows, vocabulary) * 0.01
+    ones = torch.ones(rows)
+    columns = (ones, 0 * ones.long(), top_p * ones, 0 * ones, torch.arange(rows), torch.arange(rows))
+    assert sample(logits, *columns).tolist() == reference.sample(logits, *columns).tolist()
+
+
 @pytest.mark.parametrize("score", [reference.score, score])
 @pytest.mark.parametrize("spread", [0.01, 3, 300])
 def test_scores_are_log_softmax_and_ranks_begin_at_one(score, spread):

@@ -1,4 +1,10 @@
-"""Sampling one row per thread: the rules of ops/reference.py, without sorting the vocabulary."""
+"""Sampling one row per thread: the rules of ops/reference.py, without sorting the vocabulary.
+
+A row is read from memory once, for the largest logit of each span of 64. All that is asked afterwards passes
+over the spans whose largest logit says that nothing is to be found there. The token of the largest sum of
+logit and noise is drawn before top-p is looked at: most often that allows it; if not, the tokens that are at
+most as likely are ruled out too, and the draw is repeated (as in ops/gpu/sampling.py).
+"""
 
 from __future__ import annotations
 
@@ -6,23 +12,24 @@ import numpy as np
 import torch
 from numba import prange
 
-from pagetide.ops.cpu.compiled import device_function, fast_exp, kernel
+from pagetide.ops.cpu.compiled import device_function, kernel
+from pagetide.ops.cpu.spans import at_least, can_win, first_bit, largest_order, masses, num_bits
 
 NO_TOKEN = -1  # runner/plan.py's: no logit is finite
 _MASK_32 = np.uint64(0xFFFFFFFF)
+_INFINITY = np.float32(np.inf)
 _MINUS_INFINITY = np.float32(-np.inf)
 _MAX_DOUBLINGS = 20  # of the reach below the peak; what is a million nats less likely is looked for among all
 _MAX_HALVINGS = 12  # of the room in which a border is looked for
 _FEW = 64  # values that may be sorted without having been asked for
-_MANY = 500  # values; fewer get their noise one by one
 _SPAN = 64  # values that are looked at together
-_BUCKETS = 256  # of an eighth of a nat each; what is further from the peak shares the last one
+_MAX_NOISE = np.float32(16.64)  # of the largest 23 random bits: a little more than ln(2 ** 24)
 
 
 @kernel
 def _argmax(num_rows, logits, out):  # type: ignore[no-untyped-def]
     for row in prange(num_rows):
-        out[row] = _argmax_row(logits[row])
+        _, out[row] = _survey(logits[row])
 
 
 def argmax(logits: torch.Tensor) -> torch.Tensor:
@@ -52,72 +59,96 @@ def sample(
 def _sample(num_rows, logits, temperature, top_k, top_p, min_p, seed, position, out):  # type: ignore[no-untyped-def]
     for row in prange(num_rows):
         values = logits[row]
-        at = _argmax_row(values)
+        peaks, at = _survey(values)
         if at >= 0 and temperature[row] > 0:
-            scaled = values / temperature[row]
-            threshold = _threshold(scaled, scaled[at], top_k[row], top_p[row], min_p[row])
-            at = _gumbel_argmax(scaled, at, threshold, np.uint64(seed[row]), np.uint64(position[row]))
+            state = _state(np.uint64(seed[row]), np.uint64(position[row]))
+            at = _sample_row(values, peaks, at, temperature[row], top_k[row], top_p[row], min_p[row], state)
         out[row] = at
 
 
 @device_function
-def _order(bits):  # type: ignore[no-untyped-def]
-    """A float32's bits as an integer that is larger where the float is: what is no number lies beyond the
-    infinities.
-    """
-    return bits ^ (bits >> np.int32(31) & np.int32(0x7FFFFFFF))
-
-
-_INFINITE = np.int32(0x7F800000)  # _order of infinity
-_MINUS_INFINITE = np.int32(-0x7F800001)
-
-
-@device_function
-def _argmax_row(values):  # type: ignore[no-untyped-def]
-    """Where the largest value is; NO_TOKEN if that is not finite, or some value is no number: nothing can
-    be said of such a row.
-    """
-    # Vectors have no largest of floats that stops at what is no number; of integers they have.
-    bits = values.view(np.int32)
-    most, least = _MINUS_INFINITE, _INFINITE
-    for i in range(bits.shape[0]):
-        most, least = max(most, _order(bits[i])), min(least, _order(bits[i]))
-    if not _MINUS_INFINITE < most < _INFINITE or least < _MINUS_INFINITE:
-        return NO_TOKEN
-    peak = np.int32(_order(most)).view(np.float32)
-    for begin in range(0, values.shape[0], _SPAN):
-        end = min(begin + _SPAN, values.shape[0])
-        found = np.int32(0)
-        for i in range(begin, end):
-            found += np.int32(values[i] == peak)
-        if found > 0:
-            for i in range(begin, end):
-                if values[i] == peak:
-                    return i
-    return NO_TOKEN
-
-
-@device_function
-def _threshold(scaled, peak, top_k, top_p, min_p):  # type: ignore[no-untyped-def]
-    """The smallest scaled logit that may be drawn."""
-    size = scaled.shape[0]
-    threshold = _MINUS_INFINITY
-    if 0 < top_k < size:
-        threshold = scaled[_likeliest(scaled, peak, top_k)[top_k - 1]]
-    if top_p < 1:
-        threshold = max(threshold, _nucleus(scaled, peak, threshold, top_p))
+def _sample_row(values, peaks, at, temperature, top_k, top_p, min_p, state):  # type: ignore[no-untyped-def]
+    """at: where the largest logit is."""
+    rate = np.float32(1) / temperature
+    highest = values[at] * rate
+    if not np.isfinite(highest):
+        return at  # the others are infinitely less likely
+    lowest = _MINUS_INFINITY  # scaled logit that top-k allows
+    if 0 < top_k < values.shape[0]:
+        lowest = _kth(values, peaks, values[at], top_k) * rate
+    floor = lowest
     if min_p > 0:
-        threshold = max(threshold, peak + np.log(min_p))
-    return threshold
+        floor = max(floor, highest + np.log(min_p))
+    drawn = _draw(values, peaks, at, rate, floor, state)
+    wanted = -1.0  # not known yet
+    while top_p < 1 and values[drawn] * rate < highest:
+        # It stays if those that are likelier have less than top_p of the mass. Most often they have less
+        # than that of theirs and its own, for which few spans are looked at.
+        scaled = values[drawn] * rate
+        mass, mass_above = _masses(values, peaks, rate, highest, scaled, scaled)
+        if mass_above < top_p * mass:
+            break
+        if wanted < 0:
+            wanted = top_p * _masses(values, peaks, rate, highest, lowest, highest)[0]
+        if mass_above < wanted:
+            break
+        drawn = _draw(values, peaks, at, rate, np.nextafter(scaled, _INFINITY), state)
+    return drawn
 
 
 @device_function
-def _likeliest(values, peak, count):  # type: ignore[no-untyped-def]
+def _survey(values):  # type: ignore[no-untyped-def]
+    """(the largest value of each span, where the first of the largest of all is). NO_TOKEN if that is not
+    finite, or some value is no number: nothing can be said of such a row.
+    """
+    size = values.shape[0]
+    orders = np.empty((size + _SPAN - 1) // _SPAN, np.int32)
+    for span in range(orders.shape[0]):
+        orders[span] = largest_order(values, span * _SPAN, min(_SPAN, size - span * _SPAN))
+    most = np.int32(-0x80000000)
+    for span in range(orders.shape[0]):
+        most = max(most, orders[span])
+        # The same once more leads back from the order to the bits.
+        orders[span] ^= orders[span] >> np.int32(31) & np.int32(0x7FFFFFFF)
+    peaks = orders.view(np.float32)
+    if not np.int32(-0x7F800001) < most < np.int32(0x7F800000):
+        return peaks, NO_TOKEN
+    peak = peaks.max()
+    for span in range(peaks.shape[0]):
+        if peaks[span] == peak:
+            for i in range(span * _SPAN, size):
+                if values[i] == peak:
+                    return peaks, i
+    return peaks, NO_TOKEN
+
+
+@device_function
+def _kth(values, peaks, peak, count):  # type: ignore[no-untyped-def]
+    """The count-th largest value."""
+    candidates = values[_candidates(values, peaks, peak, count)]
+    return np.partition(candidates, candidates.shape[0] - count)[candidates.shape[0] - count]
+
+
+@device_function
+def _likeliest(values, peaks, peak, count):  # type: ignore[no-untyped-def]
     """Where the count largest values are and all that equal the last of them, and maybe a few more: largest
     first, of equal ones the first first.
     """
-    places = _places_from(values, _border(values, peak, count))
+    places = _candidates(values, peaks, peak, count)
     return places[np.argsort(-values[places], kind="mergesort")]
+
+
+@device_function
+def _candidates(values, peaks, peak, count):  # type: ignore[no-untyped-def]
+    """Where the count largest values are and all that equal the last of them, and others: in order."""
+    if count > peaks.shape[0]:
+        return _places_from(values, peaks, _border(values, peak, count))
+    # As many spans have a value of at least this.
+    places = _places_from(values, peaks, _border(peaks, peak, count))
+    if places.shape[0] > 2 * count + _FEW:
+        found = values[places]
+        places = places[found >= _border(found, peak, count)]
+    return places
 
 
 @device_function
@@ -157,106 +188,80 @@ def _count_from(values, border):  # type: ignore[no-untyped-def]
 
 
 @device_function
-def _places_from(values, border):  # type: ignore[no-untyped-def]
-    """Where values are at least border, in order. Spans without any are passed over in vectors."""
-    size = values.shape[0]
-    places = np.empty(_count_from(values, border), np.int64)
-    count = 0
-    for begin in range(0, size, _SPAN):
-        end = min(begin + _SPAN, size)
-        found = np.int32(0)
-        for i in range(begin, end):
-            found += np.int32(values[i] >= border)
-        if found > 0:
-            for i in range(begin, end):
-                if values[i] >= border:
-                    places[count] = i
-                    count += 1
+def _num_from(values, peaks, border):  # type: ignore[no-untyped-def]
+    """How many values are at least border."""
+    size, count = values.shape[0], 0
+    for span in range(peaks.shape[0]):
+        if peaks[span] >= border:
+            count += num_bits(at_least(values, span * _SPAN, min(_SPAN, size - span * _SPAN), border))
+    return count
+
+
+@device_function
+def _places_from(values, peaks, border):  # type: ignore[no-untyped-def]
+    """Where values are at least border, in order."""
+    size, count = values.shape[0], 0
+    places = np.empty(_num_from(values, peaks, border), np.int64)
+    for span in range(peaks.shape[0]):
+        if peaks[span] >= border:
+            begin = span * _SPAN
+            left = at_least(values, begin, min(_SPAN, size - begin), border)
+            while left:
+                places[count] = begin + first_bit(left)
+                count += 1
+                left &= left - np.uint64(1)
     return places
 
 
 @device_function
-def _nucleus(scaled, peak, threshold, top_p):  # type: ignore[no-untyped-def]
-    """The smallest logit of the smallest set, among those from threshold on, whose probability reaches top_p.
-
-    Probabilities are added up by distance from the peak, in buckets; only the bucket where the sum reaches
-    top_p is sorted.
+def _masses(values, peaks, rate, highest, floor, border):  # type: ignore[no-untyped-def]
+    """The sums of exp(scaled - highest) over the scaled values from floor on, and over those beyond border,
+    which is at least floor.
     """
-    size = scaled.shape[0]
-    mass_of, bucket_of = np.empty(size, np.float32), np.empty(size, np.int32)
-    total = np.float64(0)
-    for i in range(size):
-        own = fast_exp(scaled[i] - peak) if scaled[i] >= threshold else np.float32(0)
-        mass_of[i], bucket_of[i] = own, _bucket(scaled[i], peak)
-        total += own
-    masses = np.zeros(_BUCKETS + 1, np.float64)
-    for i in range(size):
-        masses[bucket_of[i]] += mass_of[i]
-    mass, bucket = 0.0, 0
-    while bucket < _BUCKETS and mass + masses[bucket] < top_p * total:
-        mass += masses[bucket]
-        bucket += 1
-    members = np.empty(size, np.float32)
-    count = 0
-    for begin in range(0, size, _SPAN):
-        end = min(begin + _SPAN, size)
-        num_here = np.int32(0)
-        for i in range(begin, end):
-            num_here += np.int32(bucket_of[i] == bucket)
-        if num_here > 0:
-            for i in range(begin, end):
-                if bucket_of[i] == bucket and scaled[i] >= threshold:
-                    members[count] = scaled[i]
-                    count += 1
-    ordered = np.sort(members[:count])[::-1]
-    for k in range(count):
-        mass += fast_exp(ordered[k] - peak)
-        if mass >= top_p * total:
-            return ordered[k]
-    return ordered[count - 1] if count > 0 else threshold
+    size = values.shape[0]
+    mass, mass_above = 0.0, 0.0
+    for span in range(peaks.shape[0]):
+        if peaks[span] * rate < floor:
+            continue
+        begin = span * _SPAN
+        here, above = masses(values, begin, min(_SPAN, size - begin), rate, highest, floor, border)
+        mass += here
+        mass_above += above
+    return mass, mass_above
 
 
 @device_function
-def _bucket(value, peak):  # type: ignore[no-untyped-def]
-    return np.int32(min((peak - value) * np.float32(8), np.float32(_BUCKETS)))
-
-
-@device_function
-def _gumbel_argmax(scaled, peak_at, threshold, seed, position):  # type: ignore[no-untyped-def]
-    """argmax of logit + Gumbel noise among the logits from threshold on; the noise is that of
-    ops.reference.gumbel_noise.
+def _draw(values, peaks, at, rate, floor, state):  # type: ignore[no-untyped-def]
+    """argmax of scaled logit + Gumbel noise among the scaled logits from floor on; the noise is that of
+    ops.reference.gumbel_noise. at: where the largest logit is.
     """
-    state = _mix((seed & _MASK_32) ^ _mix(seed >> np.uint64(32)))
-    state = _mix(state ^ _mix(position & _MASK_32))
-    at, best = peak_at, scaled[peak_at] + _noise(_bits(state, peak_at))
-    if _count_from(scaled, threshold) > _MANY:
-        places = _may_win(scaled, threshold, best, state)
-    else:
-        places = _places_from(scaled, threshold)
-    for i in places:
-        noisy = scaled[i] + _noise(_bits(state, i))
-        if noisy > best:
-            at, best = i, noisy
+    size = values.shape[0]
+    best = values[at] * rate + _noise(_bits(state, at))
+    for span in range(peaks.shape[0]):
+        if peaks[span] * rate < floor or peaks[span] * rate + _MAX_NOISE < best:
+            continue
+        begin = span * _SPAN
+        left = can_win(values, begin, min(_SPAN, size - begin), rate, floor, best, state)
+        while left:
+            i = begin + first_bit(left)
+            noisy = values[i] * rate + _noise(_bits(state, i))
+            if noisy > best:
+                at, best = i, noisy
+            left &= left - np.uint64(1)
     return at
 
 
 @device_function
-def _may_win(scaled, threshold, best, state):  # type: ignore[no-untyped-def]
-    """Where a token from threshold on may beat `best`: only if 1 - uniform < exp(logit - best), which can be
-    asked of all in vectors.
-    """
-    may_win = np.empty(scaled.shape[0], np.float32)
-    for i in range(scaled.shape[0]):
-        rest = (np.float32(2**23) - np.float32(np.int32(_bits(state, i)))) * np.float32(2.0**-23)
-        margin = fast_exp(scaled[i] - best) * np.float32(1.001) - rest
-        may_win[i] = margin if scaled[i] >= threshold else np.float32(-1)
-    return _places_from(may_win, np.float32(0))
+def _state(seed, position):  # type: ignore[no-untyped-def]
+    """What a row's random bits are made of."""
+    state = _mix(np.uint32(seed & _MASK_32) ^ _mix(np.uint32(seed >> np.uint64(32))))
+    return _mix(state ^ _mix(np.uint32(position & _MASK_32)))
 
 
 @device_function
 def _bits(state, token):  # type: ignore[no-untyped-def]
     """23 random bits of a token."""
-    return _mix(state ^ _mix((np.uint64(token) + np.uint64(0x9E3779B9)) & _MASK_32)) >> np.uint64(9)
+    return np.uint32(_mix(state ^ _mix(np.uint32(np.uint32(token) + np.uint32(0x9E3779B9)))) >> np.uint32(9))
 
 
 @device_function
@@ -267,9 +272,10 @@ def _noise(bits):  # type: ignore[no-untyped-def]
 
 @device_function
 def _mix(x):  # type: ignore[no-untyped-def]
-    x = ((x ^ (x >> np.uint64(16))) * np.uint64(0x7FEB352D)) & _MASK_32
-    x = ((x ^ (x >> np.uint64(15))) * np.uint64(0x846CA68B)) & _MASK_32
-    return x ^ (x >> np.uint64(16))
+    """Each product and sum made 32 bits again at once, so that the vectors' lanes are not wider."""
+    x = np.uint32(np.uint32(x ^ np.uint32(x >> np.uint32(16))) * np.uint32(0x7FEB352D))
+    x = np.uint32(np.uint32(x ^ np.uint32(x >> np.uint32(15))) * np.uint32(0x846CA68B))
+    return np.uint32(x ^ np.uint32(x >> np.uint32(16)))
 
 
 @kernel
@@ -277,22 +283,19 @@ def _score(num_rows, logits, ids, logprobs, ranks, top_ids, top_logprobs):  # ty
     count = top_ids.shape[1]
     for row in prange(num_rows):
         values = logits[row]
-        at = _argmax_row(values)
+        peaks, at = _survey(values)
         if at < 0:
             # There is no distribution: everything is as unlikely as can be.
             logprobs[row], ranks[row] = _MINUS_INFINITY, 1
             top_ids[row], top_logprobs[row] = np.arange(count), _MINUS_INFINITY
             continue
         peak, own = values[at], values[ids[row]]
-        total = np.float32(0)
-        better = 0
-        for i in range(values.shape[0]):
-            total += fast_exp(values[i] - peak)
-            better += values[i] > own
+        total, _ = _masses(values, peaks, np.float32(1), peak, _MINUS_INFINITY, peak)
+        better = _num_from(values, peaks, np.nextafter(own, _INFINITY))
         norm = peak + np.log(total)
         logprobs[row], ranks[row] = own - norm, better + 1
         if count > 0:
-            places = _likeliest(values, peak, count)
+            places = _likeliest(values, peaks, peak, count)
             for k in range(count):
                 top_ids[row, k] = places[k]
                 top_logprobs[row, k] = values[places[k]] - norm
