@@ -36,6 +36,7 @@ import features
 import host
 import ops
 import report
+import speculation
 import step_times
 import streams
 import way_out
@@ -139,6 +140,9 @@ def parse_arguments() -> argparse.Namespace:
     )
     parser.add_argument(
         "--features", action="store_true", help="what each feature of requests costs a step, and nothing else"
+    )
+    parser.add_argument(
+        "--speculation", action="store_true", help="what guessing of tokens is worth, and nothing else"
     )
     parser.add_argument(
         "--streams",
@@ -303,6 +307,9 @@ def print_one(arguments: argparse.Namespace) -> bool:
         costs = features.costs(max(arguments.repeats, 3))
         steps = {name: cost._asdict() for name, cost in costs.items()}
         table, found = features.table(costs), {"steps": steps}
+    elif arguments.speculation:
+        guessed = speculation.measure(max(arguments.repeats, 3))
+        table, found = speculation.table(guessed), {"speculation": [asdict(case) for case in guessed]}
     else:
         return False
     print(table)

@@ -167,6 +167,25 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
         ),
     ] = 4
     max_lora_rank: Annotated[int, Meta(ge=1, le=512, description="largest rank of an adapter")] = 32
+    num_speculative_tokens: Annotated[
+        int,
+        Meta(
+            ge=0,
+            le=64,
+            description="speculative decoding: up to so many next tokens of a sequence are guessed, and "
+            "verified in one step, as far as that pays beside the others that run. Answers stay the same, "
+            "token by token, on the CPU's kernels; elsewhere near ties may fall another way; 0: none",
+        ),
+    ] = 0
+    prompt_lookup_min: Annotated[
+        int,
+        Meta(
+            ge=1,
+            le=16,
+            description="what is guessed is what followed the last so many tokens where they stood before, "
+            "in the prompt or in the answer",
+        ),
+    ] = 3
     ops: Annotated[
         Literal["auto", "reference", "triton"],
         Meta(

@@ -158,8 +158,8 @@ class TokenScore(msgspec.Struct, frozen=True, array_like=True):
 
 
 class Timings(msgspec.Struct, frozen=True, array_like=True):
-    """What happened to a request when (ns on the monotonic clock, 0: not yet), and how many KV blocks its
-    prompt took.
+    """What happened to a request when (ns on the monotonic clock, 0: not yet), how many KV blocks its prompt
+    took, and how many of its tokens were guessed, and rightly.
     """
 
     arrival_ns: int = 0
@@ -168,6 +168,8 @@ class Timings(msgspec.Struct, frozen=True, array_like=True):
     last_token_ns: int = 0
     reused_blocks: int = 0
     new_blocks: int = 0
+    drafted_tokens: int = 0
+    accepted_tokens: int = 0
 
 
 class Output(msgspec.Struct, frozen=True, array_like=True):

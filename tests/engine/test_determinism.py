@@ -1,5 +1,5 @@
 """A request's tokens and log-probabilities are the same to the last bit, whatever runs beside it, however its
-prompt is chunked, cached or preempted, on however many threads.
+prompt is chunked, cached or preempted, on however many threads, and whether its tokens are guessed or not.
 """
 
 from __future__ import annotations
@@ -53,6 +53,8 @@ COMPANY = st.fixed_dictionaries(
         "max_num_seqs": st.sampled_from([2, 5, 8]),
         "num_blocks": st.sampled_from([90, 400]),
         "num_threads": st.sampled_from([1, 2]),
+        "num_speculative_tokens": st.sampled_from([0, 3]),
+        "prompt_lookup_min": st.just(1),
     }
 )
 
@@ -60,7 +62,14 @@ COMPANY = st.fixed_dictionaries(
 # Contexts of several segments, which are split over threads when one sequence runs, and not in this company.
 LONG = (
     [1000, 900, 1100, 700, 1024],
-    {"max_num_batched_tokens": 512, "max_num_seqs": 8, "num_blocks": 400, "num_threads": 1},
+    {
+        "max_num_batched_tokens": 512,
+        "max_num_seqs": 8,
+        "num_blocks": 400,
+        "num_threads": 1,
+        "num_speculative_tokens": 3,
+        "prompt_lookup_min": 1,
+    },
     random.Random(1),
 )
 
@@ -98,7 +107,7 @@ def test_nothing_depends_on_company(name, tmp_path):
         for seed, adapter in enumerate(ADAPTERS[1:]):
             random_adapter.write(tmp_path / "adapters" / adapter, str(tmp_path), rank=9, seed=seed)
 
-    @settings(max_examples=6, deadline=None)
+    @settings(max_examples=6)
     @given(lengths(), COMPANY, st.randoms(use_true_random=False))
     @example(*LONG)
     def check(counts: list[int], company: dict[str, int], rng: Any) -> None:

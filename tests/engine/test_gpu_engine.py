@@ -311,10 +311,11 @@ RULES = {
 
 @pytest.mark.parametrize("alone", [True, False])
 def test_rules_give_the_tokens_that_the_reference_gives(alone, recorder, tmp_path):
-    """Each of them by itself, where recorded steps serve it, and all in one batch."""
+    """Each of them by itself, where recorded steps serve it, and all in one batch, with guesses."""
     write_model(tmp_path, small("qwen3"))
     answers = []
-    for settings in (SIZES, {**SIZES, "ops": "reference", "device": "cpu"}):
+    guesses = {} if alone else {"num_speculative_tokens": 3, "prompt_lookup_min": 1}
+    for settings in ({**SIZES, **guesses}, {**SIZES, "ops": "reference", "device": "cpu"}):
         engine = LLM(str(tmp_path), cache_dir=str(tmp_path / "cache"), **settings)
         prompt = prompts()[2]
         if alone:

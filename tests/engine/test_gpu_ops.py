@@ -34,7 +34,7 @@ from pagetide.runner.plan import Admission, LogitEdit, RowEdits, RowParams, bits
 from pagetide.runner.rows import Rows
 
 TOLERANCES = {torch.float32: 2e-5, torch.float16: 4e-3, torch.bfloat16: 3e-2}
-few = settings(max_examples=25 if HAS_GPU else 12, deadline=None)
+few = settings(max_examples=25 if HAS_GPU else 12)
 dtypes = st.sampled_from(DTYPES)
 
 
@@ -137,7 +137,7 @@ def moved(value, dtype):
 HEADS = [(4, 4, 16), (4, 2, 8), (6, 2, 32), (9, 3, 64), (7, 1, 80), (2, 1, 128), (32, 1, 16)]
 
 
-@settings(max_examples=40 if HAS_GPU else 8, deadline=None)
+@settings(max_examples=40 if HAS_GPU else 8)
 @given(
     st.lists(
         st.lists(st.sampled_from([0, 1, 1, 1, 2, 3, 7, 16, 17, 50]), min_size=3, max_size=3).filter(any),
@@ -208,7 +208,7 @@ def test_embedding(tokens, vocabulary, hidden, dtype, is_tied, bits):
     close(logits / 10, expected.logits(residual) / 10, dtype)
 
 
-@settings(max_examples=200 if HAS_GPU else 25, deadline=None)
+@settings(max_examples=200 if HAS_GPU else 25)
 @given(st.sampled_from([2, 300, 4096, 9000]), st.sampled_from([0.5, 3.0]), st.integers(0, 2**63 - 1))
 def test_sampling(vocabulary, spread, seed):
     """Rows with all kinds of rules."""

@@ -14,7 +14,7 @@ from pagetide.ops.gpu.dequantize import dequantize, rows_to_fp8
 from pagetide.ops.gpu.matmul import ROWS, GpuProduct, on_device
 from pagetide.ops.weights import DenseWeight, Fp8Weight, QuantizedWeight, Weight, quantize, quantize_fp8
 
-few = settings(max_examples=60 if HAS_GPU else 25, deadline=None)
+few = settings(max_examples=60 if HAS_GPU else 25)
 
 
 class Only(Choices):

@@ -37,7 +37,7 @@ from pagetide.ops.weights import DenseWeight
 from triton_server import ROOT
 
 dtypes = st.sampled_from([torch.float32, torch.bfloat16])
-relaxed = settings(max_examples=40, deadline=None)
+relaxed = settings(max_examples=40)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -111,7 +111,7 @@ def test_embedding(tokens, vocabulary, hidden, dtype, is_tied, seed):
         torch.testing.assert_close(logits, expected.logits(residual[:rows]), atol=tolerance, rtol=1e-3)
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(
     st.lists(
         st.lists(st.sampled_from([0, 1, 1, 1, 2, 3, 7, 16, 17, 50]), min_size=3, max_size=3).filter(any),

@@ -22,7 +22,7 @@ dtypes = st.sampled_from([torch.float32, torch.bfloat16])
 rows = st.integers(1, 140)
 inputs = st.sampled_from([16, 32, 48, 96, 576])
 outputs = st.sampled_from([32, 96, 320])
-relaxed = settings(max_examples=60, deadline=None)
+relaxed = settings(max_examples=60)
 
 
 @kernel

@@ -48,7 +48,7 @@ from pagetide.types import SamplingParams
 from quality import TEXT, WINDOW, context_logprobs, divergence, settings_of
 
 PROMPT = [11, 60, 7, 150, 33, 90, 14, 2, 71]
-relaxed = settings(max_examples=40, deadline=None)
+relaxed = settings(max_examples=40)
 
 
 def values_of(weight: QuantizedWeight) -> torch.Tensor:
@@ -217,7 +217,7 @@ def quantized_layers(layers: list[LayerWeights], bits: int, activation_bits: int
     ]
 
 
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=30)
 @given(
     st.lists(
         st.lists(st.sampled_from([0, 1, 1, 2, 3, 7, 17, 50]), min_size=3, max_size=3).filter(any),

@@ -55,6 +55,7 @@ CASES: dict[str, tuple[PretrainedConfig, int, dict[str, Any]]] = {
     "norms of heads": (FAMILIES["qwen3"], 2, {"ops": "reference"}),
     "windows": (FAMILIES["mistral-window"], 2, {}),
     "norms behind": (FAMILIES["gemma2"], 2, {}),
+    "guesses": (FAMILIES["llama2"], 2, {"num_speculative_tokens": 3, "prompt_lookup_min": 1}),
     "one matrix for queries, keys and values": (FAMILIES["phi3"], 2, {}),
     "quantized": (LlamaConfig(**LARGER), 2, {"quantization": "w8a16"}),
     "kernels of a GPU": (FAMILIES["gemma3"], 2, {"ops": "triton"}),

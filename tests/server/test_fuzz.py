@@ -16,7 +16,13 @@ def test_a_minute_of_random_requests_finds_nothing():
     """On a server of its own, so that its stop shows whether a request is still in flight."""
     server = TritonServer(
         free_address(),
-        {"cache_dir": CACHE, "check_integrity": True, "num_blocks": 600, "max_model_len": 4096},
+        {
+            "cache_dir": CACHE,
+            "check_integrity": True,
+            "num_blocks": 600,
+            "max_model_len": 4096,
+            "num_speculative_tokens": 4,
+        },
     )
     server.start()
     server.wait_until_ready()

@@ -20,7 +20,7 @@ from pagetide.contract.fields import FIELDS, tensor_fields
 from test_streams import START
 from tritonclient.utils import InferenceServerException, np_to_triton_dtype
 
-relaxed = settings(max_examples=150, deadline=None, suppress_health_check=list(HealthCheck), print_blob=True)
+relaxed = settings(max_examples=150, suppress_health_check=list(HealthCheck), print_blob=True)
 NAMES = [name for name, _ in tensor_fields()]
 TYPES = [np.int32, np.int64, np.uint64, np.float32, np.float16, np.bool_, np.object_]
 SHAPES = st.one_of(st.just((1, 1)), st.lists(st.integers(0, 3), max_size=3).map(tuple))

@@ -345,7 +345,7 @@ JUNK = st.sampled_from([None, True, -1, 0, 1, 2.5, 10**30, "", "x", "🌊", [], 
 FIELDS = sorted({*ChatBody.model_fields, *CompletionBody.model_fields, *(f.name for f in CONTRACT), "user"})
 
 
-@settings(max_examples=150, deadline=None, suppress_health_check=list(HealthCheck))
+@settings(max_examples=150, suppress_health_check=list(HealthCheck))
 @given(
     st.sampled_from(["/v1/chat/completions", "/v1/completions"]),
     st.dictionaries(st.sampled_from(FIELDS), JUNK, max_size=3),

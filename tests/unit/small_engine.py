@@ -11,6 +11,7 @@ from context_runner import VOCABULARY, ContextRunner
 from pagetide.config import make_settings
 from pagetide.engine.adapters import Adapter
 from pagetide.engine.blocks import BlockManager
+from pagetide.engine.drafts import Speculation
 from pagetide.engine.engine import Engine
 from pagetide.engine.groups import ModelLimits
 from pagetide.engine.guides import GuideState
@@ -93,8 +94,10 @@ class SmallEngine:
         host = HostBlocks(num_host_blocks) if num_host_blocks else None
         self.blocks = BlockManager(num_blocks, block_size, self.settings.enable_prefix_caching, host)
         self.adapters = ManualAdapters()
+        longest, num_alike = self.settings.num_speculative_tokens, self.settings.prompt_lookup_min
+        speculation = Speculation(longest, num_alike, num_free=24) if longest else None
         self.scheduler = Scheduler(
-            self.settings, limits, self.blocks, self.guides, lambda: self.clock_ns, self.adapters
+            self.settings, limits, self.blocks, self.guides, lambda: self.clock_ns, self.adapters, speculation
         )
         self.runner = ContextRunner(
             self.settings.max_num_seqs,
@@ -107,7 +110,9 @@ class SmallEngine:
         info = EngineInfo(
             "", VOCABULARY, max_model_len, self.settings.max_num_seqs, 0, "cpu", num_blocks, block_size, False
         )
-        self.engine = Engine(info, self.scheduler, self.runner, overlaps, check_integrity=True)
+        self.engine = Engine(
+            info, self.scheduler, self.runner, overlaps and speculation is None, check_integrity=True
+        )
         self.outputs: list[Output] = []
         self.refusals: list[Refusal] = []
 

@@ -56,7 +56,7 @@ def test_each_part_costs_what_it_costs():
 
 @pytest.mark.parametrize("routing", ["round-robin", "least-open", "prefix"])
 @given(st.integers(1, 4), st.integers(0, 2**16))
-@settings(max_examples=15, deadline=None)
+@settings(max_examples=15)
 def test_everything_is_answered_and_nothing_before_its_time(routing, replicas, seed):
     arrivals = Traffic(20.0, 4.0, (1, 300), (1, 60), 3, 100).arrivals(3.0, seed)
     found = simulate(step_times(step=0.005, token=0.0002), arrivals, replicas, routing)
@@ -92,7 +92,7 @@ def test_the_fewest_replicas_that_keep_the_limits():
 
 
 @given(st.lists(st.floats(1e-7, 1e-2), min_size=len(PARTS), max_size=len(PARTS)), st.integers(0, 99))
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=30)
 def test_the_fit_finds_what_made_the_times(seconds, seed):
     rng = np.random.default_rng(seed)
     rows = rng.integers(0, 100, (200, len(PARTS))).astype(float)

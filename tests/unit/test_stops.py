@@ -129,7 +129,7 @@ def test_incomplete_bytes_are_those_after_the_last_whole_character(text, cut):
     )
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=300)
 @given(
     st.text(alphabet="ab🌊é漢", max_size=30),
     st.lists(st.text(alphabet="ab🌊é", min_size=1, max_size=4), max_size=3),

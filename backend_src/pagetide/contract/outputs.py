@@ -65,9 +65,9 @@ OUTPUTS = (
     _perf("first_scheduled_time_ns", "INT64", "when the prompt's first step was planned"),
     _perf("first_token_time_ns", "INT64", "when the first token was known"),
     _perf("last_token_time_ns", "INT64", "when the last token was known"),
-    _perf("acceptance_rate", "FP32", "of drafted tokens; 0, since there is no speculation yet"),
-    _perf("total_accepted_draft_tokens", "INT32", "0, since there is no speculation yet"),
-    _perf("total_draft_tokens", "INT32", "0, since there is no speculation yet"),
+    _perf("acceptance_rate", "FP32", "share of the draft tokens that were right; 0 if there were none"),
+    _perf("total_accepted_draft_tokens", "INT32", "of all answers to the request so far"),
+    _perf("total_draft_tokens", "INT32", "guesses of next tokens, with `num_speculative_tokens`"),
     OutputField(
         "context_logits", "FP32", "-1, -1", "[prompt tokens, vocabulary], once", "return_context_logits"
     ),

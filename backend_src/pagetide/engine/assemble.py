@@ -18,6 +18,7 @@ import torch
 from pagetide.config import Settings, SettingsError
 from pagetide.engine.adapters import AdapterFolder
 from pagetide.engine.blocks import BlockManager
+from pagetide.engine.drafts import Speculation
 from pagetide.engine.engine import Engine, StepRunner
 from pagetide.engine.groups import ModelLimits
 from pagetide.engine.guides import GrammarCompiler
@@ -146,7 +147,9 @@ def load_rank(settings: Settings, model: Model, device: Device, comm: Comm) -> R
     def try_steps() -> None:
         # Rows are as long as this needs: how long they can be is not known yet.
         num_tokens = min(settings.max_num_batched_tokens, longest - 1)
-        make_runner(1, 0, num_tokens + 1).try_largest(num_tokens, settings.max_num_seqs)
+        make_runner(1, 0, num_tokens + 1).try_largest(
+            num_tokens, settings.max_num_seqs, _most_guesses(settings)
+        )
 
     num_blocks = settings.num_blocks or comm.smallest(
         device.kv_cache_bytes(settings, try_steps) // shared_bytes
@@ -182,6 +185,7 @@ def _make_engine(settings: Settings, model: Model, rank: Rank, runner: StepRunne
         ),
         guides,
         adapters=_adapter_folder(settings, model, _dtypes(settings, device)[0]),
+        speculation=_speculation(settings, device),
     )
     info = EngineInfo(
         model=str(model.path),
@@ -197,7 +201,21 @@ def _make_engine(settings: Settings, model: Model, rank: Rank, runner: StepRunne
     # What is loaded now stays: no collection needs to look at it again.
     gc.collect()
     gc.freeze()
-    return Engine(info, scheduler, runner, device.overlaps, settings.check_integrity)
+    # What is guessed next depends on all tokens before.
+    overlaps = device.overlaps and not settings.num_speculative_tokens
+    return Engine(info, scheduler, runner, overlaps, settings.check_integrity)
+
+
+def _most_guesses(settings: Settings) -> int:
+    """Of a sequence, where all run: at least as many as Speculation.room lets all of them have together."""
+    room = settings.max_num_batched_tokens // 4
+    return min(settings.num_speculative_tokens, -(-room // settings.max_num_seqs))
+
+
+def _speculation(settings: Settings, device: Device) -> Speculation | None:
+    if not settings.num_speculative_tokens:
+        return None
+    return Speculation(settings.num_speculative_tokens, settings.prompt_lookup_min, device.num_free_tokens)
 
 
 def _adapter_folder(settings: Settings, model: Model, dtype: torch.dtype) -> AdapterFolder | None:

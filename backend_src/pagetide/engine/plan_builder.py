@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from pagetide.engine.sequence import Sequence
-from pagetide.runner.plan import AdapterLoad, Admission, StepPlan
+from pagetide.runner.plan import AdapterLoad, Admission, Draft, StepPlan
 
 
 @dataclass(frozen=True)
@@ -64,6 +64,7 @@ class PlanBuilder:
         self._admissions: list[Admission] = []
         self._blocks: list[tuple[int, int, int]] = []  # (row, index, block)
         self._copies: list[tuple[int, int]] = []  # (source, target)
+        self._drafts: list[Draft] = []
         self._has_adapters = False
 
     @property
@@ -114,7 +115,13 @@ class PlanBuilder:
             self._report_prompt(sequence, count)
         if sequence.group.adapter is not None:
             self._has_adapters = True
+        speculator = sequence.speculator
+        if speculator is not None and (speculator.guesses or speculator.is_ahead):
+            guesses = np.array(speculator.guesses, np.int32)
+            self._drafts.append(Draft(sequence.row, sequence.num_computed, guesses))
+            speculator.is_ahead = False
         self.budget -= count
+        assert self.budget >= 0, self.budget
         self._num_tokens += count
         sequence.num_computed += count
 
@@ -131,9 +138,13 @@ class PlanBuilder:
         group.num_prompt_reported = max(group.num_prompt_reported, last)
 
     def add_sample(self, sequence: Sequence) -> None:
-        """The last token of the last chunk samples the sequence's next token."""
-        self._samples.add(sequence, self._num_tokens - 1, sequence.num_wanted)
-        sequence.num_pending += 1
+        """The last token of the last chunk samples the sequence's next token; where guesses stand behind it,
+        each of them samples one too.
+        """
+        num_guessed = sequence.num_guessed
+        for token in range(self._num_tokens - 1 - num_guessed, self._num_tokens):
+            self._samples.add(sequence, token, sequence.num_wanted)
+            sequence.num_pending += 1
 
     def sequences(self) -> StepSequences:
         """Whose tokens the step will bring, in the order of the plan's rows."""
@@ -172,7 +183,7 @@ class PlanBuilder:
             swap_ins=_pairs(self.swap_ins),
             is_greedy=all(s.sampling.temperature == 0 for s in samples.sequences),
             has_penalties=any(s.sampling.has_penalties for _, s in special),
-            has_edits=any(s.sampling.edits_at(s.num_wanted - 1) for _, s in special),
+            has_edits=any(s.sampling.edits_at(samples.next_positions[at]) for at, s in special),
             has_masks=bool(guided) or any(s.sampling.allowed for _, s in special),
             guided_rows=np.array(guided, np.int32),
             score_index=np.array(scored, np.int32),
@@ -180,6 +191,7 @@ class PlanBuilder:
             beam_index=np.array([at for at, _ in searches], np.int32),
             num_candidates=max((search.num_for_each for _, search in searches), default=0),
             return_index=np.array(returned, np.int32),
+            drafts=tuple(self._drafts),
             adapter_load=self.adapter_load,
             has_adapters=self._has_adapters,
         )

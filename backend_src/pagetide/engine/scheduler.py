@@ -16,6 +16,7 @@ from pagetide.config import Settings
 from pagetide.engine.adapters import AdapterPlaces, AdapterSource, NoAdapters
 from pagetide.engine.admissions import Claims, admittance, num_promised_rows, num_rows_for
 from pagetide.engine.blocks import BlockManager
+from pagetide.engine.drafts import Speculation, Speculator
 from pagetide.engine.fairness import QueueTime, Turns
 from pagetide.engine.groups import ModelLimits
 from pagetide.engine.guides import GuideCompiler
@@ -38,7 +39,8 @@ class Scheduler:
     """The sequences of an engine: schedule() makes the next step, commit() takes its tokens.
 
     guides: compiles what guided requests ask for. now: the clock of deadlines and timings, in ns. adapters:
-    that requests may name.
+    that requests may name. speculation: None: no tokens are guessed; if there is one, all tokens of a step
+    are known before the next is planned.
     """
 
     def __init__(
@@ -49,8 +51,10 @@ class Scheduler:
         guides: GuideCompiler,
         now: Callable[[], int] = time.monotonic_ns,
         adapters: AdapterSource | None = None,
+        speculation: Speculation | None = None,
     ):
         self._settings = settings
+        self._speculation = speculation
         self._now = now
         self.blocks = blocks
         self.queues = Queues(settings.max_num_seqs, blocks)
@@ -96,6 +100,11 @@ class Scheduler:
 
     def _enqueue(self, group: SequenceGroup) -> None:
         group.queued_ns = self._now()
+        if self._speculation is not None and group.may_be_guessed:
+            sequences, num_prompt = group.unfinished, len(group.request.prompt_ids)
+            speculators = self._speculation.speculators(len(sequences), num_prompt)
+            for sequence, speculator in zip(sequences, speculators, strict=True):
+                sequence.speculator = speculator
         self.queues.enqueue(group.unfinished[0])
 
     def cancel(self, numbers: Iterable[int]) -> None:
@@ -142,6 +151,8 @@ class Scheduler:
             self._enqueue(group)
         step = PlanBuilder(self._settings.max_num_batched_tokens)
         step.preempted = self._may_admit() and self._give_way()
+        if self._speculation is not None:
+            self._guess(self._speculation, step.budget)
         for sequence in list(self.running):
             if sequence.status is Status.RUNNING and step.room_for(sequence) and sequence.can_run:
                 self._continue(step, sequence)
@@ -203,6 +214,9 @@ class Scheduler:
 
     def _continue(self, step: PlanBuilder, sequence: Sequence) -> None:
         """Gives a running sequence its share of the step, if need be by preempting the last in order."""
+        speculator = sequence.speculator
+        if speculator is not None and speculator.guesses and self._run_ahead(step, sequence, speculator):
+            return
         count = min(sequence.num_wanted - sequence.num_computed, step.room_for(sequence))
         while (copies := self.blocks.grow(sequence, sequence.num_computed + count)) is None:
             victim = self.running[-1]
@@ -211,6 +225,46 @@ class Scheduler:
             if victim is sequence:
                 return
         self._run(step, sequence, count, copies)
+
+    def _guess(self, speculation: Speculation, budget: int) -> None:
+        """Lets the running sequences guess what comes behind their next tokens, if that pays."""
+        num_running, guessing = len(self.running), []
+        for sequence in self.running:
+            speculator, num_tokens = sequence.speculator, len(sequence.token_ids)
+            decodes = num_tokens > sequence.num_prompt and num_tokens - sequence.num_computed == 1
+            if speculator is None or not decodes:
+                continue
+            speculator.guess(
+                sequence.token_ids,
+                min(
+                    speculation.worthwhile(num_running, speculator.rate),
+                    speculation.room(budget, num_running),
+                    sequence.max_len - num_tokens - 1,
+                ),
+            )
+            if speculator.guesses:
+                guessing.append(speculator)
+        if guessing and not speculation.pays(num_running, guessing):
+            for speculator in guessing:
+                speculator.guesses = []
+
+    def _run_ahead(self, step: PlanBuilder, sequence: Sequence, speculator: Speculator) -> bool:
+        """Runs a sequence's next token and its guesses, as far as those before it have left room, and if
+        blocks are left for all others.
+        """
+        num_tokens, blocks = len(sequence.token_ids), self.blocks
+        speculator.guesses = speculator.guesses[: step.room_for(sequence) - 1]
+        num_guesses = len(speculator.guesses)
+        num_new = blocks.num_blocks_for(num_tokens + num_guesses) - len(sequence.blocks)
+        has_blocks = num_new <= 0 or num_new + len(self.running) <= blocks.num_free
+        copies = blocks.grow(sequence, num_tokens + num_guesses) if num_guesses and has_blocks else None
+        if copies is None:
+            speculator.guesses = []
+            return False
+        sequence.group.num_drafted += num_guesses
+        self.counters.drafted_tokens += num_guesses
+        self._run(step, sequence, 1 + num_guesses, copies)
+        return True
 
     def _admit_waiting(self, step: PlanBuilder) -> None:
         at, num_promised = 0, num_promised_rows(self.running)
@@ -280,6 +334,8 @@ class Scheduler:
 
     def _preempt(self, sequence: Sequence) -> None:
         self.counters.preemptions += 1
+        if sequence.speculator is not None:
+            sequence.speculator.forget()
         self.queues.preempt(sequence)
 
     def _run(self, step: PlanBuilder, sequence: Sequence, count: int, copies: list[tuple[int, int]]) -> None:
@@ -288,7 +344,7 @@ class Scheduler:
         step.add_chunk(sequence, count)
         if sequence.num_computed // self.blocks.block_size > sequence.num_published:
             self.blocks.publish(sequence)
-        if sequence.num_computed == len(sequence.token_ids) + sequence.num_pending:
+        if sequence.num_computed == sequence.num_wanted + sequence.num_guessed:
             step.add_sample(sequence)
             if not sequence.followers:
                 return
@@ -316,6 +372,8 @@ class Scheduler:
             # The step was launched before the host knew that the sequence had ended.
             if sequence.is_finished:
                 continue
+            if sequence.speculator is not None and not self._verify(sequence, sampled.token):
+                continue
             self._note_token(group, now)
             if group.search is not None:
                 sequence.candidates = sampled.candidates
@@ -328,6 +386,22 @@ class Scheduler:
         for group, search in searching.items():
             with self.requests.on_behalf_of(group):
                 self._go_on(group, search)
+
+    def _verify(self, sequence: Sequence, token: int) -> bool:
+        """Takes note of whether a token was guessed; False: it was drawn behind a wrong guess."""
+        speculator = sequence.speculator
+        assert speculator is not None
+        if speculator.num_lost:
+            speculator.num_lost -= 1
+            return False
+        if speculator.guesses:
+            if speculator.verify(token):
+                sequence.group.num_accepted += 1
+                self.counters.accepted_tokens += 1
+            else:
+                # The cache has the guess in this token's place.
+                sequence.num_computed = len(sequence.token_ids)
+        return True
 
     def _note_token(self, group: SequenceGroup, now: int) -> None:
         group.last_token_ns = now
@@ -354,7 +428,7 @@ class Scheduler:
             return
         if len(sequence.token_ids) // self.blocks.block_size > sequence.num_published:
             self._publish(sequence)
-        if sequence.group.streams:
+        if sequence.group.streams and not sequence.gets_more:
             self.outputs.add_tokens(sequence)
 
     def _publish(self, sequence: Sequence) -> None:

@@ -15,6 +15,7 @@ from typing import Protocol
 import numpy as np
 
 from pagetide.engine.adapters import Adapter
+from pagetide.engine.drafts import Speculator
 from pagetide.engine.guides import GuideState
 from pagetide.engine.stops import StopChecker
 from pagetide.runner.plan import NO_ADAPTER, BeamCandidates, RowParams
@@ -74,6 +75,7 @@ class SequenceGroup:
     num_prompt_reported: prompt tokens whose successor's log-probability, or whose logits, have been asked
         for (see StepPlan); prompt_scores, context_logits: what came.
     reasons, num_generated: of the answers that have ended, for the journal.
+    num_drafted, num_accepted: guesses of its tokens, and how many of them were right.
     overtook: numbers of the requests that lacked rows when this one was admitted past them.
     adapter: what its model has, None: nothing; adapter_place: where that lies while it runs.
     """
@@ -98,6 +100,8 @@ class SequenceGroup:
     context_logits: list[np.ndarray] = field(default_factory=list)
     reasons: list[str] = field(default_factory=list)
     num_generated: int = 0
+    num_drafted: int = 0
+    num_accepted: int = 0
     overtook: frozenset[int] = frozenset()
     adapter: Adapter | None = None
     adapter_place: int = NO_ADAPTER
@@ -118,6 +122,11 @@ class SequenceGroup:
         self.reports_prompt = request.params.prompt_logprobs is not None or request.context_logits
 
     @property
+    def may_be_guessed(self) -> bool:
+        """False where each next token depends on what the host makes of the one before."""
+        return self.search is None and self.params.guide is None
+
+    @property
     def adapter_key(self) -> str:
         """Empty for none."""
         return "" if self.adapter is None else self.adapter.key
@@ -128,7 +137,8 @@ class SequenceGroup:
         if not self.request.timings:
             return _NO_TIMINGS
         times = (self.arrival_ns, self.first_scheduled_ns, self.first_token_ns, self.last_token_ns)
-        return Timings(*times, self.num_reused_blocks, self.num_new_blocks)
+        blocks = (self.num_reused_blocks, self.num_new_blocks)
+        return Timings(*times, *blocks, self.num_drafted, self.num_accepted)
 
 
 @dataclass(eq=False, slots=True)
@@ -138,6 +148,7 @@ class Sequence:
     order: (priority, its user's turn, arrival in the engine), unique; a preempted sequence keeps its place.
     followers: samples of the same prompt that fork from this one when its prompt has been computed.
     is_plain: asks for nothing but tokens, and changes no logits.
+    speculator: what guesses its tokens, if anything does.
     num_placed: blocks that its row on the device knows; None: the row does not have its tokens either.
     candidates: what a beam may go on with ([k] each), until all beams of the group know.
     cumulative_logprob: of its tokens under the model's own distribution; beam_score: the same after all
@@ -156,6 +167,7 @@ class Sequence:
     sampling: RowParams
     is_plain: bool
     guide: GuideState | None = None
+    speculator: Speculator | None = None
     followers: list[Sequence] = field(default_factory=list)
     status: Status = Status.WAITING
     row: int = -1
@@ -181,6 +193,16 @@ class Sequence:
     def num_wanted(self) -> int:
         """How many tokens should be in the cache before the next one can be sampled."""
         return len(self.token_ids) + self.num_pending
+
+    @property
+    def num_guessed(self) -> int:
+        """Tokens behind those, which the next step computes as if they were the answer's."""
+        return 0 if self.speculator is None else len(self.speculator.guesses)
+
+    @property
+    def gets_more(self) -> bool:
+        """Whether the step whose tokens are being taken has more of them for it."""
+        return self.speculator is not None and self.num_pending > self.speculator.num_lost
 
     @property
     def can_run(self) -> bool:

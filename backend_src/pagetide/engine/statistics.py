@@ -24,6 +24,8 @@ class Counters:
     prompt_tokens: int = 0
     cached_tokens: int = 0
     generated_tokens: int = 0
+    drafted_tokens: int = 0
+    accepted_tokens: int = 0
     cancelled: int = 0
     timed_out: int = 0
     failed: int = 0

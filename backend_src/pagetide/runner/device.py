@@ -23,6 +23,7 @@ class Device(Protocol):
     activation_dtype: torch.dtype | None  # None: that of the weights
     overlaps: bool  # computes beside the host, not in its place
     records: bool  # record() saves launches
+    num_free_tokens: int  # of a step that take about as long as reading the weights does
 
     def run(self, function: Callable[..., Result], *args: Any) -> Result:
         """Runs the function where the kernels run, and waits for what it returns."""
@@ -69,6 +70,7 @@ class CpuDevice:
     activation_dtype: torch.dtype | None = torch.float32
     overlaps = False
     records = False
+    num_free_tokens = 20
 
     def __init__(self, num_threads: int, share: tuple[int, int] = (0, 1)):
         self._worker = ThreadPoolExecutor(1, "pagetide-device")
@@ -119,6 +121,7 @@ class CudaDevice:
 
     activation_dtype: torch.dtype | None = None
     overlaps = True
+    num_free_tokens = 128
 
     def __init__(self, records: bool, index: int) -> None:
         self.records = records

@@ -123,6 +123,17 @@ class Admission:
 
 
 @dataclass(frozen=True, eq=False)
+class Draft:
+    """A row has num_computed tokens in the cache, whatever was computed beyond; behind the token that comes
+    next stand these, int32 [g], which are guesses.
+    """
+
+    row: int
+    num_computed: int
+    token_ids: np.ndarray
+
+
+@dataclass(frozen=True, eq=False)
 class AdapterLoad:
     """An adapter's tensors (models.adapters.read_adapter) take a place among those beside the model."""
 
@@ -138,8 +149,9 @@ class StepPlan:
     logit_index, sample_rows, sample_positions: [m] look at the logits of the step's token logit_index for
         row sample_rows, whose next token stands at sample_positions. The first num_sampled of them sample
         that token; the others are prompt tokens whose successor is known. Several rows may sample from one
-        token (parallel samples); an unfinished prompt chunk samples none.
+        token (parallel samples), and a row from several (guesses); an unfinished prompt chunk samples none.
     adapter_load: happens before anything else. has_adapters: some row of the step has one.
+    drafts: of rows that run guesses, or have run wrong ones; they come after admissions.
     block_rows, block_index, block_ids: [d] changes to the rows' block tables.
     swap_outs, swap_ins: [c, 2] blocks (device, host) and (host, device) whose content moves before anything
         else: all outs, then all ins.
@@ -177,6 +189,7 @@ class StepPlan:
     beam_index: np.ndarray = field(default_factory=_no_rows)
     num_candidates: int = 0
     return_index: np.ndarray = field(default_factory=_no_rows)
+    drafts: tuple[Draft, ...] = ()
     adapter_load: AdapterLoad | None = None
     has_adapters: bool = False
 

@@ -9,7 +9,7 @@ import numpy as np
 import torch
 
 from pagetide.ops.batch import LogitEdits, to_device
-from pagetide.runner.plan import NO_ADAPTER, NO_EDITS, Admission, StepPlan, bits_of
+from pagetide.runner.plan import NO_ADAPTER, NO_EDITS, Admission, Draft, StepPlan, bits_of
 
 _FLOATS = ("temperature", "top_p", "min_p", "repetition_penalty", "presence_penalty", "frequency_penalty")
 _INTEGERS = ("top_k", "seed", "num_prompt")
@@ -45,12 +45,28 @@ class Rows:
         self.edits = self._gather_edits()
 
     def admit(self, plan: StepPlan) -> None:
-        """Gives the plan's new sequences their rows."""
+        """Gives the plan's new sequences their rows, and others what has been guessed of their tokens."""
         for admission in plan.admissions:
             self.history[admission.row, : len(admission.token_ids)] = self._upload(admission.token_ids)
         if plan.admissions:
             self._write_numbers(plan.admissions)
             self._write_edits(plan.admissions)
+        if plan.drafts:
+            self._write_drafts(plan.drafts)
+
+    def _write_drafts(self, drafts: tuple[Draft, ...]) -> None:
+        counts = np.array([len(draft.token_ids) for draft in drafts])
+        rows, lengths = (np.array([getattr(d, name) for d in drafts]) for name in ("row", "num_computed"))
+        # A draft's first guess stands behind the token that comes next.
+        firsts = lengths + 1 - (counts.cumsum() - counts)
+        places = np.repeat(firsts, counts) + np.arange(counts.sum())
+        packed = self._upload(
+            np.concatenate([rows, lengths, np.repeat(rows, counts), places, *(d.token_ids for d in drafts)])
+        )
+        num, num_guesses = len(drafts), int(counts.sum())
+        rows_there, lengths_there, owners, positions, guesses = packed.split([num, num, *[num_guesses] * 3])
+        self.lengths[rows_there] = lengths_there.int()
+        self.history[owners, positions] = guesses
 
     def params_of(self, rows: torch.Tensor) -> dict[str, torch.Tensor]:
         """The parameters of some rows, by their names: [len(rows)] each."""

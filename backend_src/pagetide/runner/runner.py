@@ -134,12 +134,22 @@ class Runner:
         for count, start, temperature in ((num_tokens, 0, 0.0), (1, num_tokens, 0.0), (1, num_tokens, 1.0)):
             self._try(self._warm_up_plan(1, count, start, temperature))
 
-    def try_largest(self, num_tokens: int, num_sequences: int) -> None:
-        """As warm_up(), and all sequences sample at once: what takes the most memory, where nobody asks for
-        the log-probabilities of a prompt.
+    def try_largest(self, num_tokens: int, num_sequences: int, num_guesses: int) -> None:
+        """As warm_up(), and all sequences sample at once, behind so many guesses each: what takes the most
+        memory, where nobody asks for the log-probabilities of a prompt.
         """
         self.warm_up(num_tokens)
-        self._try(self._warm_up_plan(num_sequences, 1, 0, 1.0))
+        plan = self._warm_up_plan(num_sequences, 1 + num_guesses, 0, 1.0)
+        order = np.arange(plan.num_tokens, dtype=np.int32)
+        self._try(
+            replace(
+                plan,
+                logit_index=order,
+                sample_rows=order // (1 + num_guesses),
+                sample_positions=1 + order % (1 + num_guesses),
+                num_sampled=len(order),
+            )
+        )
 
     def _warm_up_plan(self, num_sequences: int, count: int, start: int, temperature: float) -> StepPlan:
         """As if rows had adapters, if they can: a step of such takes more memory."""

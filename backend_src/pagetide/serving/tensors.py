@@ -253,9 +253,11 @@ _VALUES: dict[str, Callable[[Chunk], Any]] = {
     "first_scheduled_time_ns": lambda chunk: chunk.output.timings.first_scheduled_ns,
     "first_token_time_ns": lambda chunk: chunk.output.timings.first_token_ns,
     "last_token_time_ns": lambda chunk: chunk.output.timings.last_token_ns,
-    "acceptance_rate": lambda chunk: 0,
-    "total_accepted_draft_tokens": lambda chunk: 0,
-    "total_draft_tokens": lambda chunk: 0,
+    "acceptance_rate": lambda chunk: (
+        chunk.output.timings.accepted_tokens / max(chunk.output.timings.drafted_tokens, 1)
+    ),
+    "total_accepted_draft_tokens": lambda chunk: chunk.output.timings.accepted_tokens,
+    "total_draft_tokens": lambda chunk: chunk.output.timings.drafted_tokens,
     f"{VLLM}cumulative_logprob": lambda chunk: chunk.output.cumulative_logprob,
     f"{VLLM}num_output_tokens": lambda chunk: len(chunk.output.ids),
 }

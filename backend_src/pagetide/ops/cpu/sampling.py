@@ -35,8 +35,14 @@ def _argmax(num_rows, logits, out):  # type: ignore[no-untyped-def]
 def argmax(logits: torch.Tensor) -> torch.Tensor:
     """Likeliest token of each row: logits [s, vocabulary] float32 -> [s] int64."""
     out = torch.empty(logits.shape[0], dtype=torch.int64)
-    _argmax(len(out), logits.numpy(), out.numpy())
+    _argmax(len(out), _rows_of(logits), out.numpy())
     return out
+
+
+def _rows_of(logits: torch.Tensor) -> np.ndarray:
+    """As ops/cpu/spans.py takes them: each row one piece of memory."""
+    assert logits.stride(-1) == 1 or logits.shape[-1] <= 1, logits.stride()
+    return logits.numpy()
 
 
 def sample(
@@ -51,7 +57,7 @@ def sample(
     """As ops.reference.sample."""
     out = torch.empty(logits.shape[0], dtype=torch.int64)
     rows = (temperature, top_k, top_p, min_p, seed, position)
-    _sample(len(out), logits.numpy(), *(values.numpy() for values in rows), out.numpy())
+    _sample(len(out), _rows_of(logits), *(values.numpy() for values in rows), out.numpy())
     return out
 
 
@@ -311,5 +317,5 @@ def score(logits: torch.Tensor, ids: torch.Tensor, num_top: int) -> list[torch.T
         ((num_rows, count), torch.float32),
     )
     results = [torch.empty(shape, dtype=dtype) for shape, dtype in shapes]
-    _score(num_rows, logits.numpy(), ids.numpy(), *(result.numpy() for result in results))
+    _score(num_rows, _rows_of(logits), ids.numpy(), *(result.numpy() for result in results))
     return results

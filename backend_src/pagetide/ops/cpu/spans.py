@@ -136,21 +136,23 @@ def can_win(typing_context, values, at, count, rate, floor, best, state):  # typ
     def generate(context, builder, signature, args):  # type: ignore[no-untyped-def]
         rate, floor, best, state = (spread(builder, value) for value in args[3:])
         found = _Bits(builder, args[1])
-        with _each_vector(context, builder, signature, args) as (first, _, lanes):
+        with _each_vector(context, builder, signature, args) as (first, is_there, lanes):
             token = builder.add(spread(builder, builder.trunc(first, WORD)), _LANE_NUMBERS)
             hashed = _mix(builder, builder.add(token, _every(0x9E3779B9)))
             bits = builder.lshr(_mix(builder, builder.xor(state, hashed)), _every(9))
-            rest = builder.sitofp(builder.sub(_every(2**23), bits), FLOATS)
+            # 2^23 (1 - uniform), of which the power below is 2^23 times too.
+            rest = builder.fsub(builder.sitofp(builder.sub(_every(2**23), bits), FLOATS), constant(0.5))
             scaled = builder.fmul(lanes, rate)
             exponent = builder.fsub(scaled, best, flags=FAST)
             is_tiny = builder.fcmp_ordered("<", exponent, constant(-80.0))
             exponent = builder.select(is_tiny, constant(-80.0), exponent)
-            # 2^23 times the power, as the rest is, and a thousandth more for what is rounded.
+            # A thousandth more for what is rounded.
             exponent = builder.fmul(exponent, constant(2**23 / math.log(2)), flags=FAST)
             exponent = builder.fadd(exponent, constant((127 + 23 + 0.001) * 2**23), flags=FAST)
             power = builder.bitcast(builder.fptosi(exponent, WORDS), FLOATS)
             wins = builder.fcmp_ordered(">", power, rest)
-            found.add(first, builder.and_(wins, builder.fcmp_ordered(">=", scaled, floor)))
+            allowed = builder.and_(is_there, builder.fcmp_ordered(">=", scaled, floor))
+            found.add(first, builder.and_(wins, allowed))
         return found.all()
 
     index, number = types.int64, types.float32
