@@ -1,6 +1,4 @@
-"""The embedded model through the real server with its file's own codes, a cache of integers, and guesses of
-tokens.
-"""
+"""The embedded model through the real server with its file's own codes and a cache of integers."""
 
 from __future__ import annotations
 
@@ -8,7 +6,7 @@ import random
 from collections.abc import Iterator
 
 import pytest
-from client import CACHE, Streams, metric, start, stream_one, wait_for, wait_until_idle
+from client import CACHE, Streams, metric, start, stream_one, wait_until_idle
 from pagetide.llm import LLM
 from pagetide.types import SamplingParams
 from triton_server import TritonServer
@@ -18,7 +16,7 @@ SETTINGS = {"quantization": "w4a8", "kv_cache_dtype": "int8", "cache_dir": CACHE
 
 @pytest.fixture(scope="module")
 def quantized() -> Iterator[TritonServer]:
-    server = start({**SETTINGS, "num_blocks": 60, "num_speculative_tokens": 5})
+    server = start({**SETTINGS, "num_blocks": 60})
     yield server
     wait_until_idle(server)
     assert server.stop()
@@ -53,21 +51,3 @@ def test_it_speaks(quantized):
         quantized, "ensemble", text_input="The capital of France is", max_tokens=12, temperature=0.0
     )
     assert "Paris" in answer.text
-
-
-def test_what_was_guessed_is_told(quantized):
-    """Of a request that lets the model repeat itself, and in the metrics."""
-    names = "pagetide_draft_tokens", "pagetide_accepted_draft_tokens"
-    before = [metric(quantized, name) for name in names]
-    stream = stream_one(
-        quantized, text_input="one two three four " * 12, max_tokens=40, temperature=0.0, ignore_eos=True,
-        stream=True, return_perf_metrics=True,
-    )  # fmt: skip
-    last = stream.responses[-1]
-    drafted, accepted = last["total_draft_tokens"], last["total_accepted_draft_tokens"]
-    assert len(stream.ids()) == 40 and drafted >= accepted > 10
-    assert last["acceptance_rate"] == pytest.approx(accepted / drafted)
-    wait_for(
-        lambda: [metric(quantized, name) for name in names] == [before[0] + drafted, before[1] + accepted],
-        what="the metrics of these guesses",
-    )
