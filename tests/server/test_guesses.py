@@ -1,4 +1,4 @@
-"""Speculative decoding through the real server: what it tells of its guesses, and that it streams the same."""
+"""Speculative decoding through the real server: its answers are the same, and it tells of its guesses."""
 
 from __future__ import annotations
 
