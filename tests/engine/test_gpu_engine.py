@@ -100,7 +100,10 @@ def test_adapters_equal_pefts(recorder, tmp_path):
     assert DEVICE.type != "cpu" or recorder.replayed > 3
 
 
-def test_the_largest_steps_are_tried_before_the_cache_takes_what_is_left(recorder, monkeypatch, tmp_path):
+@pytest.mark.parametrize(("num_guesses", "largest"), [(0, (6, 6)), (3, (12, 12))])
+def test_the_largest_steps_are_tried_before_the_cache_takes_what_is_left(
+    num_guesses, largest, recorder, monkeypatch, tmp_path
+):
     tried, forward = [], Runner._forward
 
     def note(runner, plan):
@@ -117,8 +120,9 @@ def test_the_largest_steps_are_tried_before_the_cache_takes_what_is_left(recorde
     monkeypatch.setattr(kind, "kv_cache_bytes", kv_cache_bytes)
     model = write_model(tmp_path, small("qwen3"))
     sizes = {**SIZES, "num_blocks": 0, "max_num_seqs": 6, "max_num_batched_tokens": 20}
+    sizes["num_speculative_tokens"] = num_guesses
     engine = LLM(str(tmp_path), device=DEVICE.type, cache_dir=str(tmp_path / "cache"), **sizes)
-    assert (20, 1) in tried and (6, 6) in tried
+    assert (20, 1) in tried and largest in tried
     assert engine.generate([[7, 8]], SamplingParams(temperature=0, max_tokens=5))[0].outputs[0].token_ids == (
         greedy(model, [7, 8], 5)
     )
@@ -322,6 +326,8 @@ def test_rules_give_the_tokens_that_the_reference_gives(alone, recorder, tmp_pat
             answers.append([engine.generate([prompt], rule)[0] for rule in RULES.values()])
         else:
             answers.append(engine.generate([prompt] * len(RULES), list(RULES.values())))
+        drafted = engine.engine.statistics().counters["drafted_tokens"]
+        assert (drafted > 0) == ("num_speculative_tokens" in settings)
         engine.close()
     for name, ours, theirs in zip(RULES, *answers, strict=True):
         for one, other in zip(ours.outputs, theirs.outputs, strict=True):

@@ -110,9 +110,7 @@ class SmallEngine:
         info = EngineInfo(
             "", VOCABULARY, max_model_len, self.settings.max_num_seqs, 0, "cpu", num_blocks, block_size, False
         )
-        self.engine = Engine(
-            info, self.scheduler, self.runner, overlaps and speculation is None, check_integrity=True
-        )
+        self.engine = Engine(info, self.scheduler, self.runner, overlaps, check_integrity=True)
         self.outputs: list[Output] = []
         self.refusals: list[Refusal] = []
 

@@ -128,13 +128,12 @@ def test_samples_fork_before_anything_is_guessed(overlaps):
     assert small.scheduler.counters.drafted_tokens > small.scheduler.counters.accepted_tokens > 0
 
 
-@pytest.mark.parametrize("overlaps", [True, False])
-def test_nobody_gives_way_for_guesses(overlaps):
-    """The first has no block for what it would guess until the second, which needs none, has ended."""
+@pytest.mark.parametrize(("num_blocks", "block_size"), [(9, 2), (17, 1)])
+def test_nobody_gives_way_for_guesses(num_blocks, block_size):
+    """What the first would guess has no blocks, or would take the second's, until that has ended."""
     small = SmallEngine(
-        overlaps=overlaps,
-        num_blocks=9,
-        block_size=2,
+        num_blocks=num_blocks,
+        block_size=block_size,
         num_speculative_tokens=3,
         prompt_lookup_min=1,
         enable_prefix_caching=False,
@@ -182,12 +181,18 @@ def test_only_what_is_the_answers_can_be_found_again():
         assert small.scheduler.counters.cached_tokens > 0
 
 
-@pytest.mark.parametrize("num_prompt", range(1, 17))
+class Always(Speculation):
+    def speculators(self, num_sequences: int, num_prompt: int) -> list[Speculator]:
+        return [Speculator(Fixed()) for _ in range(num_sequences)]
+
+
+@pytest.mark.parametrize("num_prompt", range(20, 36))
 @pytest.mark.parametrize("waits", [True, False])
 def test_guesses_take_only_what_those_before_them_leave(num_prompt, waits):
     """A prompt that goes before the one who guesses takes nearly all of the step, and others wait behind."""
     for num_steps in range(3, 9):
-        small = SmallEngine(num_speculative_tokens=8, prompt_lookup_min=1)
+        small = SmallEngine(num_speculative_tokens=8)
+        small.scheduler._speculation = Always(longest=8, num_alike=1, num_free=20)
         small.add(1, [3, 4] * 5, max_tokens=40, seed=1, priority=5)
         for _ in range(num_steps):
             small.step()
@@ -223,3 +228,38 @@ def test_an_answer_and_its_guesses_come_in_one_output_a_step():
     small.add(1, [3, 4] * 5, max_tokens=40, seed=1, stream=True)
     small.run()
     assert len(small.outputs) == small.scheduler.counters.steps < 38
+
+
+def test_all_who_guess_run_in_each_step():
+    """Also those who came while the others' step ran."""
+    small = SmallEngine(overlaps=True, max_num_seqs=6, num_speculative_tokens=3, prompt_lookup_min=1)
+    for number in range(6):
+        small.add(number, [number * 7 + 1, 2, 3], max_tokens=20, seed=2)
+        small.step()
+    sizes = small.scheduler.observed.step_sequences
+    sizes.clear()
+    for _ in range(5):
+        small.step()
+    assert list(sizes) == [6] * 5
+
+
+@given(st.integers(1, 64), st.integers(1, 9000), st.integers(1, 300))
+def test_no_step_has_more_guesses_than_the_most(longest, budget, max_running):
+    speculation = Speculation(longest, num_alike=3, num_free=20)
+    most = speculation.most(budget, max_running) * max_running
+    assert all(
+        num_running * min(longest, speculation.room(budget, num_running)) <= most
+        for num_running in range(1, max_running + 1)
+    )
+
+
+@pytest.mark.parametrize("num_blocks", range(16, 40, 3))
+def test_who_is_preempted_guesses_anew(num_blocks):
+    settings = {"num_speculative_tokens": 8, "prompt_lookup_min": 1, "max_num_batched_tokens": 64}
+    small = SmallEngine(num_blocks=num_blocks, enable_prefix_caching=False, **settings)
+    for number in range(4):
+        small.add(number, [3 + number, 4] * 5, max_tokens=40, seed=1)
+    small.run()
+    for number in range(4):
+        assert small.tokens(number) == expected_tokens([3 + number, 4] * 5, 40, 1)
+    assert small.scheduler.counters.preemptions > 0

@@ -147,9 +147,9 @@ def load_rank(settings: Settings, model: Model, device: Device, comm: Comm) -> R
     def try_steps() -> None:
         # Rows are as long as this needs: how long they can be is not known yet.
         num_tokens = min(settings.max_num_batched_tokens, longest - 1)
-        make_runner(1, 0, num_tokens + 1).try_largest(
-            num_tokens, settings.max_num_seqs, _most_guesses(settings)
-        )
+        speculation, num_sequences = _speculation(settings, device), settings.max_num_seqs
+        most = speculation.most(settings.max_num_batched_tokens, num_sequences) if speculation else 0
+        make_runner(1, 0, num_tokens + 1).try_largest(num_tokens, num_sequences, min(most, num_tokens - 1))
 
     num_blocks = settings.num_blocks or comm.smallest(
         device.kv_cache_bytes(settings, try_steps) // shared_bytes
@@ -201,15 +201,7 @@ def _make_engine(settings: Settings, model: Model, rank: Rank, runner: StepRunne
     # What is loaded now stays: no collection needs to look at it again.
     gc.collect()
     gc.freeze()
-    # What is guessed next depends on all tokens before.
-    overlaps = device.overlaps and not settings.num_speculative_tokens
-    return Engine(info, scheduler, runner, overlaps, settings.check_integrity)
-
-
-def _most_guesses(settings: Settings) -> int:
-    """Of a sequence, where all run: at least as many as Speculation.room lets all of them have together."""
-    room = settings.max_num_batched_tokens // 4
-    return min(settings.num_speculative_tokens, -(-room // settings.max_num_seqs))
+    return Engine(info, scheduler, runner, device.overlaps, settings.check_integrity)
 
 
 def _speculation(settings: Settings, device: Device) -> Speculation | None:

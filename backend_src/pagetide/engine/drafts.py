@@ -77,7 +77,7 @@ class PromptLookup:
 class Speculation:
     """How far the engine guesses.
 
-    longest: guesses of a sequence in one step; 0: none are made. num_alike: of PromptLookup. num_free: tokens
+    longest: guesses of a sequence in one step, at most. num_alike: of PromptLookup. num_free: tokens
     that take a step about as long as reading the weights does, which one of few tokens waits for.
     """
 
@@ -95,6 +95,10 @@ class Speculation:
         prompts.
         """
         return budget // 4 // num_running
+
+    def most(self, budget: int, max_running: int) -> int:
+        """So many guesses of each of max_running sequences are at least as many as any step has."""
+        return min(self.longest, -(-(budget // 4) // max_running))
 
     def worthwhile(self, num_running: int, rate: float) -> int:
         """How many guesses of a sequence are worth their time beside so many sequences, if each is right at

@@ -60,7 +60,8 @@ class Engine:
         self.info = info
         self.scheduler = scheduler
         self.runner = runner
-        self._overlaps = overlaps
+        # What is guessed next depends on all tokens before.
+        self._overlaps = overlaps and not scheduler.guesses
         self._check_integrity = check_integrity
         self._last: StepPlan | None = None
         self._has_failed = False

@@ -39,8 +39,7 @@ class Scheduler:
     """The sequences of an engine: schedule() makes the next step, commit() takes its tokens.
 
     guides: compiles what guided requests ask for. now: the clock of deadlines and timings, in ns. adapters:
-    that requests may name. speculation: None: no tokens are guessed; if there is one, all tokens of a step
-    are known before the next is planned.
+    that requests may name. speculation: None: no tokens are guessed.
     """
 
     def __init__(
@@ -80,6 +79,11 @@ class Scheduler:
         self.outputs = OutputQueue(self.observed)
         self._in_flight: dict[int, StepSequences] = {}  # by step
         self._batch_is_open = True
+
+    @property
+    def guesses(self) -> bool:
+        """True if tokens are guessed: then all of a step must be known before the next is planned."""
+        return self._speculation is not None
 
     # -- requests come and go ----------------------------------------------------------------------------
 
