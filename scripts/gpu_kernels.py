@@ -9,9 +9,12 @@ from typing import Any
 import numpy as np
 import torch
 from gpu_scale import Rows, Scale, share
+from pagetide.config import Settings, SettingsError
 from pagetide.ops.attention import HeadShape, LayerAttention
+from pagetide.ops.batch import Batch
 from pagetide.ops.gpu import decode, prefill
-from pagetide.ops.gpu.attention import chunk_tiles
+from pagetide.ops.gpu.attention import MakeChunks, TiledChunks
+from pagetide.ops.gpu.libraries import chunk_attention
 from pagetide.ops.gpu.sampling import sample
 
 
@@ -64,39 +67,71 @@ def decode_call(
 
 
 def measure_prefill_attention(scale: Scale) -> Rows:
-    """The prefill kernel alone: operations a second (the causal half counted), against matrix products'."""
+    """Attention of a prompt alone, by the engine's kernel and by the libraries that are installed: operations
+    a second (the causal half counted), against matrix products'.
+    """
     shapes = {"8B": HeadShape(32, 8, 128), "1B": HeadShape(32, 8, 64)}
     rows = []
     for name, shape in shapes.items() if scale.is_gpu else {"tiny": HeadShape(2, 1, 16)}.items():
         for length in (512, 2048, 8192) if scale.is_gpu else (70,):
-            seconds = scale.looped([prefill_call(scale, shape, length)] * 2)
-            flops = 2 * length**2 * shape.num_heads * shape.head_dim
-            rows.append(
-                {
-                    "heads": name,
-                    "length": length,
-                    "us": seconds * 1e6,
-                    "TFLOP/s": flops / seconds / 1e12,
-                    "of matmul": share(flops / seconds, scale.limits["flops"]),
-                }
-            )
+            own = 0.0
+            for backend, make_chunks in installed_chunks(scale).items():
+                seconds = scale.looped([prefill_call(scale, make_chunks, shape, length)] * 2)
+                own = own or seconds
+                flops = 2 * length**2 * shape.num_heads * shape.head_dim
+                rows.append(
+                    {
+                        "heads": name,
+                        "length": length,
+                        "attention_backend": backend,
+                        "us": seconds * 1e6,
+                        "TFLOP/s": flops / seconds / 1e12,
+                        "of matmul": share(flops / seconds, scale.limits["flops"]),
+                        "times as fast as triton": own / seconds,
+                    }
+                )
     return rows
 
 
-def prefill_call(scale: Scale, shape: HeadShape, length: int) -> Callable[[], None]:
+def installed_chunks(scale: Scale) -> dict[str, MakeChunks]:
+    """By the values of attention_backend, the engine's own first."""
+    found: dict[str, MakeChunks] = {}
+    for name in ("triton", "flashinfer", "flash_attn_4"):
+        try:
+            found[name] = chunk_attention(Settings(attention_backend=name), scale.device, scale.dtype)
+        except SettingsError as reason:
+            print(reason, flush=True)
+    return found
+
+
+def prefill_call(scale: Scale, make_chunks: MakeChunks, shape: HeadShape, length: int) -> Callable[[], None]:
     num_blocks = -(-length // 16)
     kv = torch.randn(num_blocks, 2, shape.num_kv_heads, 16, shape.head_dim, device=scale.device).to(
         scale.dtype
     )
-    table = torch.randperm(num_blocks, device=scale.device).to(torch.int32).view(1, num_blocks)
     q = torch.randn(length, shape.num_heads, shape.head_dim, device=scale.device).to(scale.dtype)
     out = torch.empty(length, shape.num_heads * shape.head_dim, dtype=scale.dtype, device=scale.device)
-    zero, count = np.zeros(1, np.int32), np.array([length], np.int32)
-    tiles = torch.from_numpy(chunk_tiles(zero, count, zero, prefill.tokens_of_tile(shape, scale.dtype))).to(
-        scale.device
-    )
     layer = LayerAttention(q, 0, None, None, 1e-5)
-    return lambda: prefill.attend_chunks(shape, q, kv, table, layer, tiles, out)
+    batch = one_prompt(scale.device, num_blocks, length)
+    chunks = make_chunks(shape, scale.dtype)
+    plan = chunks.plan(batch, batch.starts, np.array([True]))
+    return lambda: chunks.attend(q, kv, layer, batch, plan, out)
+
+
+def one_prompt(device: torch.device, num_blocks: int, length: int) -> Batch:
+    """A step that computes a whole prompt, whose blocks lie in any order."""
+    positions = torch.arange(length, device=device)
+    return Batch(
+        ids=positions,
+        positions=positions,
+        slot_mapping=positions,
+        block_table=torch.randperm(num_blocks, device=device).to(torch.int32).view(1, num_blocks),
+        lengths=torch.tensor([length], dtype=torch.int32, device=device),
+        logit_index=torch.zeros(1, dtype=torch.int32, device=device),
+        counts=np.array([length], np.int32),
+        starts=np.zeros(1, np.int32),
+        block_size=16,
+    )
 
 
 DECODES = [
@@ -140,7 +175,7 @@ def tune(scale: Scale) -> Rows:
         prefill.TUNED = prefill.Choice(*choice)
         row = {"kernel": "prefill", "choice": choice}
         try:
-            row["4096: us"] = scale.looped([prefill_call(scale, shape, 4096)] * 2) * 1e6
+            row["4096: us"] = scale.looped([prefill_call(scale, TiledChunks, shape, 4096)] * 2) * 1e6
         except Exception as error:  # too much shared memory
             row["failed"] = type(error).__name__
         rows.append(row)

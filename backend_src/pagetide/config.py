@@ -193,6 +193,14 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
             "GPU's kernels, which a CPU runs in the Triton language's interpreter (for tests)"
         ),
     ] = "auto"
+    attention_backend: Annotated[
+        Literal["auto", "triton", "flashinfer", "flash_attn_4"],
+        Meta(
+            description="on a GPU, what attends to prompt chunks: triton: the engine's own kernels; "
+            "flashinfer, flash_attn_4: these libraries, if they are installed; auto: triton. Steps in which "
+            "each sequence has one token always use the engine's own"
+        ),
+    ] = "auto"
     cuda_graphs: Annotated[
         bool,
         Meta(description="on a GPU, decode steps are recorded at start, and replayed by one launch each"),

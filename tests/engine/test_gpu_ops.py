@@ -10,7 +10,8 @@ from functools import partial
 import numpy as np
 import pytest
 import torch
-from cases import capped_shape, give_adapters, random_layers, random_rows, rotary_like, run_steps
+from cases import capped_shape, random_rows, rotary_like
+from gpu_cases import check_layers
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from interpreted import DEVICE, DTYPES, HAS_GPU
@@ -26,9 +27,8 @@ from pagetide.ops.gpu.gather import gather
 from pagetide.ops.gpu.logits import Penalties, edit, mask
 from pagetide.ops.gpu.norm import add_rms_norm
 from pagetide.ops.gpu.sampling import argmax, sample
-from pagetide.ops.gpu.table import gpu_layers
-from pagetide.ops.layers import ComposedLayers, EmbeddingWeights, LayerShape
-from pagetide.ops.plain import TORCH_LAYERS, TorchEmbedding
+from pagetide.ops.layers import EmbeddingWeights, LayerShape
+from pagetide.ops.plain import TorchEmbedding
 from pagetide.ops.weights import DenseWeight, quantize
 from pagetide.runner.plan import Admission, LogitEdit, RowEdits, RowParams, bits_of
 from pagetide.runner.rows import Rows
@@ -103,35 +103,6 @@ def test_gather(sequences, block_size, seed):
         assert ends[i] == end and growing[row] == (starts[i] if is_padding[i] else end)
         used = -(-end // block_size)
         assert torch.equal(tables[i, :used], table[row, :used])
-
-
-def check_layers(shape: LayerShape, lengths, dtype, window, has_norms, has_bias, has_fp8=False) -> None:
-    """In float16 and bfloat16 the reference computes the same in float32 from the same weights."""
-    weights = random_layers(shape, dtype, window, has_norms, has_bias)
-    if has_fp8:
-        weights = [replace(layer, k_scale=2.0**-6, v_scale=2.0**-10) for layer in weights]
-    kept = torch.float8_e4m3fn
-    composed = ComposedLayers(TORCH_LAYERS, shape, weights)
-    there = LayerShape(**{**vars(shape), "cos_sin": shape.cos_sin.to(DEVICE)})
-    on_device = ComposedLayers(gpu_layers(dtype, Choices()), there, moved(weights, dtype))
-    give_adapters(shape, composed, on_device)
-    expected = run_steps(composed, shape, lengths, 0.0, kept if has_fp8 else torch.float32)
-    found = run_steps(on_device, there, lengths, torch.nan, kept if has_fp8 else dtype, dtype)
-    for own, right in zip(found, expected, strict=True):
-        # What is nearly between two FP8 values may become either.
-        most = {torch.float32: 1e-2 if has_fp8 else 2e-5}.get(dtype, 0.03)
-        assert (own - right).norm() < most * right.norm()
-
-
-def moved(value, dtype):
-    """Weights as they lie on the device, all of one type."""
-    if isinstance(value, torch.Tensor):
-        return value.to(DEVICE, dtype)
-    if isinstance(value, list):
-        return [moved(part, dtype) for part in value]
-    if hasattr(value, "__dataclass_fields__"):
-        return type(value)(**{name: moved(part, dtype) for name, part in vars(value).items()})
-    return value
 
 
 HEADS = [(4, 4, 16), (4, 2, 8), (6, 2, 32), (9, 3, 64), (7, 1, 80), (2, 1, 128), (32, 1, 16)]

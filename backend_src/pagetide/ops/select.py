@@ -30,9 +30,16 @@ def select_ops(
         raise SettingsError("ops is triton, which a CPU can only interpret: set TRITON_INTERPRET=1 for that")
     if settings.ops == "triton" or (device.type == "cuda" and settings.ops == "auto"):
         from pagetide.ops.gpu.choices import measured_choices  # imports the Triton language
+        from pagetide.ops.gpu.libraries import chunk_attention
         from pagetide.ops.gpu.table import make_gpu_ops
 
-        return make_gpu_ops(dtype, measured_choices(settings.cache_path, device))
+        make_chunks = chunk_attention(settings, device, dtype)
+        return make_gpu_ops(dtype, measured_choices(settings.cache_path, device), make_chunks)
+    if settings.attention_backend != "auto":
+        raise SettingsError(
+            f"attention_backend is {settings.attention_backend}, which needs the kernels of a GPU; on a CPU, "
+            "and with ops reference, leave it at auto"
+        )
     if device.type == "cpu" and settings.ops == "auto":
         from pagetide.ops.cpu.kept import keeper  # imports Numba, which a GPU does not need
         from pagetide.ops.cpu.table import make_cpu_ops

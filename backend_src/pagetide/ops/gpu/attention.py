@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any, Protocol
 
 import numpy as np
 import torch
@@ -10,24 +12,85 @@ import torch
 from pagetide.ops.attention import HeadShape, LayerAttention
 from pagetide.ops.batch import Batch, to_device
 from pagetide.ops.gpu.decode import Singles, attend_singles, plan_singles
-from pagetide.ops.gpu.prefill import attend_chunks, tokens_of_tile
+from pagetide.ops.gpu.prefill import attend_chunks, chunk_tiles, tokens_of_tile
 from pagetide.ops.gpu.rotary import rotate_and_write
+
+
+class ChunkAttention(Protocol):
+    """Attention of a step's sequences with more than one token."""
+
+    def takes(self, counts: np.ndarray) -> np.ndarray:
+        """bool [n]: the sequences that it attends to, at least those with more than one token.
+
+        counts int32 [n].
+        """
+
+    def plan(self, batch: Batch, firsts: np.ndarray, taken: np.ndarray) -> Any:
+        """Once per step: what attend() needs. firsts int32 [n]: each sequence's first token in the step."""
+
+    def attend(
+        self,
+        q: torch.Tensor,
+        kv: torch.Tensor,
+        layer: LayerAttention,
+        batch: Batch,
+        plan: Any,
+        out: torch.Tensor,
+    ) -> None:
+        """Writes the rows of the taken sequences' tokens in out [t, H * head_dim]. The others' rows of
+        q [t, H, head_dim] are not its own.
+        """
+
+
+MakeChunks = Callable[[HeadShape, torch.dtype], ChunkAttention]
+
+
+class TiledChunks:
+    """ChunkAttention by the engine's own kernel."""
+
+    def __init__(self, shape: HeadShape, dtype: torch.dtype):
+        self._shape = shape
+        self._tokens = tokens_of_tile(shape, dtype)
+
+    def takes(self, counts: np.ndarray) -> np.ndarray:
+        return counts > 1
+
+    def plan(self, batch: Batch, firsts: np.ndarray, taken: np.ndarray) -> torch.Tensor:
+        return to_device(chunk_tiles(firsts, batch.counts, batch.starts, self._tokens), batch.ids.device)
+
+    def attend(
+        self,
+        q: torch.Tensor,
+        kv: torch.Tensor,
+        layer: LayerAttention,
+        batch: Batch,
+        plan: torch.Tensor,
+        out: torch.Tensor,
+    ) -> None:
+        attend_chunks(self._shape, q, kv, batch.block_table, layer, plan, out)
 
 
 @dataclass(frozen=True)
 class AttentionPlan:
-    """singles: None where no sequence has a single token; tiles: of attend_chunks, None where all have."""
+    """singles: None where no sequence with a single token is left to them; chunks: what ChunkAttention
+    planned, None where it has nothing to do.
+    """
 
     singles: Singles | None
-    tiles: torch.Tensor | None
+    chunks: Any
 
 
 class PagedAttention:
-    """AttentionBackend in the Triton language. dtype: of queries, keys and values."""
+    """AttentionBackend in the Triton language. dtype: of queries; make_chunks: of what attends to chunks."""
 
-    def __init__(self, dtype: torch.dtype, shape: HeadShape):
-        self._dtype = dtype
+    def __init__(
+        self,
+        dtype: torch.dtype,
+        make_chunks: Callable[[HeadShape, torch.dtype], ChunkAttention],
+        shape: HeadShape,
+    ):
         self._shape = shape
+        self._chunks = make_chunks(shape, dtype)
 
     def block_shape(self, block_size: int) -> tuple[int, ...]:
         """[keys and values, KV heads, tokens, head size]: what one head reads of a block lies together."""
@@ -43,12 +106,13 @@ class PagedAttention:
             tokens = sequences = torch.arange(len(counts), dtype=torch.int32, device=device)
             return AttentionPlan(self._plan_singles(tokens, sequences, batch), None)
         firsts = np.cumsum(counts, dtype=np.int32) - counts
-        alone = np.flatnonzero(counts == 1).astype(np.int32)
-        tiles = chunk_tiles(firsts, counts, batch.starts, tokens_of_tile(self._shape, self._dtype))
-        packed = to_device(np.concatenate([tiles.ravel(), firsts[alone], alone]), device)
-        of_tiles, tokens, sequences = packed.split([tiles.size, len(alone), len(alone)])
-        singles = self._plan_singles(tokens, sequences, batch) if len(alone) else None
-        return AttentionPlan(singles, of_tiles.view(-1, 4))
+        taken = self._chunks.takes(counts)
+        chunks = self._chunks.plan(batch, firsts, taken)
+        left = np.flatnonzero(~taken).astype(np.int32)
+        if not len(left):
+            return AttentionPlan(None, chunks)
+        tokens, sequences = to_device(np.stack([firsts[left], left]), device)
+        return AttentionPlan(self._plan_singles(tokens, sequences, batch), chunks)
 
     def _plan_singles(self, tokens: torch.Tensor, sequences: torch.Tensor, batch: Batch) -> Singles:
         return plan_singles(self._shape, tokens, sequences, batch.block_table.shape[1], batch.block_size)
@@ -62,29 +126,8 @@ class PagedAttention:
         out = torch.empty(
             (len(q), self._shape.num_heads * self._shape.head_dim), dtype=q.dtype, device=q.device
         )
-        table = batch.block_table
         if plan.singles is not None:
-            attend_singles(self._shape, q, kv, table, batch.lengths, layer, plan.singles, out)
-        if plan.tiles is not None:
-            attend_chunks(self._shape, q, kv, table, layer, plan.tiles, out)
+            attend_singles(self._shape, q, kv, batch.block_table, batch.lengths, layer, plan.singles, out)
+        if plan.chunks is not None:
+            self._chunks.attend(q, kv, layer, batch, plan.chunks, out)
         return out
-
-
-def chunk_tiles(firsts: np.ndarray, counts: np.ndarray, starts: np.ndarray, size: int) -> np.ndarray:
-    """attend_chunks' tiles of all sequences with more than one token, those with the most keys first: what
-    takes longest should not begin last.
-    """
-    longer = np.flatnonzero(counts > 1)
-    num_tiles = -(-counts[longer] // size)
-    owners = np.repeat(longer, num_tiles)
-    offsets = (np.arange(num_tiles.sum()) - np.repeat(np.cumsum(num_tiles) - num_tiles, num_tiles)) * size
-    tiles = np.stack(
-        [
-            owners,
-            firsts[owners] + offsets,
-            np.minimum(counts[owners] - offsets, size),
-            starts[owners] + offsets,
-        ],
-        axis=1,
-    ).astype(np.int32)
-    return tiles[np.argsort(-tiles[:, 3], kind="stable")]

@@ -6,6 +6,7 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
+import numpy as np
 import torch
 import triton
 import triton.language as tl
@@ -209,3 +210,23 @@ def attend_chunks(
         num_warps=choice.warps,
         num_stages=choice.stages,
     )
+
+
+def chunk_tiles(firsts: np.ndarray, counts: np.ndarray, starts: np.ndarray, size: int) -> np.ndarray:
+    """attend_chunks' tiles of all sequences with more than one token, those with the most keys first: what
+    takes longest should not begin last.
+    """
+    longer = np.flatnonzero(counts > 1)
+    num_tiles = -(-counts[longer] // size)
+    owners = np.repeat(longer, num_tiles)
+    offsets = (np.arange(num_tiles.sum()) - np.repeat(np.cumsum(num_tiles) - num_tiles, num_tiles)) * size
+    tiles = np.stack(
+        [
+            owners,
+            firsts[owners] + offsets,
+            np.minimum(counts[owners] - offsets, size),
+            starts[owners] + offsets,
+        ],
+        axis=1,
+    ).astype(np.int32)
+    return tiles[np.argsort(-tiles[:, 3], kind="stable")]
