@@ -33,11 +33,13 @@ class RequestTimeoutError(PagetideError):
     """The answer was not whole within the call's timeout; the request has been cancelled."""
 
 
-# In a stream errors come as text, in Triton's words or the engine's.
+# In a stream errors come as text, in Triton's words or the engine's: what they begin with.
+_STEP_FAILED = r"Failed to process the request\(s\) for model instance '[^']*', message: "
 _BY_TEXT: tuple[tuple[str, type[PagetideError]], ...] = (
-    (r"Exceeds maximum queue size", ServerBusyError),
+    (r"Exceeds maximum queue size|the server is full", ServerBusyError),
     (r"internal error|the engine failed at this request", EngineError),
-    (r"^the engine |Stub process|is not ready", ServerUnavailableError),
+    (r"the engine |the server is stopping", ServerUnavailableError),
+    (rf"({_STEP_FAILED})?(Stub process '|Model '[^']*' is not ready)", ServerUnavailableError),
 )
 _BY_CODE = {
     grpc.StatusCode.UNAVAILABLE: ServerUnavailableError,
@@ -53,7 +55,7 @@ def error_of_text(message: str) -> PagetideError:
     """From what a response says instead of an answer."""
     message = re.sub(r"^in ensemble '[^']*', ", "", message)
     for pattern, kind in _BY_TEXT:
-        if re.search(pattern, message):
+        if re.match(pattern, message):
             return kind(message)
     return InvalidRequestError(message)
 

@@ -75,7 +75,7 @@ def _request(model: str, stream: bool, fields: dict[str, Any], limit: float | No
         given.setdefault("timeout_ms", max(1, math.ceil(1000 * limit)))
     counts = {"return_num_input_tokens": True, "return_num_cached_tokens": True}
     request = pb.ModelInferRequest(model_name=model)
-    for name in (*OUTPUTS, "logprobs") if "logprobs" in given else OUTPUTS:
+    for name in (*OUTPUTS, "logprobs") if {"logprobs", "prompt_logprobs"} & given.keys() else OUTPUTS:
         request.outputs.add(name=name)
     _add(request, "stream", "BOOL", [1, 1], bytes([stream]))
     _add_text(request, "sampling_parameters", json.dumps(given | counts))

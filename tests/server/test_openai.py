@@ -23,7 +23,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from pagetide.contract.fields import FIELDS as CONTRACT
 from pagetide.gateway import models
-from pagetide.gateway.bodies import ChatBody, CompletionBody
+from pagetide.gateway.bodies import ChatBody, CompletionBody, ResponsesBody
 from pagetide.gateway.errors import ApiError
 from pagetide.gateway.triton import Generation, Triton
 from parrot import write_parrot
@@ -43,6 +43,12 @@ WEATHER = {
             "$defs": {"few": {"type": "integer", "minimum": 1, "maximum": 7}},
         },
     },
+}
+
+
+ODD_TOOL = {
+    "tools": [{"type": "function", "function": {"name": "f", "parameters": {"$defs": []}}}],
+    "tool_choice": "required",
 }
 
 
@@ -228,13 +234,33 @@ def test_completions_have_prompts_of_every_kind(client):
         assert found.usage.completion_tokens == 8 * count
 
 
-def test_echo_has_the_prompt_and_its_log_probabilities(client):
-    found = client.completions.create(
-        model="ensemble", prompt="The capital of France", max_tokens=3, temperature=0, echo=True, logprobs=2
-    )
-    (choice,) = found.choices
-    assert choice.text.startswith("The capital of France") and len(choice.logprobs.tokens) == 4 + 3
-    assert choice.logprobs.token_logprobs[0] is None and len(choice.logprobs.top_logprobs[-1]) == 2
+@pytest.mark.parametrize("stream", [False, True])
+def test_echo_has_the_prompt_and_its_log_probabilities(client, stream):
+    asked = {"max_tokens": 3, "echo": True, "logprobs": 2, "n": 2, "seed": 1, "stream": stream}
+    found = client.completions.create(model="ensemble", prompt=["The capital of France", "Tides"], **asked)
+    pieces = [choice for chunk in found for choice in chunk.choices] if stream else found.choices
+    for index, prompt in enumerate(["The capital of France"] * 2 + ["Tides"] * 2):
+        own = [piece for piece in pieces if piece.index == index]
+        text, tokens, logprobs, places, tops = "", [], [], [], []
+        for piece in own:
+            text += piece.text
+            tokens += piece.logprobs.tokens
+            logprobs += piece.logprobs.token_logprobs
+            places += piece.logprobs.text_offset
+            tops += piece.logprobs.top_logprobs
+        assert text.startswith(prompt) and "".join(tokens) == text
+        assert places == [len("".join(tokens[:at])) for at in range(len(tokens))]
+        assert logprobs[0] is None and None not in logprobs[1:] and len(tops[-1]) >= 2
+
+
+def test_the_least_top_p_takes_the_likeliest(client):
+    """OpenAI's 0 asks for that; the contract's means that none is given."""
+    asked = {"model": "ensemble", "prompt": "The tide", "max_tokens": 12}
+    likeliest = client.completions.create(temperature=0, **asked).choices[0].text
+    for seed in range(4):
+        assert (
+            client.completions.create(top_p=0, temperature=2, seed=seed, **asked).choices[0].text == likeliest
+        )
 
 
 @pytest.mark.parametrize("num_top", [0, 3])
@@ -303,6 +329,7 @@ def test_models_tokens_and_metrics(gateway, client):
     assert [model.id for model in client.models.list()] == ["ensemble"]
     assert client.models.retrieve("ensemble").id == "ensemble"
     _, found = gateway.ask("/tokenize", {"prompt": "The tide rises 🌊"})
+    assert json.loads(gateway.ask("/tokenize", {"prompt": ""})[1]) == {"tokens": [], "count": 0}
     _, back = gateway.ask("/detokenize", {"tokens": json.loads(found)["tokens"]})
     assert json.loads(back)["prompt"] == "The tide rises 🌊"
     status, metrics = gateway.ask("/metrics")
@@ -328,6 +355,17 @@ def test_models_tokens_and_metrics(gateway, client):
         ("/v1/completions", {"prompt": "x " * 9000}, 400, None),
         ("/v1/completions", {"prompt": ["x"] * 257}, 400, "prompt"),
         ("/v1/completions", {"prompt": "x", "n": 100}, 400, "n"),
+        ("/v1/completions", {"prompt": "\ud800"}, 400, "prompt"),
+        ("/v1/completions", {"prompt": "", "echo": True}, 400, None),
+        ("/v1/completions", {"prompt": "x", "model": "m" * 300}, 404, "model"),
+        ("/v1/completions", {"prompt": "x", "model": "\ud800"}, 404, "model"),
+        ("/v1/completions", {"prompt": "x", "prompt_logprobs": 1}, 400, "prompt_logprobs"),
+        ("/v1/completions", {"prompt": "x", "x is not ready": 1}, 400, None),
+        ("/v1/chat/completions", {"messages": FRANCE, **ODD_TOOL}, 400, "tools"),
+        ("/v1/responses", {"input": []}, 422, "input"),
+        ("/v1/responses", {"input": "x", "previous_response_id": "resp_1"}, 400, "previous_response_id"),
+        ("/v1/responses", {"input": "x", "stop": 5}, 422, "stop"),
+        ("/v1/responses", {"input": "\ud800", "instructions": None}, 400, "input"),
         ("/v1/embeddings", {"input": "x"}, 404, "model"),
         ("/v1/nothing", {}, 404, None),
     ],
@@ -341,24 +379,26 @@ def test_errors_have_openais_shape_and_name_the_field(gateway, path, body, statu
         assert streamed == status and same["error"]["param"] == param, "the same where a stream was asked for"
 
 
-JUNK = st.sampled_from([None, True, -1, 0, 1, 2.5, 10**30, "", "x", "🌊", [], ["a"], [1], {}, {"a": 1}])
-FIELDS = sorted({*ChatBody.model_fields, *CompletionBody.model_fields, *(f.name for f in CONTRACT), "user"})
-
-
-@settings(max_examples=150, suppress_health_check=list(HealthCheck))
-@given(
-    st.sampled_from(["/v1/chat/completions", "/v1/completions"]),
-    st.dictionaries(st.sampled_from(FIELDS), JUNK, max_size=3),
+JUNK = st.sampled_from(
+    [None, True, -1, 0, 1, 2.5, 10**30, "", "x", "🌊", "\ud800", "x" * 300, [], ["a"], [1], {}, {"a": 1}]
 )
+BODIES = {
+    "/v1/chat/completions": (ChatBody, {"messages": FRANCE, "max_completion_tokens": 2}),
+    "/v1/completions": (CompletionBody, {"prompt": "x", "max_tokens": 2}),
+    "/v1/responses": (ResponsesBody, {"input": "x", "max_output_tokens": 2}),
+}
+FIELDS = sorted(
+    {*(name for body, _ in BODIES.values() for name in body.model_fields), "user"}
+    | {f.name for f in CONTRACT}
+)
+
+
+@settings(max_examples=200, suppress_health_check=list(HealthCheck))
+@given(st.sampled_from(sorted(BODIES)), st.dictionaries(st.sampled_from(FIELDS), JUNK, max_size=3))
 def test_any_body_has_an_answer_or_an_openai_error_and_never_a_500(gateway, path, junk):
-    body = {"messages": FRANCE, "prompt": "x", "max_tokens": 2}
-    if path == "/v1/completions":
-        del body["messages"]
-    else:
-        del body["prompt"]
-    status, answer = gateway.ask(path, {**body, "max_completion_tokens": 2, **junk})
+    status, answer = gateway.ask(path, {**BODIES[path][1], **junk})
     if status == 200:
-        assert b'"choices"' in answer
+        assert (b'"output"' if path == "/v1/responses" else b'"choices"') in answer
     else:
         assert 400 <= status < 500 and answer["error"]["message"], (status, answer)
 
@@ -374,6 +414,31 @@ def test_a_client_that_leaves_frees_its_request(real, gateway, stream):
             with pytest.raises(openai.APITimeoutError):
                 chat(client, max_tokens=1500, n=4, extra_body={"ignore_eos": True})
     wait_for(lambda: metric(real, "pagetide_requests_running") == 0, 5, "nothing runs for nobody")
+
+
+SLOW = (
+    "{% for i in range(slow or 0) %}{% for j in range(1000) %}{% endfor %}{% endfor %}"
+    "{% for m in messages %}{{ m.content }}{% endfor %}"
+)
+
+
+def test_a_client_that_leaves_before_the_engine_has_its_request_frees_it(tmp_path):
+    """What is ended by its name is not there yet: it is still being rendered."""
+    letters = [bytes([byte]) for byte in (10, *range(32, 127))]
+    write_parrot(tmp_path, [b"xy"], ends=False, others=letters)
+    server = start({"model": str(tmp_path), "chat_template": SLOW, "num_blocks": 600, "max_model_len": 9000})
+    gateway = Gateway(server)
+    try:
+        client = gateway.client()
+        extra = {"chat_template_kwargs": {"slow": 60_000}, "ignore_eos": True}
+        chat(client, max_tokens=1, extra_body=extra)  # the gateway asks the template what it is like
+        with pytest.raises(openai.APITimeoutError):
+            chat(client.with_options(timeout=0.3), max_tokens=8000, extra_body=extra)
+        wait_for(lambda: metric(server, "pagetide_requests_cancelled") == 1, 30, "its end")
+        assert metric(server, "pagetide_requests_running") == 0
+    finally:
+        gateway.stop()
+        server.stop()
 
 
 def test_a_client_that_does_not_read_is_one_that_has_left(parrot):
@@ -468,6 +533,55 @@ def test_calls_and_thoughts_are_found_in_the_form_of_the_template(tmp_path, temp
         else:
             assert (whole.message.reasoning_content, whole.message.content) == (thoughts, "Yes.")
             assert "".join(delta.content or "" for delta in chunks) == "Yes."
+    finally:
+        gateway.stop()
+        server.stop()
+
+
+OPENS = (
+    "{% for m in messages %}{{ m.content }}{% endfor %}"
+    "{% if add_generation_prompt and thinking is not defined %}<think>{% endif %}"
+)
+
+
+def test_thoughts_are_split_off_only_where_the_prompt_has_opened_them(tmp_path):
+    """A guided answer has none, nor one whose prompt is another."""
+    cuts = [b"hm</t", b"hink>", b"Yes."]
+    letters = [bytes([byte]) for byte in (10, *range(32, 127))]
+    write_parrot(tmp_path, cuts, ends=True, others=letters)
+    server = start({"model": str(tmp_path), "chat_template": OPENS, "num_blocks": 400})
+    gateway = Gateway(server)
+    try:
+        client = gateway.client()
+
+        def ask(**asked: Any) -> Any:
+            options = {"messages": [{"role": "user", "content": "~"}], "temperature": 0, "max_tokens": 40}
+            return client.chat.completions.create(model="ensemble", **options | asked).choices[0].message
+
+        def shown(message: Any) -> tuple[str | None, str]:
+            return getattr(message, "reasoning_content", None), message.content
+
+        assert shown(ask()) == ("hm", "Yes.")
+        assert shown(ask(extra_body={"chat_template_kwargs": {"thinking": False}})) == (
+            None,
+            "hm</think>Yes.",
+        )
+        assert shown(ask(extra_body={"add_generation_prompt": False})) == (None, "hm</think>Yes.")
+        begun = [{"role": "user", "content": "~"}, {"role": "assistant", "content": "<think>so"}]
+        assert shown(ask(messages=begun, extra_body={"continue_final_message": True})) == ("hm", "Yes.")
+        begun[1]["content"] += "</think>"
+        begun_plain = ask(messages=begun, extra_body={"continue_final_message": True})
+        assert shown(begun_plain) == (None, "hm</think>Yes.")
+        schema = {"name": "a", "schema": {"const": "Yes."}}
+        guided = ask(response_format={"type": "json_schema", "json_schema": schema})
+        assert shown(guided) == (None, '"Yes."')
+        tool = {"type": "function", "function": {"name": "f", "parameters": {"const": {}}}}
+        named = {"type": "function", "function": {"name": "f"}}
+        (call,) = ask(tools=[tool], tool_choice=named).tool_calls
+        assert json.loads(call.function.arguments) == {}
+        response = client.responses.create(model="ensemble", input="~", temperature=0)
+        assert [item.type for item in response.output] == ["reasoning", "message"]
+        assert response.output[0].content[0].text == "hm" and response.output_text == "Yes."
     finally:
         gateway.stop()
         server.stop()

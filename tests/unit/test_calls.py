@@ -76,3 +76,16 @@ def test_thoughts_are_split_off_in_any_pieces(begins, text, thoughts, answer, cu
     thinking = Thinking(begins)
     found = [thinking.take(part) for part in pieces(text, cuts)] + [thinking.end()]
     assert ("".join(a for a, _ in found), "".join(b for _, b in found)) == (thoughts, answer)
+
+
+@pytest.mark.parametrize("format_name", ["hermes", "llama3", "mistral"])
+def test_half_a_surrogate_pair_in_a_call_can_be_sent(format_name):
+    """JSON may name what no text can have."""
+    text = {
+        "hermes": '<tool_call>{"name": "f", "arguments": {"x": "\\ud83d"}}</tool_call>',
+        "llama3": '{"name": "f", "parameters": {"x": "\\ud83d"}}',
+        "mistral": '[TOOL_CALLS][{"name": "f", "arguments": {"x": "\\ud83d"}}]',
+    }[format_name]
+    parser = MarkedCalls(format_name)
+    (call,) = [*parser.take(text), *parser.end()]
+    assert json.loads(call.arguments.encode()) == {"x": "?"}

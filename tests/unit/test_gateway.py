@@ -8,9 +8,14 @@ from typing import Any
 import grpc
 import pytest
 from pagetide.engine.requests import internal_error
+from pagetide.gateway.answers import Answers, CompletionChoice, Echo
+from pagetide.gateway.bodies import StreamOptions
 from pagetide.gateway.door import Door, Rules
 from pagetide.gateway.errors import of_text, of_triton
+from pagetide.gateway.logprobs import first_token
+from pagetide.gateway.shapes import Chunks
 from pagetide.gateway.status import summed
+from pagetide.gateway.triton import Piece
 from pagetide.serving.client import NOT_RUNNING
 
 FULL = "Exceeds maximum queue size: Maximum queue size of 5 requests reached"
@@ -26,6 +31,13 @@ FULL = "Exceeds maximum queue size: Maximum queue size of 5 requests reached"
         ("internal error (ValueError); the server's log says more", 500),
         ("the server is stopping and takes no more requests; send it to another one", 503),
         ("Stub process 'llm_0' is not healthy.", 503),
+        (
+            "Failed to process the request(s) for model instance 'llm_0', "
+            "message: Stub process 'llm_0' is not healthy.",
+            503,
+        ),
+        ("there is no field of sampling_parameters called 'x is not ready'", 400),
+        ("there is no field of sampling_parameters called 'Stub process'", 400),
         ("top_k is -3, must be from -1 to 2147483647", 400),
     ],
 )
@@ -34,8 +46,21 @@ def test_an_errors_text_tells_whose_fault_it_is(text, status):
     assert of_triton(grpc.StatusCode.UNKNOWN, text).message == text
 
 
-def test_a_server_that_is_gone_is_no_fault_of_the_client():
-    assert of_triton(grpc.StatusCode.UNAVAILABLE, "failed to connect").status == 503
+@pytest.mark.parametrize(
+    "code, message",
+    [
+        (grpc.StatusCode.UNAVAILABLE, "failed to connect"),
+        (grpc.StatusCode.INTERNAL, "Received RST_STREAM with error code 2"),
+        (grpc.StatusCode.UNKNOWN, "Stream removed"),
+        (grpc.StatusCode.CANCELLED, "CANCELLED"),
+    ],
+)
+def test_a_server_that_is_gone_is_no_fault_of_the_client(code, message):
+    assert of_triton(code, message).status == 503
+
+
+def test_what_a_template_refuses_is_the_clients_fault_under_any_code():
+    assert of_triton(grpc.StatusCode.INTERNAL, "messages cannot be rendered").status == 400
 
 
 def test_status_adds_up_what_several_tritons_say():
@@ -82,3 +107,32 @@ def test_who_has_a_key_is_one_user_whose_name_does_not_tell_it():
         asyncio.run(door(scope, nothing, nothing))
     assert len(set(seen.values())) == 2
     assert not any(key in name for key, name in seen.items())
+
+
+def piece(index: int, text: str, prompt: list[Any] | None = None, reason: str = "") -> Piece:
+    token = {"1": {"logprob": -1.0, "rank": 1, "decoded_token": text}}
+    logprobs = {"logprobs": [token], **({"prompt_logprobs": prompt} if prompt else {})}
+    return Piece(index, text, reason, 2, 1, 0, logprobs)
+
+
+def test_each_answer_has_the_prompts_tokens_and_their_places():
+    """The first answer alone is told of the prompt, and may come later than the second."""
+    prompt = [None, {"7": {"logprob": -2.0, "rank": 1, "decoded_token": "lo"}}]
+    echo = Echo("Hello")
+    answers = Answers(2, lambda index: CompletionChoice(index, echo, True), first_leads=True)
+    assert not list(answers.take(0, piece(1, " b")))
+    found = [*answers.take(0, piece(0, " a", prompt)), *answers.take(0, piece(1, "c", reason="stop"))]
+    assert found[0]["index"] == 0 and found[0]["logprobs"]["tokens"] == ["Hel", "lo", " a"]
+    joined = Chunks("text_completion", "id", "m", answers.usage, StreamOptions()).whole(found)
+    second = joined["choices"][1]
+    assert second["text"] == "Hello bc" == "".join(second["logprobs"]["tokens"])
+    assert second["logprobs"]["text_offset"] == [0, 3, 5, 7]
+    assert second["logprobs"]["token_logprobs"] == [None, -2.0, -1.0, -1.0]
+
+
+def test_the_first_token_of_a_prompt_may_have_no_text():
+    """One that stands for the beginning of a text."""
+    entry = {"7": {"logprob": -2.0, "rank": 1, "decoded_token": "Hi"}}
+    assert first_token("Hi", [None, entry]) == ""
+    assert first_token("Hi", [None]) == "Hi"
+    assert first_token("H\ufffd", [None, entry]) == "", "what was cut within a character cannot be told"

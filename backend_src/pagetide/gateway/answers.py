@@ -1,15 +1,14 @@
-"""Answers in OpenAI's shape, made of pieces as they come: chunks of a stream, or one whole object."""
+"""Pieces of answers, as they come, to choices of chunks: what is new of text, thoughts and calls."""
 
 from __future__ import annotations
 
-import time
 import uuid
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
 from typing import Any
 
-from pagetide.gateway.bodies import StreamOptions
 from pagetide.gateway.calls import Call, Parser, Thinking
-from pagetide.gateway.logprobs import chat_logprobs, completion_logprobs
+from pagetide.gateway.logprobs import Entries, chat_logprobs, completion_logprobs, first_token
 from pagetide.gateway.tools import ToolUse
 from pagetide.gateway.triton import Piece
 
@@ -108,20 +107,37 @@ class ChatChoice:
         return {"index": self._index, "delta": delta, "logprobs": logprobs, "finish_reason": reason}
 
 
-class CompletionChoice:
-    """One answer of a completion. prompt_text: stands in front of it, empty without echo."""
+@dataclass
+class Echo:
+    """A prompt that stands in front of its answers. entries: its tokens' log-probabilities, as the first
+    answer's first piece brings them.
+    """
 
-    def __init__(self, index: int, prompt_text: str, wants_logprobs: bool):
+    text: str
+    entries: Entries = field(default_factory=list)
+
+
+class CompletionChoice:
+    """One answer of a completion. echo: what stands in front of it."""
+
+    def __init__(self, index: int, echo: Echo | None, wants_logprobs: bool):
         self._index = index
-        self._echo = prompt_text
+        self._echo = echo
         self._offset = 0
         self._wants_logprobs = wants_logprobs
 
     def take(self, piece: Piece) -> Iterator[dict[str, Any]]:
-        text, self._echo = self._echo + piece.text, ""
+        echo, self._echo = self._echo, None
+        text = (echo.text if echo else "") + piece.text
         logprobs = None
         if self._wants_logprobs:
-            logprobs = completion_logprobs(piece.logprobs, self._offset)
+            found = piece.logprobs or {}
+            entries, first = list(found.get("logprobs", ())), ""
+            if echo:
+                echo.entries = found.get("prompt_logprobs") or echo.entries
+                first = first_token(echo.text, echo.entries)
+                entries = [*echo.entries, *entries]
+            logprobs = completion_logprobs(entries, self._offset, first)
             self._offset += sum(map(len, logprobs["tokens"]))
         reason = _REASONS[piece.finish_reason] if piece.finish_reason else None
         if text or reason or logprobs:
@@ -131,89 +147,30 @@ class CompletionChoice:
 Choice = ChatChoice | CompletionChoice
 
 
-class Answer:
-    """All answers to one client request. kind: `chat.completion` or `text_completion`.
+class Answers:
+    """All answers to one client request, as choices of chunks.
 
-    make_choice(index) begins an answer; per_prompt: how many each prompt has.
+    make_choice(index) begins an answer; per_prompt: how many each prompt has. first_leads: the first of them
+    tells of the prompt what all need, so that they wait for its first piece.
     """
 
-    def __init__(
-        self, kind: str, request_id: str, model: str, per_prompt: int, make_choice: Callable[[int], Choice]
-    ):
-        self._kind = kind
-        self._head = {"id": request_id, "created": int(time.time()), "model": model}
+    def __init__(self, per_prompt: int, make_choice: Callable[[int], Choice], first_leads: bool = False):
         self._per_prompt = per_prompt
         self._make_choice = make_choice
         self._choices: dict[int, Choice] = {}
+        self._first_leads = first_leads
+        self._waiting: dict[int, list[Piece]] = {}
         self.usage = Usage()
 
     def take(self, prompt: int, piece: Piece) -> Iterator[dict[str, Any]]:
         """What a piece of an answer to a prompt adds: choices of chunks."""
         self.usage.count(prompt, piece)
-        index = prompt * self._per_prompt + piece.index
-        if index not in self._choices:
-            self._choices[index] = self._make_choice(index)
-        return self._choices[index].take(piece)
-
-    def chunk(self, choice: dict[str, Any], options: StreamOptions) -> dict[str, Any]:
-        """A chunk of a stream with one choice."""
-        usage: dict[str, Any] = {}
-        if options.include_usage:
-            usage = {"usage": self.usage.shown() if options.continuous_usage_stats else None}
-        return {**self._head, "object": self._chunk_kind, "choices": [choice], **usage}
-
-    def usage_chunk(self) -> dict[str, Any]:
-        """The last chunk of a stream whose client wants its usage."""
-        return {**self._head, "object": self._chunk_kind, "choices": [], "usage": self.usage.shown()}
-
-    @property
-    def _chunk_kind(self) -> str:
-        return f"{self._kind}.chunk" if self._kind == "chat.completion" else self._kind
-
-    def whole(self, chunks: list[dict[str, Any]]) -> dict[str, Any]:
-        """One object with everything that the chunks' choices say."""
-        choices: dict[int, dict[str, Any]] = {}
-        for chunk in chunks:
-            index = chunk["index"]
-            if "delta" in chunk:
-                _join_chat(choices.setdefault(index, _empty_chat(index)), chunk)
-            else:
-                _join_completion(choices.setdefault(index, {**chunk, "text": "", "logprobs": None}), chunk)
-        ordered = [choices[index] for index in sorted(choices)]
-        return {**self._head, "object": self._kind, "choices": ordered, "usage": self.usage.shown()}
-
-
-def _empty_chat(index: int) -> dict[str, Any]:
-    message = {"role": "assistant", "content": None, "refusal": None}
-    return {"index": index, "message": message, "logprobs": None, "finish_reason": None}
-
-
-def _join_chat(choice: dict[str, Any], chunk: dict[str, Any]) -> None:
-    message, delta = choice["message"], chunk["delta"]
-    for name in ("content", "reasoning_content"):
-        if delta.get(name):
-            message[name] = (message.get(name) or "") + delta[name]
-    for part in delta.get("tool_calls", ()):
-        calls = message.setdefault("tool_calls", [])
-        if part["index"] == len(calls):
-            calls.append({name: value for name, value in part.items() if name != "index"})
-        else:
-            calls[part["index"]]["function"]["arguments"] += part["function"]["arguments"]
-    _join_ends(choice, chunk)
-    if choice["finish_reason"] and message["content"] is None and "tool_calls" not in message:
-        message["content"] = ""
-
-
-def _join_completion(choice: dict[str, Any], chunk: dict[str, Any]) -> None:
-    choice["text"] += chunk["text"]
-    _join_ends(choice, chunk)
-
-
-def _join_ends(choice: dict[str, Any], chunk: dict[str, Any]) -> None:
-    choice["finish_reason"] = chunk["finish_reason"] or choice["finish_reason"]
-    if chunk["logprobs"]:
-        joined = choice["logprobs"] or {name: [] for name in chunk["logprobs"]}
-        choice["logprobs"] = {
-            name: None if values is None else joined[name] + values
-            for name, values in chunk["logprobs"].items()
-        }
+        first = prompt * self._per_prompt
+        if self._first_leads and piece.index and first not in self._choices:
+            self._waiting.setdefault(prompt, []).append(piece)
+            return
+        for one in (piece, *self._waiting.pop(prompt, ())):
+            index = first + one.index
+            if index not in self._choices:
+                self._choices[index] = self._make_choice(index)
+            yield from self._choices[index].take(one)

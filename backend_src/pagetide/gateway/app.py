@@ -19,9 +19,9 @@ from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
 from starlette.exceptions import HTTPException
 from starlette.responses import JSONResponse, RedirectResponse, Response
 
-from pagetide.gateway.bodies import ChatBody, CompletionBody, DetokenizeBody, TokenizeBody
+from pagetide.gateway.bodies import ChatBody, CompletionBody, DetokenizeBody, ResponsesBody, TokenizeBody
 from pagetide.gateway.door import Door, Rules
-from pagetide.gateway.errors import ApiError, refused
+from pagetide.gateway.errors import ApiError, failed, refused
 from pagetide.gateway.fields import prompt_to_tokenize
 from pagetide.gateway.page import Page, controls
 from pagetide.gateway.service import Gateway
@@ -78,6 +78,10 @@ def _add_routes(app: FastAPI) -> None:
     @app.post("/v1/completions")
     async def completions(body: CompletionBody, request: Request) -> Response:
         return await gateway().complete(body, request)
+
+    @app.post("/v1/responses")
+    async def responses(body: ResponsesBody, request: Request) -> Response:
+        return await gateway().respond(body, request)
 
     @app.get("/v1/models")
     async def models() -> dict[str, Any]:
@@ -155,7 +159,7 @@ def _add_errors(app: FastAPI) -> None:
     @app.exception_handler(Exception)
     async def unknown(request: Request, error: Exception) -> Response:
         log.error("%s %s failed", request.method, request.url.path, exc_info=error)
-        return ApiError(500, "the gateway failed; its log says why").response()
+        return failed().response()
 
 
 def _of_validation(error: RequestValidationError) -> ApiError:

@@ -11,6 +11,8 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, ConfigDict, Field, StrictBool, StrictInt, StrictStr
 
 Count = Annotated[StrictInt, Field(ge=1, le=128)]
+Temperature = Annotated[float, Field(ge=0, le=2)]
+FunctionName = Annotated[str, Field(pattern=r"^[a-zA-Z0-9_.-]{1,64}$")]
 TokenId = Annotated[StrictInt, Field(ge=0, le=2**31 - 1)]
 
 
@@ -23,8 +25,8 @@ class Body(BaseModel):
 
 
 class StreamOptions(BaseModel):
-    include_usage: bool = False
-    continuous_usage_stats: bool = False  # vLLM's: with every chunk
+    include_usage: bool | None = None
+    continuous_usage_stats: bool | None = None  # vLLM's: with every chunk
 
 
 class SchemaOfResponse(BaseModel):
@@ -40,7 +42,7 @@ class ResponseFormat(BaseModel):
 
 
 class Function(BaseModel):
-    name: Annotated[str, Field(pattern=r"^[a-zA-Z0-9_.-]{1,64}$")]
+    name: FunctionName
     description: str | None = None
     parameters: dict[str, Any] | None = None
 
@@ -64,11 +66,11 @@ class GenerationBody(Body):
 
     max_tokens: Annotated[StrictInt, Field(ge=1, le=2**31 - 1)] | None = None
     n: Count | None = None
-    stream: StrictBool = False
+    stream: StrictBool | None = None
     stream_options: StreamOptions | None = None
     stop: StrictStr | list[StrictStr] | None = None
     seed: StrictInt | None = None
-    temperature: Annotated[float, Field(ge=0, le=2)] | None = None
+    temperature: Temperature | None = None
     top_p: Annotated[float, Field(ge=0, le=1)] | None = None
     presence_penalty: Annotated[float, Field(ge=-2, le=2)] | None = None
     frequency_penalty: Annotated[float, Field(ge=-2, le=2)] | None = None
@@ -86,8 +88,8 @@ class ChatBody(GenerationBody):
     tools: list[Tool] | None = None
     tool_choice: Literal["none", "auto", "required"] | NamedTool | None = None
     parallel_tool_calls: bool | None = None
-    add_generation_prompt: StrictBool = True
-    continue_final_message: StrictBool = False
+    add_generation_prompt: StrictBool | None = None
+    continue_final_message: StrictBool | None = None
     chat_template_kwargs: dict[str, Any] | None = None
 
 
@@ -96,8 +98,52 @@ class CompletionBody(GenerationBody):
 
     prompt: StrictStr | list[StrictStr] | list[TokenId] | list[list[TokenId]]
     best_of: Count | None = None
-    echo: StrictBool = False
+    echo: StrictBool | None = None
     logprobs: Annotated[StrictInt, Field(ge=0, le=20)] | None = None
+
+
+class FunctionTool(BaseModel):
+    """A tool of /v1/responses."""
+
+    type: Literal["function"]
+    name: FunctionName
+    description: str | None = None
+    parameters: dict[str, Any] | None = None
+
+
+class ChosenFunction(BaseModel):
+    type: Literal["function"]
+    name: str
+
+
+class TextFormat(BaseModel):
+    model_config = ConfigDict(protected_namespaces=(), populate_by_name=True)
+
+    type: Literal["text", "json_object", "json_schema"]
+    name: str | None = None
+    json_schema: dict[str, Any] | None = Field(default=None, alias="schema")
+
+
+class TextOptions(BaseModel):
+    format: TextFormat = TextFormat(type="text", schema=None)
+
+
+class ResponsesBody(Body):
+    """POST /v1/responses"""
+
+    input: StrictStr | Annotated[list[dict[str, Any]], Field(min_length=1)]
+    instructions: StrictStr | None = None
+    max_output_tokens: Annotated[StrictInt, Field(ge=1, le=2**31 - 1)] | None = None
+    stream: StrictBool | None = None
+    temperature: Temperature | None = None
+    top_p: Annotated[float, Field(ge=0, le=1)] | None = None
+    include: list[StrictStr] | None = None
+    top_logprobs: Annotated[StrictInt, Field(ge=0, le=20)] | None = None
+    tools: list[FunctionTool] | None = None
+    tool_choice: Literal["none", "auto", "required"] | ChosenFunction | None = None
+    parallel_tool_calls: bool | None = None
+    text: TextOptions | None = None
+    metadata: dict[str, str] | None = None
 
 
 class TokenizeBody(Body):
@@ -106,8 +152,8 @@ class TokenizeBody(Body):
     prompt: StrictStr | None = None
     messages: Annotated[list[dict[str, Any]], Field(min_length=1)] | None = None
     tools: list[Tool] | None = None
-    add_generation_prompt: StrictBool = True
-    continue_final_message: StrictBool = False
+    add_generation_prompt: StrictBool | None = None
+    continue_final_message: StrictBool | None = None
     chat_template_kwargs: dict[str, Any] | None = None
 
 

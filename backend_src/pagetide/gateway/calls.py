@@ -124,7 +124,7 @@ class MarkedCalls:
             rest = rest[used:].lstrip(" \n\r\t;")
         if not objects or not all(map(_is_call, objects)):
             return None
-        calls = [Call(self._num_calls + i, one["name"], _arguments(one)) for i, one in enumerate(objects)]
+        calls = [_call(self._num_calls + i, one) for i, one in enumerate(objects)]
         self._num_calls += len(calls)
         return list(calls)
 
@@ -161,7 +161,7 @@ class ListedCalls:
                 break
             if not _is_call(value):
                 break
-            found.append(Call(self._num_calls, value["name"], _arguments(value)))
+            found.append(_call(self._num_calls, value))
             self._num_calls += 1
             self._held = start[used:]
         return found
@@ -176,9 +176,13 @@ def _is_call(value: Any) -> bool:
     return isinstance(value, dict) and isinstance(value.get("name"), str)
 
 
-def _arguments(call: dict[str, Any]) -> str:
-    arguments = call.get("arguments", call.get("parameters", {}))
-    return arguments if isinstance(arguments, str) else json.dumps(arguments, ensure_ascii=False)
+def _call(index: int, found: dict[str, Any]) -> Call:
+    """JSON may name half of a surrogate pair, which no client could be sent as it is."""
+    arguments = found.get("arguments", found.get("parameters", {}))
+    if not isinstance(arguments, str):
+        arguments = json.dumps(arguments, ensure_ascii=False)
+    name, arguments = (text.encode("utf-8", "replace").decode() for text in (found["name"], arguments))
+    return Call(index, name, arguments)
 
 
 def _overlap(text: str, marker: str) -> int:

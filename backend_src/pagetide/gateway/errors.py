@@ -19,18 +19,22 @@ _TYPES = {
     500: "server_error",
     503: "server_error",
 }
+_STEP_FAILED = r"Failed to process the request\(s\) for model instance '[^']*', message: "  # Triton's words
 # Errors that are not the client's begin so (see serving/triton.py and serving/llm.py).
 _TEXTS = (
     (500, r"internal error|the engine failed at this request"),
-    (503, r"the engine |the server is stopping|.*Stub process|.*is not ready|Request for unknown model"),
+    (503, r"the engine |the server is stopping|Request for unknown model"),
+    (503, rf"({_STEP_FAILED})?(Stub process '|Model '[^']*' is not ready)"),
 )
 # Where the contract has another name for a field.
-_OPENAI_NAMES = {"num_return_sequences": "n", "stop_words": "stop"}
+_OPENAI_NAMES = {"num_return_sequences": "n", "stop_words": "stop", "text_input": "prompt"}
 _CODES = {
     grpc.StatusCode.INVALID_ARGUMENT: 400,
     grpc.StatusCode.RESOURCE_EXHAUSTED: 413,
     grpc.StatusCode.UNAVAILABLE: 503,
     grpc.StatusCode.DEADLINE_EXCEEDED: 503,
+    grpc.StatusCode.CANCELLED: 503,
+    grpc.StatusCode.UNIMPLEMENTED: 503,
 }
 
 
@@ -66,6 +70,11 @@ def refused(message: str, param: str | None = None) -> ApiError:
     return ApiError(400, message, param)
 
 
+def failed() -> ApiError:
+    """Something that should not happen has, and is in the log."""
+    return ApiError(500, "the gateway failed; its log says why")
+
+
 def of_text(message: str) -> ApiError:
     """What Triton or the engine said in a stream, which has no codes."""
     message = re.sub(r"^in ensemble '[^']*', ", "", message)  # Triton's words
@@ -74,11 +83,19 @@ def of_text(message: str) -> ApiError:
     return ApiError(next((status for status, text in _TEXTS if re.match(text, message)), 400), message)
 
 
+# What gRPC itself says under codes that Triton uses for errors of its own.
+_LOST = re.compile(r"RST_STREAM|GOAWAY|[Ss]ocket closed|[Ss]tream removed|[Cc]onnection reset|recvmsg")
+
+
 def of_triton(code: grpc.StatusCode, message: str) -> ApiError:
-    """What Triton said to a call that failed."""
+    """What Triton said to a call that failed, or gRPC where nobody did."""
     # A model that is being loaded anew is unknown for a while: the gateway has asked for the names before.
     told = of_text(message)
-    return ApiError(_CODES[code], message) if code in _CODES and told.status != 429 else told
+    if told.status == 429:
+        return told
+    if code in (grpc.StatusCode.INTERNAL, grpc.StatusCode.UNKNOWN) and _LOST.search(message):
+        return ApiError(503, f"the connection to Triton was lost: {message}")
+    return ApiError(_CODES[code], message) if code in _CODES else told
 
 
 def named(error: ApiError, fields: Container[str]) -> ApiError:

@@ -33,15 +33,26 @@ _UNSUPPORTED: dict[str, tuple[Any, ...]] = {
     "web_search_options": (),
 }
 # Fields of the contract that are the gateway's own to set.
-_OWN = ("cancel", "exclude_input_in_output", "num_return_sequences", "stop_words", "random_seed")
+_OWN = (
+    "prompt_logprobs",
+    "cancel",
+    "exclude_input_in_output",
+    "num_return_sequences",
+    "stop_words",
+    "random_seed",
+)
+_GUIDES = {"guided_decoding_guide_type", "guided_decoding", "structured_outputs"}
+_LEAST_TOP_P = 1e-6  # the contract's 0 is none at all
 _SAME_NAME = ("temperature", "top_p", "presence_penalty", "frequency_penalty", "logit_bias")
 
 
 def fields_of(body: GenerationBody) -> dict[str, Any]:
     """The contract's fields but the prompt. Raises ApiError for what is refused by name."""
     fields = {name: value for name in _SAME_NAME if (value := getattr(body, name)) is not None}
+    if body.top_p == 0:
+        fields["top_p"] = _LEAST_TOP_P
     fields |= _further(body.model_extra or {})
-    fields["stream"] = body.stream
+    fields["stream"] = bool(body.stream)
     if body.n is not None:
         fields["n"] = body.n
     if body.seed is not None:
@@ -74,6 +85,11 @@ def _guide(body: GenerationBody) -> dict[str, Any]:
     if wanted.json_schema is None:
         raise refused("response_format of type json_schema needs json_schema", "response_format")
     return schema_guide(wanted.json_schema.json_schema)
+
+
+def is_guided(fields: dict[str, Any]) -> bool:
+    """Whether the answer follows a guide, from its first token on."""
+    return not _GUIDES.isdisjoint(fields)
 
 
 def schema_guide(schema: dict[str, Any]) -> dict[str, Any]:

@@ -27,17 +27,17 @@ def _scored(candidate: dict[str, Any]) -> dict[str, Any]:
     return {"token": token, "logprob": candidate["logprob"], "bytes": raw}
 
 
-def completion_logprobs(found: dict[str, Any] | None, offset: int) -> dict[str, Any]:
-    """{tokens, token_logprobs, top_logprobs, text_offset}; offset: characters before the first token.
+Entries = list[dict[str, Any] | None]  # the first token of a prompt has none
 
-    A prompt that is echoed has its tokens in front; the first of them has no log-probability.
+
+def completion_logprobs(entries: Entries, offset: int, first: str) -> dict[str, Any]:
+    """{tokens, token_logprobs, top_logprobs, text_offset}; offset: characters before the first token; first:
+    the text of the token without an entry.
     """
-    found = found or {}
-    entries = [*found.get("prompt_logprobs", ()), *found.get("logprobs", ())]
     shown: dict[str, Any] = {"tokens": [], "token_logprobs": [], "top_logprobs": [], "text_offset": []}
     for entry in entries:
         candidates = list(entry.values()) if entry else []
-        token = candidates[0]["decoded_token"] if candidates else ""
+        token = candidates[0]["decoded_token"] if candidates else first
         shown["tokens"].append(token)
         shown["token_logprobs"].append(candidates[0]["logprob"] if candidates else None)
         tops = {one["decoded_token"]: one["logprob"] for one in candidates}
@@ -45,3 +45,9 @@ def completion_logprobs(found: dict[str, Any] | None, offset: int) -> dict[str, 
         shown["text_offset"].append(offset)
         offset += len(token)
     return shown
+
+
+def first_token(prompt: str, entries: Entries) -> str:
+    """The text of a prompt's first token: what its other tokens leave of it."""
+    others = "".join(next(iter(entry.values()))["decoded_token"] for entry in entries if entry)
+    return prompt.removesuffix(others) if prompt.endswith(others) else ""

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import asyncio
+import json
 import logging
 import time
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from pagetide.gateway.bodies import ChatBody
 from pagetide.gateway.calls import Thinking
 from pagetide.gateway.errors import ApiError, refused
 from pagetide.gateway.triton import Triton
@@ -18,6 +20,7 @@ log = logging.getLogger("pagetide.gateway")
 _KEPT_S = 10.0
 _ADAPTER_CONFIG = "adapter_config.json"
 _MOST_NAMED = 20
+_MOST_HABITS = 256
 _CALL = {
     "id": "abcdefghi",  # Mistral's templates take ids of nine characters only
     "type": "function",
@@ -25,20 +28,41 @@ _CALL = {
 }
 _USER = {"role": "user", "content": "question"}
 
+Variables = dict[str, Any] | None
+
 
 @dataclass(frozen=True)
 class Habits:
     """calls: the format of tool calls, one of calls.FORMATS. thinks: thoughts stand before answers.
 
-    begins_thinking: the prompt itself opens them.
+    begins_thinking: the prompt of an answer itself opens them.
     """
 
     calls: str = "hermes"
     thinks: bool = False
     begins_thinking: bool = False
 
-    def thinking(self) -> Thinking | None:
-        return Thinking(self.begins_thinking) if self.thinks else None
+    def thinking(self, body: ChatBody) -> Thinking | None:
+        """A new one for each answer to this chat, unless that has no thoughts."""
+        if not self.thinks:
+            return None
+        if body.continue_final_message:
+            begun = str(body.messages[-1].get("content"))
+            return Thinking(True) if begun.rfind("<think>") > begun.rfind("</think>") else None
+        return Thinking(self.begins_thinking and body.add_generation_prompt is not False)
+
+
+@dataclass
+class _Known:
+    """Habits, and until when they are taken to be so. asking: for what they are by now."""
+
+    habits: Habits
+    until: float
+    asking: asyncio.Future[None]
+
+    @property
+    def is_old(self) -> bool:
+        return time.monotonic() > self.until
 
 
 @dataclass(frozen=True)
@@ -63,10 +87,11 @@ class Models:
         self._call_format = call_format
         self._lora_dir = lora_dir
         self._names: list[str] = []
-        self._habits: dict[str, Habits] = {}
+        self._habits: dict[str, _Known] = {}
         self._known_until = 0.0
-        self._asking: asyncio.Future[None] = asyncio.get_running_loop().create_future()
-        self._asking.set_result(None)
+        self._nothing: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+        self._nothing.set_result(None)
+        self._asking = self._nothing
 
     async def names(self) -> list[str]:
         if self._is_old:
@@ -103,7 +128,10 @@ class Models:
             return Chosen(base, adapter, name)
         if self._lora_dir is None or len(self._names) != 1 or "/" in name or "\0" in name:
             return None
-        has_one = (self._lora_dir / name / _ADAPTER_CONFIG).is_file()
+        try:
+            has_one = (self._lora_dir / name / _ADAPTER_CONFIG).is_file()
+        except (OSError, ValueError):  # no file can have such a name
+            return None
         return Chosen(self._names[0], name, name) if has_one else None
 
     def _refresh(self) -> None:
@@ -148,32 +176,57 @@ class Models:
         except ApiError as error:  # the request itself will say so too
             log.warning("the list of models is the last one known: %s", error)
 
-    async def habits(self, name: str) -> Habits:
-        if name not in self._habits:
-            self._habits[name] = await self._ask(name)
-        return self._habits[name]
+    async def habits(self, name: str, variables: Variables = None) -> Habits:
+        """Of a model whose template is given these variables (chat_template_kwargs). What was true lately is
+        taken to be true, and asked for again while the request goes on. Raises ApiError.
+        """
+        key = f"{name} {json.dumps(variables, sort_keys=True)}"
+        known = self._habits.get(key)
+        if known is None:
+            await self._learn(key, name, variables)
+        elif known.is_old and known.asking.done():
+            known.asking = asyncio.ensure_future(self._learn_again(key, name, variables))
+        return self._habits[key].habits
 
-    async def _ask(self, model: str) -> Habits:
+    async def _learn(self, key: str, name: str, variables: Variables) -> None:
+        found = await self._ask(name, variables)
+        self._habits.pop(key, None)
+        while len(self._habits) >= _MOST_HABITS:
+            del self._habits[next(iter(self._habits))]
+        self._habits[key] = _Known(found, time.monotonic() + _KEPT_S, self._nothing)
+
+    async def _learn_again(self, key: str, name: str, variables: Variables) -> None:
+        try:
+            await self._learn(key, name, variables)
+        except ApiError as error:  # the request itself will say so too
+            log.warning("the habits of %s are the last ones known: %s", name, error)
+
+    async def _ask(self, model: str, variables: Variables) -> Habits:
         """Renders small chats: the marker of a call, and whether old thoughts are left out, tell."""
         calling = {"role": "assistant", "content": "", "tool_calls": [_CALL]}
-        called = await self._rendered(model, [_USER, calling])
+        called = await self._rendered(model, variables, [_USER, calling])
         calls = "hermes"
         if "[TOOL_CALLS]" in called:
             calls = "mistral"
         elif "<tool_call>" not in called and '"parameters"' in called:
             calls = "llama3"
         thought = {"role": "assistant", "content": "<think>\nthought\n</think>\n\nanswer"}
-        shown = await self._rendered(model, [_USER, thought, _USER])
+        shown = await self._rendered(model, variables, [_USER, thought, _USER])
         thinks = "answer" in shown and "thought" not in shown
-        opened = (await self._rendered(model, [_USER], opens=True)).rstrip().endswith("<think>")
+        opening = await self._rendered(model, variables, [_USER], opens=True)
+        opened = opening.rstrip().endswith("<think>")
         return Habits(self._call_format or calls, thinks or opened, opened)
 
-    async def _rendered(self, model: str, messages: list[Any], opens: bool = False) -> str:
+    async def _rendered(
+        self, model: str, variables: Variables, messages: list[Any], opens: bool = False
+    ) -> str:
         """A chat as the template writes it; empty where it refuses such a one."""
+        chat = {"messages": messages, "add_generation_prompt": opens}
+        if variables is not None:
+            chat["chat_template_kwargs"] = variables
         try:
-            ids = await self._triton.tokenize(model, {"messages": messages, "add_generation_prompt": opens})
-            return await self._triton.detokenize(model, ids)
+            return await self._triton.detokenize(model, await self._triton.tokenize(model, chat))
         except ApiError as error:
-            if error.status == 503:
+            if error.status != 400:
                 raise
             return ""

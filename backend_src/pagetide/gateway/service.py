@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import json
 import logging
 import uuid
 from collections.abc import AsyncIterator
@@ -17,12 +16,15 @@ from typing import Any
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response, StreamingResponse
 
-from pagetide.gateway.answers import Answer, ChatChoice, CompletionChoice
-from pagetide.gateway.bodies import ChatBody, CompletionBody, GenerationBody, StreamOptions
-from pagetide.gateway.errors import ApiError, named, refused
-from pagetide.gateway.fields import chat_prompt, fields_of, prompts_of
+from pagetide.gateway.answers import Answers, ChatChoice, CompletionChoice, Echo
+from pagetide.gateway.bodies import ChatBody, CompletionBody, GenerationBody, ResponsesBody, StreamOptions
+from pagetide.gateway.errors import ApiError, failed, named, refused
+from pagetide.gateway.fields import chat_prompt, fields_of, is_guided, prompts_of
 from pagetide.gateway.health import Health
+from pagetide.gateway.inputs import chat_of
 from pagetide.gateway.models import Chosen, Models
+from pagetide.gateway.responses import ResponseShape
+from pagetide.gateway.shapes import Chunks, Shape
 from pagetide.gateway.streams import merged
 from pagetide.gateway.tools import ToolUse
 from pagetide.gateway.triton import Generation, Triton
@@ -41,51 +43,81 @@ class Gateway:
         self.health = Health(triton)
 
     async def chat(self, body: ChatBody, request: Request) -> Response:
+        request_id = f"chatcmpl-{uuid.uuid4().hex}"
+        generation, answers, model = await self._begin_chat(body, request, request_id)
+        options = body.stream_options or StreamOptions()
+        shape = Chunks("chat.completion", request_id, model, answers.usage, options)
+        return await self._answer(body, request, answers, shape, [generation])
+
+    async def respond(self, body: ResponsesBody, request: Request) -> Response:
+        chat = chat_of(body)
+        request_id = f"resp_{uuid.uuid4().hex}"
+        generation, answers, model = await self._begin_chat(chat, request, request_id)
+        shape = ResponseShape(body, request_id, model, answers.usage)
+        try:
+            return await self._answer(chat, request, answers, shape, [generation])
+        except ApiError as error:
+            error.param = "input" if error.param == "messages" else error.param
+            raise
+
+    async def _begin_chat(
+        self, body: ChatBody, request: Request, request_id: str
+    ) -> tuple[Generation, Answers, str]:
+        """The prompt, what makes choices of its pieces, and the name that the client knows the model by."""
         chosen = await self.models.choose(body.model)
         model = chosen.triton
-        habits = await self.models.habits(model)
+        habits = await self.models.habits(model, body.chat_template_kwargs)
         tools = ToolUse(body, habits.calls)
         fields = {**_fields(body, chosen), **_of_request(request), **tools.fields()}
-        if tools.fields() and body.response_format and body.response_format.type != "text":
+        if tools.must_be_called and body.response_format and body.response_format.type != "text":
             raise refused("response_format does not go with tools that must be called", "response_format")
         prompt = chat_prompt(body, tools.shown())
-        request_id = f"chatcmpl-{uuid.uuid4().hex}"
 
         def make_choice(index: int) -> ChatChoice:
-            return ChatChoice(index, tools, habits.thinking(), body.top_logprobs or 0)
+            thinking = None if is_guided(fields) else habits.thinking(body)
+            return ChatChoice(index, tools, thinking, body.top_logprobs or 0)
 
-        answer = Answer("chat.completion", request_id, chosen.shown, body.n or 1, make_choice)
-        return await self._answer(body, request, answer, [Generation(model, request_id, prompt, fields)])
+        generation = Generation(model, request_id, prompt, fields)
+        return generation, Answers(body.n or 1, make_choice), chosen.shown
 
     async def complete(self, body: CompletionBody, request: Request) -> Response:
         chosen = await self.models.choose(body.model)
         model = chosen.triton
         fields, prompts = {**_fields(body, chosen), **_of_request(request)}, prompts_of(body)
         request_id = f"cmpl-{uuid.uuid4().hex}"
-        echoed = [await self._text_of(model, prompt) if body.echo else "" for prompt in prompts]
+        echoes = [Echo(await self._text_of(model, prompt)) if body.echo else None for prompt in prompts]
         per_prompt = body.n or 1
 
         def make_choice(index: int) -> CompletionChoice:
-            return CompletionChoice(index, echoed[index // per_prompt], body.logprobs is not None)
+            return CompletionChoice(index, echoes[index // per_prompt], body.logprobs is not None)
 
-        answer = Answer("text_completion", request_id, chosen.shown, per_prompt, make_choice)
+        answers = Answers(per_prompt, make_choice, first_leads=bool(body.echo) and body.logprobs is not None)
+        options = body.stream_options or StreamOptions()
+        shape = Chunks("text_completion", request_id, chosen.shown, answers.usage, options)
         generations = [
             Generation(model, f"{request_id}-{i}", prompt, fields) for i, prompt in enumerate(prompts)
         ]
-        return await self._answer(body, request, answer, generations)
+        return await self._answer(body, request, answers, shape, generations)
 
     async def _text_of(self, model: str, prompt: dict[str, Any]) -> str:
-        return prompt.get("text_input") or await self.triton.detokenize(model, prompt["input_ids"])
+        if "text_input" in prompt:
+            return prompt["text_input"]
+        return await self.triton.detokenize(model, prompt["input_ids"])
 
     async def _answer(
-        self, body: GenerationBody, request: Request, answer: Answer, generations: list[Generation]
+        self,
+        body: GenerationBody,
+        request: Request,
+        answers: Answers,
+        shape: Shape,
+        generations: list[Generation],
     ) -> Response:
-        choices = self._choices(answer, generations)
+        choices = self._choices(answers, generations)
         try:
             # Errors that come before the first piece have a status of their own.
             first = await _unless_left(request, anext(choices, None))
             if body.stream:
-                events = _events(answer, first, choices, body.stream_options or StreamOptions())
+                events = _events(shape, first, choices)
                 return _EventStream(events, media_type="text/event-stream", headers=_NO_CACHE)
             found = [first] if first else []
             found += await _unless_left(request, _all(choices))
@@ -96,14 +128,16 @@ class Gateway:
             await choices.aclose()
             log.info("%s: the client has left", generations[0].request_id)
             return Response(status_code=_CLIENT_LEFT)
-        return JSONResponse(answer.whole(found))
+        return JSONResponse(shape.whole(found))
 
-    async def _choices(self, answer: Answer, generations: list[Generation]) -> AsyncIterator[dict[str, Any]]:
+    async def _choices(
+        self, answers: Answers, generations: list[Generation]
+    ) -> AsyncIterator[dict[str, Any]]:
         streams = [self.triton.generate(one) for one in generations]
         async with contextlib.aclosing(merged(streams)) as pieces:
             async for prompt, piece in pieces:
                 self.health.saw_life()
-                for choice in answer.take(prompt, piece):
+                for choice in answers.take(prompt, piece):
                     yield choice
 
 
@@ -167,25 +201,26 @@ async def _all(choices: AsyncIterator[dict[str, Any]]) -> list[dict[str, Any]]:
 
 
 async def _events(
-    answer: Answer,
-    first: dict[str, Any] | None,
-    choices: AsyncIterator[dict[str, Any]],
-    options: StreamOptions,
+    shape: Shape, first: dict[str, Any] | None, choices: AsyncIterator[dict[str, Any]]
 ) -> AsyncIterator[bytes]:
     """Server-sent events; an error in the midst is one too, since the status has been sent."""
     try:
+        for event in shape.begin():
+            yield event
         if first:
-            yield _event(answer.chunk(first, options))
+            for event in shape.take(first):
+                yield event
         async for choice in choices:
-            yield _event(answer.chunk(choice, options))
-        if options.include_usage:
-            yield _event(answer.usage_chunk())
+            for event in shape.take(choice):
+                yield event
+        for event in shape.end():
+            yield event
     except ApiError as error:
-        yield _event(error.body())
+        for event in shape.fail(error):
+            yield event
+    except Exception:
+        log.exception("a stream failed")
+        for event in shape.fail(failed()):
+            yield event
     finally:
         await choices.aclose()  # type: ignore[attr-defined]
-    yield b"data: [DONE]\n\n"
-
-
-def _event(value: dict[str, Any]) -> bytes:
-    return b"data: " + json.dumps(value, ensure_ascii=False, separators=(",", ":")).encode() + b"\n\n"

@@ -38,6 +38,10 @@ class ToolUse:
     def is_named(self) -> bool:
         return self._choice == "named"
 
+    @property
+    def must_be_called(self) -> bool:
+        return self.is_active and self._choice in ("named", "required")
+
     def shown(self) -> list[dict[str, Any]] | None:
         """The tools for the chat template."""
         return shown_tools(self._tools) if self.is_active else None
@@ -79,7 +83,10 @@ def _schema_of_call(tool: Tool, definitions: dict[str, Any]) -> dict[str, Any]:
     """A call's schema; what its parameters refer to as #/$defs moves to the root of the whole schema."""
     parameters = dict(tool.function.parameters or {"type": "object"})
     for key in ("$defs", "definitions"):
-        for name, schema in parameters.pop(key, {}).items():
+        own = parameters.pop(key, {})
+        if not isinstance(own, dict):
+            raise refused(f"{key} of the parameters of {tool.function.name!r} must be an object", "tools")
+        for name, schema in own.items():
             if definitions.setdefault(key, {}).setdefault(name, schema) != schema:
                 raise refused(
                     f"two tools define {name!r} differently; give one of them another name", "tools"

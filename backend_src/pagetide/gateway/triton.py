@@ -19,7 +19,7 @@ import grpc
 import numpy as np
 from tritonclient.grpc import service_pb2 as pb
 
-from pagetide.gateway.errors import ApiError, of_text, of_triton
+from pagetide.gateway.errors import ApiError, of_text, of_triton, refused
 from pagetide.gateway.servers import Server, Servers
 from pagetide.tracing import TRACEPARENT, valid
 
@@ -27,6 +27,7 @@ log = logging.getLogger("pagetide.gateway")
 
 Answer = TypeVar("Answer")
 
+_PAUSES_S = (0.0, 0.5, 2.0, 8.0)  # before each word that a request is to end
 _ADMIN_HEADER = "triton-grpc-protocol-admin-token"
 _PIECE = (
     "text_output",
@@ -83,6 +84,8 @@ class Triton:
         self._endings: set[asyncio.Future[None]] = set()
 
     async def close(self) -> None:
+        for ending in self._endings:
+            ending.cancel()
         await self.servers.close()
 
     async def _first_good(self, ask: Callable[[Any], Awaitable[Answer]]) -> Answer:
@@ -148,8 +151,9 @@ class Triton:
                 if answer.outputs:
                     yield _piece(answer)
                 if answer.parameters["triton_final_response"].bool_param:
-                    break
-            is_whole = True
+                    is_whole = True
+                    return
+            raise ApiError(503, "the answer has ended before it was whole; try again")
         except grpc.aio.AioRpcError as error:
             is_whole = True
             raise of_triton(error.code(), error.details() or str(error.code())) from None
@@ -162,22 +166,28 @@ class Triton:
                 ending.add_done_callback(self._endings.discard)
 
     async def _end(self, stub: Any, generation: Generation) -> None:
-        """Ends a request by its name, on the server that has it."""
+        """Ends a request by its name, on the server that has it. More than once: it may still be on its way
+        to the engine, or be run again by one that has just started.
+        """
         name = self._prefixes.get(generation.model, "") + "llm_unary"
         request = pb.ModelInferRequest(model_name=name, id=generation.request_id)
         _add(request, "cancel", "BOOL", (1, 1), b"\1")
-        try:
-            await stub.ModelInfer(request, timeout=5)
-        except grpc.aio.AioRpcError as error:
-            log.warning("%s could not be ended: %s", generation.request_id, error.details())
+        for pause in _PAUSES_S:
+            await asyncio.sleep(pause)
+            try:
+                await stub.ModelInfer(request, timeout=5)
+            except grpc.aio.AioRpcError as error:
+                log.warning("%s could not be ended: %s", generation.request_id, error.details())
 
     async def tokenize(self, model: str, prompt: Mapping[str, Any]) -> list[int]:
         """The token ids of one prompt: {"text_input": text} or {"messages": ..., ...}."""
         request = pb.ModelInferRequest(model_name=self._prefixes.get(model, "") + "preprocessing")
         for name, value in prompt.items():
             _add_value(request, "QUERY" if name == "text_input" else name, value)
-        request.outputs.add(name="INPUT_ID")
-        return np.frombuffer(await self._infer(request), np.int32).tolist()
+        for name in ("INPUT_ID", "REQUEST_INPUT_LEN"):
+            request.outputs.add(name=name)
+        found = await self._infer(request)
+        return np.frombuffer(found["INPUT_ID"], np.int32)[: _number(found["REQUEST_INPUT_LEN"])].tolist()
 
     async def detokenize(self, model: str, ids: list[int]) -> str:
         """The text of tokens, special ones included."""
@@ -186,7 +196,7 @@ class Triton:
         _add(request, "SEQUENCE_LENGTH", "INT32", (1, 1), np.array([len(ids)], np.int32).tobytes())
         _add(request, "SKIP_SPECIAL_TOKENS", "BOOL", (1, 1), b"\0")
         request.outputs.add(name="OUTPUT")
-        return _text(await self._infer(request))
+        return _text((await self._infer(request))["OUTPUT"])
 
     async def models(self) -> list[str]:
         """The models that take chats and stream: those that this gateway can serve."""
@@ -207,15 +217,15 @@ class Triton:
         self._prefixes |= found
         return list(found)
 
-    async def _infer(self, request: Any) -> bytes:
-        """The one output that is asked for."""
+    async def _infer(self, request: Any) -> dict[str, bytes]:
+        """The outputs that are asked for, by name."""
 
-        async def ask(stub: Any) -> bytes:
+        async def ask(stub: Any) -> dict[str, bytes]:
             try:
                 response = await stub.ModelInfer(request, timeout=60)
             except grpc.aio.AioRpcError as error:
                 raise of_triton(error.code(), error.details() or str(error.code())) from None
-            return response.raw_output_contents[0]
+            return _outputs(response)
 
         return await self._first_good(ask)
 
@@ -254,7 +264,10 @@ def _add_value(request: Any, name: str, value: Any) -> None:
     elif isinstance(value, list) and name == "input_ids":
         _add(request, name, "INT32", (1, len(value)), np.array(value, np.int32).tobytes())
     else:
-        text = (value if isinstance(value, str) else json.dumps(value)).encode()
+        try:
+            text = (value if isinstance(value, str) else json.dumps(value)).encode()
+        except UnicodeEncodeError:
+            raise refused(f"{name} has half of a surrogate pair, which is no character") from None
         _add(request, name, "BYTES", (1, 1), struct.pack("<I", len(text)) + text)
 
 
@@ -263,10 +276,14 @@ def _add(request: Any, name: str, dtype: str, shape: tuple[int, ...], data: byte
     request.raw_input_contents.append(data)
 
 
-def _piece(response: Any) -> Piece:
-    found = {
+def _outputs(response: Any) -> dict[str, bytes]:
+    return {
         tensor.name: data for tensor, data in zip(response.outputs, response.raw_output_contents, strict=True)
     }
+
+
+def _piece(response: Any) -> Piece:
+    found = _outputs(response)
     logprobs = found.get("logprobs")
     return Piece(
         index=_number(found["sequence_index"]),
