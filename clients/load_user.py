@@ -83,7 +83,7 @@ class LoadUser:
             else [grpc.InferRequestedOutput(name) for name in ("sequence_length", *outputs)]
         )
         self._answer = Answer(0.0)
-        self._leaves = False
+        self._leaves, self._is_whole = False, True
         self._client = grpc.InferenceServerClient(url)
         self._client.start_stream(self._receive)
 
@@ -97,7 +97,7 @@ class LoadUser:
             "stream": self._stream,
         }
         inputs = [tensor(name, value) for name, value in values.items()]
-        self._answer = Answer(time.monotonic())
+        self._answer, self._is_whole = Answer(time.monotonic()), False
         self._client.async_stream_infer("ensemble", inputs, outputs=self._outputs)
 
     def _receive(self, result: Any, error: Any) -> None:
@@ -105,17 +105,19 @@ class LoadUser:
         if self._leaves:
             return
         if error is not None:
-            self._answer.error = error.message()
+            self._answer.error, self._is_whole = error.message(), True
             self._on_end(self._answer)
             return
         self._answer.chunks.append((now, int(result.as_numpy("sequence_length").item())))
         if result.get_response().parameters["triton_final_response"].bool_param:
+            self._is_whole = True
             self._on_end(self._answer)
 
     def close(self) -> None:
         """Leaves; an answer that is not whole is cancelled."""
         self._leaves = True
-        self._client.stop_stream(cancel_requests=True)
+        # A stream that is cancelled after its last answer stays in Triton 2.51 for good.
+        self._client.stop_stream(cancel_requests=not self._is_whole)
         self._client.close()
 
 

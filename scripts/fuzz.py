@@ -383,7 +383,7 @@ class Client:
                     return
             finally:
                 closing.set()
-                client.stop_stream(cancel_requests=True)
+                client.stop_stream(cancel_requests=not done.is_set())
         if errors:
             self._judge(wish, check_error(wish, errors[0]), "refused", errors)
         else:

@@ -83,7 +83,8 @@ def chunk_of(response: pb.ModelStreamInferResponse) -> Chunk:
 
 def is_last(response: pb.ModelStreamInferResponse) -> bool:
     """Whether the request has no further responses."""
-    return response.infer_response.parameters["triton_final_response"].bool_param
+    is_final = response.infer_response.parameters["triton_final_response"].bool_param
+    return bool(response.error_message) or is_final
 
 
 def joined(chunks: Iterable[Chunk]) -> Completion:

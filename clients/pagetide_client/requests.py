@@ -13,6 +13,8 @@ from typing import Any
 import numpy as np
 from tritonclient.grpc import service_pb2 as pb
 
+from pagetide_client.errors import InvalidRequestError
+
 Messages = Sequence[dict[str, Any]]
 Prompt = str | Sequence[int]  # text, or token ids
 
@@ -83,7 +85,10 @@ def _request(model: str, stream: bool, fields: dict[str, Any], limit: float | No
 
 
 def _add_text(request: pb.ModelInferRequest, name: str, value: str) -> None:
-    data = value.encode()
+    try:
+        data = value.encode()
+    except UnicodeEncodeError:
+        raise InvalidRequestError(f"{name} has half of a surrogate pair, which is no character") from None
     _add(request, name, "BYTES", [1, 1], struct.pack("<I", len(data)) + data)
 
 

@@ -14,11 +14,13 @@ from client import metric, start, wait_for, wait_until_idle
 from pagetide_client import (
     AsyncClient,
     Client,
+    EngineError,
     InvalidRequestError,
     RequestTimeoutError,
     ServerBusyError,
     ServerUnavailableError,
 )
+from pagetide_client.errors import error_of_text
 from pagetide_client.requests import Retries
 from parrot import TEXT, pieces_of, write_parrot
 from triton_server import TritonServer, free_address
@@ -84,6 +86,8 @@ def test_errors_name_the_field_and_disturb_nobody(real):
             client.generate(PROMPT, temprature=1)
         with pytest.raises(InvalidRequestError, match="top_p"):
             list(client.stream(PROMPT, top_p=7))
+        with pytest.raises(InvalidRequestError, match="surrogate"):
+            client.generate("\ud800")
         other = Client(real.address.grpc, model="no_such")
         with closing(other), pytest.raises(InvalidRequestError, match="no_such"):
             other.generate(PROMPT)
@@ -91,8 +95,42 @@ def test_errors_name_the_field_and_disturb_nobody(real):
         assert text == client.generate(PROMPT, max_tokens=100, temperature=0).text
 
 
+def test_refused_streams_leave_no_connection_behind(real):
+    """Triton keeps those that are cancelled after their last response."""
+    triton = real.processes()[0]
+    before = triton.num_fds()
+    for _ in range(12):
+        with Client(real.address.grpc, model="no_such") as client, pytest.raises(InvalidRequestError):
+            list(client.stream(PROMPT))
+
+    async def ask() -> None:
+        async with AsyncClient(real.address.grpc, model="no_such") as client:
+            with pytest.raises(InvalidRequestError):
+                await client.generate(PROMPT)
+
+    for _ in range(12):
+        asyncio.run(ask())
+    wait_for(lambda: triton.num_fds() <= before + 4, 10, "connections that are closed")
+
+
 def is_running(server: TritonServer) -> bool:
     return metric(server, "pagetide_requests_running") == 1
+
+
+@pytest.mark.parametrize(
+    "text, kind",
+    [
+        ("Exceeds maximum queue size: Maximum queue size of 5 requests reached", ServerBusyError),
+        ("the server is full: the queue takes 9 s or more; send the request again in 4 s", ServerBusyError),
+        ("the server is stopping and takes no more requests", ServerUnavailableError),
+        ("the engine is not running; it is being started again", ServerUnavailableError),
+        ("Stub process 'llm_0' is not healthy.", ServerUnavailableError),
+        ("the engine failed at this request; its log says why", EngineError),
+        ("there is no field of sampling_parameters called 'x is not ready'", InvalidRequestError),
+    ],
+)
+def test_what_a_stream_says_tells_what_to_do(text, kind):
+    assert type(error_of_text(f"in ensemble 'ensemble', {text}")) is kind
 
 
 def test_leaving_a_stream_frees_its_request(parrot):

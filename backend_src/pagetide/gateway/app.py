@@ -109,6 +109,7 @@ def _add_routes(app: FastAPI) -> None:
         model = (await gateway().models.choose(body.model)).triton
         return {"prompt": await gateway().triton.detokenize(model, body.tokens)}
 
+    @app.head("/health", include_in_schema=False)
     @app.get("/health")
     async def health() -> Response:
         if not gateway().health.is_good:
