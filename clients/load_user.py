@@ -116,7 +116,7 @@ class LoadUser:
     def close(self) -> None:
         """Leaves; an answer that is not whole is cancelled."""
         self._leaves = True
-        # A stream that is cancelled after its last answer stays in Triton 2.51 for good.
+        # One that is cancelled after its last answer, and not closed, stays in Triton 2.51 for good.
         self._client.stop_stream(cancel_requests=not self._is_whole)
         self._client.close()
 

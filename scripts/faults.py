@@ -100,7 +100,7 @@ class Connection:
 
     def close(self) -> None:
         with contextlib.suppress(InferenceServerException):  # one that is broken cannot be stopped in order
-            # A stream that is cancelled after its last answer stays in Triton 2.51 for good.
+            # One that is cancelled after its last answer, and not closed, stays in Triton 2.51 for good.
             self._client.stop_stream(cancel_requests=not self._asked.ended)
         self._client.close()
 

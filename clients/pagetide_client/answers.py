@@ -83,8 +83,7 @@ def chunk_of(response: pb.ModelStreamInferResponse) -> Chunk:
 
 def is_last(response: pb.ModelStreamInferResponse) -> bool:
     """Whether the request has no further responses."""
-    is_final = response.infer_response.parameters["triton_final_response"].bool_param
-    return bool(response.error_message) or is_final
+    return response.infer_response.parameters["triton_final_response"].bool_param
 
 
 def joined(chunks: Iterable[Chunk]) -> Completion:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncGenerator
-from contextlib import aclosing, suppress
+from contextlib import aclosing
 from typing import Any
 
 import grpc
@@ -116,24 +116,13 @@ class AsyncClient:
             call = self._stub.ModelStreamInfer(iter([request]), timeout=left)
         except grpc.aio.UsageError as error:
             raise ServerUnavailableError("this client has been closed") from error
-        is_whole = False
         try:
             async for response in call:
-                is_whole = is_last(response)
                 yield chunk_of(response)
-                if is_whole:
+                if is_last(response):
                     return
             raise ended_early()
         except grpc.RpcError as failure:
             raise error_of_call(failure) from failure
         finally:
-            if is_whole:
-                await _let_end(call)
             call.cancel()
-
-
-async def _let_end(call: grpc.aio.Call) -> None:
-    """As the synchronous client's."""
-    with suppress(grpc.RpcError):
-        async for _ in call:
-            pass

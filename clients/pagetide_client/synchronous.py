@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import time
 from collections.abc import Generator
 from typing import Any
@@ -108,26 +107,13 @@ class Client:
             call = self._stub.ModelStreamInfer(iter([request]), timeout=left)
         except ValueError as error:  # gRPC's word for a closed channel
             raise ServerUnavailableError("this client has been closed") from error
-        is_whole = False
         try:
             for response in call:
-                is_whole = is_last(response)
                 yield chunk_of(response)
-                if is_whole:
+                if is_last(response):
                     return
             raise ended_early()
         except grpc.RpcError as failure:
             raise error_of_call(failure) from failure
         finally:
-            if is_whole:
-                _let_end(call)
             call.cancel()
-
-
-def _let_end(call: grpc.Call) -> None:
-    """Triton 2.51 keeps a stream, and its connection, that is cancelled between its last response and its
-    end, for good.
-    """
-    with contextlib.suppress(grpc.RpcError):
-        for _ in call:
-            pass

@@ -95,24 +95,6 @@ def test_errors_name_the_field_and_disturb_nobody(real):
         assert text == client.generate(PROMPT, max_tokens=100, temperature=0).text
 
 
-def test_refused_streams_leave_no_connection_behind(real):
-    """Triton keeps those that are cancelled after their last response."""
-    triton = real.processes()[0]
-    before = triton.num_fds()
-    for _ in range(12):
-        with Client(real.address.grpc, model="no_such") as client, pytest.raises(InvalidRequestError):
-            list(client.stream(PROMPT))
-
-    async def ask() -> None:
-        async with AsyncClient(real.address.grpc, model="no_such") as client:
-            with pytest.raises(InvalidRequestError):
-                await client.generate(PROMPT)
-
-    for _ in range(12):
-        asyncio.run(ask())
-    wait_for(lambda: triton.num_fds() <= before + 4, 10, "connections that are closed")
-
-
 def is_running(server: TritonServer) -> bool:
     return metric(server, "pagetide_requests_running") == 1
 

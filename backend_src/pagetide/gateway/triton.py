@@ -28,7 +28,6 @@ log = logging.getLogger("pagetide.gateway")
 Answer = TypeVar("Answer")
 
 _PAUSES_S = (0.0, 0.5, 2.0, 8.0)  # before each word that a request is to end
-_END_S = 5.0  # in which a stream ends after its last response
 _ADMIN_HEADER = "triton-grpc-protocol-admin-token"
 _PIECE = (
     "text_output",
@@ -159,8 +158,6 @@ class Triton:
             is_whole = True
             raise of_triton(error.code(), error.details() or str(error.code())) from None
         finally:
-            if is_whole:
-                await _let_end(call)
             call.cancel()
             if not is_whole:
                 # On a task of its own: whoever leaves may be cancelled, and then could not wait for it.
@@ -241,17 +238,6 @@ def _prefix(config: Any) -> str | None:
         return None
     names = (step.model_name for step in config.ensemble_scheduling.step)
     return next((name.removesuffix("llm") for name in names if name == "llm" or name.endswith("_llm")), None)
-
-
-async def _let_end(call: Any) -> None:
-    """Triton 2.51 keeps a stream that is cancelled between its last response and its end for good."""
-
-    async def read() -> None:
-        async for _ in call:
-            pass
-
-    with contextlib.suppress(grpc.aio.AioRpcError, asyncio.TimeoutError):
-        await asyncio.wait_for(read(), _END_S)
 
 
 async def _once(request: Any) -> AsyncIterator[Any]:
