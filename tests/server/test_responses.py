@@ -87,6 +87,7 @@ def test_instructions_and_earlier_turns_are_part_of_the_prompt(client):
 @pytest.mark.parametrize("stream", [False, True])
 def test_a_call_that_was_asked_for_always_parses_and_can_be_answered(client, choice, stream):
     asked = {"tools": [WEATHER], "tool_choice": choice, "stream": stream, "max_output_tokens": 60}
+    asked["top_logprobs"] = 1  # which are of texts only, and open no item of their own
     found = respond(client, input="Is it raining in Oslo?", **asked)
     if stream:
         *_, last = found

@@ -11,8 +11,9 @@ from pagetide.engine.requests import internal_error
 from pagetide.gateway.answers import Answers, CompletionChoice, Echo
 from pagetide.gateway.bodies import StreamOptions
 from pagetide.gateway.door import Door, Rules
-from pagetide.gateway.errors import of_text, of_triton
+from pagetide.gateway.errors import ApiError, of_text, of_triton
 from pagetide.gateway.logprobs import first_token
+from pagetide.gateway.models import Models
 from pagetide.gateway.shapes import Chunks
 from pagetide.gateway.status import summed
 from pagetide.gateway.triton import Piece
@@ -136,3 +137,62 @@ def test_the_first_token_of_a_prompt_may_have_no_text():
     assert first_token("Hi", [None, entry]) == ""
     assert first_token("Hi", [None]) == "Hi"
     assert first_token("H\ufffd", [None, entry]) == "", "what was cut within a character cannot be told"
+
+
+class Templates:
+    """A Triton that renders chats by a template that opens thoughts unless it is told not to."""
+
+    def __init__(self) -> None:
+        self.num_rendered, self.error = 0, ApiError(503, "not yet")
+        self.fails = False
+
+    async def tokenize(self, model: str, prompt: dict[str, Any]) -> list[int]:
+        await asyncio.sleep(0)
+        self.num_rendered += 1
+        if self.fails:
+            raise self.error
+        variables = prompt.get("chat_template_kwargs", {})
+        return [int(prompt["add_generation_prompt"] and variables.get("thinking", True))]
+
+    async def detokenize(self, model: str, ids: list[int]) -> str:
+        return "question<think>\n" if ids == [1] else "question"
+
+
+def test_a_template_is_asked_once_for_each_of_its_variables():
+    async def run() -> None:
+        triton = Templates()
+        models = Models(triton)
+        found = await asyncio.gather(*(models.habits("m") for _ in range(50)))
+        assert triton.num_rendered == 3 and all(habits.begins_thinking for habits in found)
+        assert not (await models.habits("m", {"thinking": False})).begins_thinking
+        assert triton.num_rendered == 6 and (await models.habits("m", {})).begins_thinking
+        for number in range(400):
+            await models.habits("m", {"x": number})
+            assert (await models.habits("m")).begins_thinking
+        assert triton.num_rendered == 6 + 3 * 400, "what is asked for often is kept"
+        assert (await models.habits("m", {"x": "y" * 10_000})).begins_thinking
+        assert triton.num_rendered == 6 + 3 * 400 and len(models._habits) <= 256
+
+    asyncio.run(run())
+
+
+def test_habits_are_asked_again_after_an_error_and_after_a_while():
+    async def run() -> None:
+        triton = Templates()
+        models = Models(triton)
+        triton.fails = True
+        found = await asyncio.gather(*(models.habits("m") for _ in range(3)), return_exceptions=True)
+        assert found == [triton.error] * 3
+        leaving = asyncio.ensure_future(models.habits("m"))
+        await asyncio.sleep(0)
+        leaving.cancel()
+        triton.fails = False
+        await asyncio.sleep(0.01)
+        assert (await models.habits("m")).begins_thinking
+        triton.fails = True
+        models._habits["m", ""].until = 0.0
+        assert (await models.habits("m")).begins_thinking, "the last that is known"
+        await asyncio.sleep(0.01)
+        assert (await models.habits("m")).begins_thinking and triton.num_rendered >= 5
+
+    asyncio.run(run())

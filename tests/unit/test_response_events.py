@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+from itertools import groupby
 from typing import Any
 
 import pytest
@@ -32,6 +33,7 @@ texts = st.text("ab", min_size=1, max_size=3)
 deltas = st.one_of(
     st.builds(lambda text: [{"content": text}], texts),
     st.builds(lambda text: [{"reasoning_content": text}], texts),
+    st.just([{"content": ""}]),  # tokens whose text is held back
     st.builds(
         lambda name, parts: [call(name, ""), *(call("", part) for part in parts)], texts, st.lists(texts)
     ),
@@ -90,14 +92,29 @@ def shape_of(usage: Usage | None = None) -> ResponseShape:
     return ResponseShape(ResponsesBody(input="x"), "resp_1", "ensemble", usage or Usage())
 
 
+def kind_of(delta: dict[str, Any]) -> str:
+    """The item that a delta belongs to; empty: it opens none."""
+    if "reasoning_content" in delta or delta.get("content"):
+        return "message" if "content" in delta else "reasoning"
+    return "function_call" if "tool_calls" in delta and "name" in delta["tool_calls"][0]["function"] else ""
+
+
+HELD = {"content": ""}
+THOUGHTS = [[{"reasoning_content": "a"}], [HELD], [{"reasoning_content": "b"}], [{"content": "a"}]]
+
+
 @given(st.lists(deltas, max_size=5), st.sampled_from(["stop", "length", "tool_calls"]), st.integers(0, 2))
 @example([], "length", 0)
-@example([[{"reasoning_content": "a"}], [call("f", "{")]], "length", 1)
-def test_what_events_tell_is_the_object(groups, reason, num_last):
+@example(THOUGHTS, "stop", 1)
+@example([[HELD], [call("f", ""), call("", "{"), call("", "}")], [HELD]], "length", 1)
+def test_what_events_tell_is_the_object(groups, reason, num_scored):
+    """Log-probabilities stand beside everything: only those of a message's text are shown, and none opens an
+    item.
+    """
     flat = [one for group in groups for one in group]
     choices = [choice({"role": "assistant", "content": ""})]
-    choices += [choice(delta, logprobs=1 if delta.get("content") else 0) for delta in flat]
-    choices.append(choice({}, num_last, reason))
+    choices += [choice(delta, num_scored) for delta in flat]
+    choices.append(choice({}, num_scored, reason))
     events = told(shape_of(), choices)
     status = "incomplete" if reason == "length" else "completed"
     assert [event["sequence_number"] for event in events] == list(range(len(events)))
@@ -111,6 +128,11 @@ def test_what_events_tell_is_the_object(groups, reason, num_last):
     assert whole == {**events[-1]["response"], "created_at": whole["created_at"]}
     output = whole["output"]
     assert {item["status"] for item in output[:-1]} <= {"completed"} and output[-1]["status"] == status
+    kinds = [kind for delta in flat if (kind := kind_of(delta))]
+    grouped = [kind for kind, of in groupby(kinds) for _ in (of if kind == "function_call" else "1")]
+    assert [item["type"] for item in output] == (grouped or ["message"])
+    scored = sum(len(item["content"][0]["logprobs"]) for item in output if item["type"] == "message")
+    assert num_scored * sum(bool(delta.get("content")) for delta in flat) <= scored <= num_scored * len(flat)
     for kind, name in (("message", "content"), ("reasoning", "reasoning_content")):
         shown = "".join(item["content"][0]["text"] for item in output if item["type"] == kind)
         assert shown == "".join(delta.get(name, "") for delta in flat)
@@ -134,17 +156,18 @@ def test_items_are_the_messages_of_a_chat():
         {"type": "reasoning", "id": "rs_1", "summary": []},
         {"type": "function_call", "call_id": "1", "name": "f", "arguments": "{}"},
         {"type": "function_call", "call_id": "2", "name": "g", "arguments": "{}"},
+        {"role": "assistant", "content": "Wait."},
         {"type": "function_call_output", "call_id": "2", "output": "rain"},
         {"role": "assistant", "content": [{"type": "output_text", "text": "It", "annotations": []}]},
         {"type": "function_call", "call_id": "3", "name": "f", "arguments": "{}"},
     ]
     chat = chat_of(ResponsesBody(input=items, instructions="Be brief."))
-    assert [message["role"] for message in chat.messages] == [
-        *("system", "system", "user", "assistant", "tool", "assistant")
-    ]
-    assert [call["function"]["name"] for call in chat.messages[3]["tool_calls"]] == ["f", "g"]
-    assert chat.messages[4] == {"role": "tool", "tool_call_id": "2", "content": "rain", "name": "g"}
-    assert chat.messages[5]["content"] == "It" and chat.messages[5]["tool_calls"][0]["id"] == "3"
+    system, user, calling, told, last = chat.messages
+    assert system == {"role": "system", "content": "Be brief.\n\nBe kind."} and user["content"] == "Weather?"
+    assert [call["function"]["name"] for call in calling["tool_calls"]] == ["f", "g"]
+    assert calling["content"] == "Wait." and told["role"] == "tool"
+    assert told == {"role": "tool", "tool_call_id": "2", "content": "rain", "name": "g"}
+    assert last["content"] == "It" and last["tool_calls"][0]["id"] == "3"
     assert chat_of(ResponsesBody(input="Hi")).messages == [{"role": "user", "content": "Hi"}]
 
 
@@ -163,6 +186,8 @@ def test_fields_are_those_of_a_chat():
         "truncation": "disabled",
         "background": False,
         "store": True,
+        "n": 1,
+        "logprobs": False,
         "top_k": 5,
         "seed": 3,
     }
@@ -185,6 +210,7 @@ def test_fields_are_those_of_a_chat():
         ({"input": [{"role": "user", "content": [{"type": "input_image"}]}]}, "input"),
         ({"input": [{"role": "king", "content": "x"}]}, "input"),
         ({"input": [{"role": "user"}]}, "input"),
+        ({"input": [{"role": "user", "content": [{"type": [], "text": "x"}]}]}, "input"),
         ({"input": [{"type": "function_call", "name": 1}]}, "input"),
         ({"input": [{"type": "reasoning"}]}, "input"),
         ({"text": {"format": {"type": "json_schema", "name": "n"}}}, "text"),

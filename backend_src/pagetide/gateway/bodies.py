@@ -125,7 +125,7 @@ class TextFormat(BaseModel):
 
 
 class TextOptions(BaseModel):
-    format: TextFormat = TextFormat(type="text", schema=None)
+    format: TextFormat | None = None
 
 
 class ResponsesBody(Body):

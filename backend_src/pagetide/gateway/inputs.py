@@ -16,7 +16,7 @@ from pagetide.gateway.errors import refused
 LOGPROBS = "message.output_text.logprobs"  # of `include`
 # Names that change nothing in an answer here, beside those of chats.
 _IGNORED = {"reasoning", "max_tool_calls", "stream_options", "prompt_cache_options", "background_options"}
-# Names that ask for what cannot be done: the values that ask for nothing, and what to do instead.
+# Names that are not for this API: the values that ask for nothing, and what to do instead.
 _UNSUPPORTED: dict[str, tuple[tuple[Any, ...], str]] = {
     "previous_response_id": ((), "no response is kept; send the items of earlier turns in input"),
     "conversation": ((), "no response is kept; send the items of earlier turns in input"),
@@ -25,24 +25,20 @@ _UNSUPPORTED: dict[str, tuple[tuple[Any, ...], str]] = {
     "truncation": (("disabled",), "a prompt that is too long is refused; leave it out"),
     "context_management": (([],), "leave it out"),
     "moderation": ((), "leave it out"),
+    "messages": ((), "use input"),
+    "max_tokens": ((), "use max_output_tokens"),
+    "max_completion_tokens": ((), "use max_output_tokens"),
+    "response_format": ((), "use text.format"),
+    "logprobs": ((False,), f"use include, with {LOGPROBS!r}"),
+    "n": ((1,), "send several requests"),
+    "best_of": ((1,), "send several requests"),
+    "continue_final_message": ((False,), "end input with what is to be answered"),
 }
-# A chat's, whose place others take here.
-_OF_CHATS = {
-    "messages": "input",
-    "max_tokens": "max_output_tokens",
-    "max_completion_tokens": "max_output_tokens",
-    "response_format": "text.format",
-    "logprobs": f"include ({LOGPROBS!r})",
-    "n": "several requests",
-    "best_of": "several requests",
-    "continue_final_message": "an input that ends with what to answer",
-}
-_PARTS = {
-    "input_text": "text",
-    "output_text": "text",
-    "text": "text",
-    "refusal": "refusal",
-}  # where the text is
+# What a chat's fields are called here.
+OF_RESPONSES = {"messages": "input", "response_format": "text", "max_tokens": "max_output_tokens"}
+_ROLES = ("user", "assistant", "system", "developer")
+# By the type of a part: what its text is called.
+_PARTS = {"input_text": "text", "output_text": "text", "text": "text", "refusal": "refusal"}
 
 
 def chat_of(body: ResponsesBody) -> ChatBody:
@@ -53,9 +49,7 @@ def chat_of(body: ResponsesBody) -> ChatBody:
     for name, value in given.items():
         harmless, instead = _UNSUPPORTED.get(name, ((value,), ""))
         if value not in harmless:
-            raise refused(f"{name} is not supported by this server: {instead}", name)
-        if name in _OF_CHATS:
-            raise refused(f"{name} is no field of /v1/responses; use {_OF_CHATS[name]}", name)
+            raise refused(f"{name} is not supported by /v1/responses: {instead}", name)
     fields = {name: given[name] for name in given if name not in _IGNORED and name not in _UNSUPPORTED}
     wants_logprobs = LOGPROBS in (body.include or ()) or bool(body.top_logprobs)
     fields |= {
@@ -101,7 +95,9 @@ def _format(body: ResponsesBody) -> dict[str, Any] | None:
 
 
 def _messages(body: ResponsesBody) -> list[dict[str, Any]]:
-    """Calls that follow each other are one message of the assistant, as chat templates know them."""
+    """As chat templates know them: what the system says at the beginning is one message, and so are calls of
+    the assistant that follow each other, with what it says between them.
+    """
     messages: list[dict[str, Any]] = []
     if body.instructions is not None:
         messages.append({"role": "system", "content": body.instructions})
@@ -111,7 +107,7 @@ def _messages(body: ResponsesBody) -> list[dict[str, Any]]:
     for item in body.input:
         kind = item.get("type") or "message"
         if kind == "message":
-            messages.append(_message(item))
+            _add_message(messages, item)
         elif kind == "function_call":
             call = _call(item)
             names[call["id"]] = call["function"]["name"]
@@ -134,15 +130,19 @@ def _messages(body: ResponsesBody) -> list[dict[str, Any]]:
 _KNOWN_ITEMS = "message, function_call, function_call_output and reasoning"
 
 
-def _message(item: dict[str, Any]) -> dict[str, Any]:
+def _add_message(messages: list[dict[str, Any]], item: dict[str, Any]) -> None:
     role = _string(item, "role")
-    if role not in ("user", "assistant", "system", "developer"):
-        raise refused(
-            f"input has a message of role {role[:80]!r}; user, assistant, system and developer are known",
-            "input",
-        )
+    if role not in _ROLES:
+        raise refused(f"input has a message of role {role[:80]!r}; {', '.join(_ROLES)} are known", "input")
+    role = "system" if role == "developer" else role
     content = _text(item.get("content"), "content")
-    return {"role": "system" if role == "developer" else role, "content": content}
+    last = messages[-1] if messages else {}
+    if role == "system" and [message["role"] for message in messages] == ["system"]:
+        last["content"] += "\n\n" + content
+    elif role == "assistant" and last.get("tool_calls"):
+        last["content"] += content
+    else:
+        messages.append({"role": role, "content": content})
 
 
 def _call(item: dict[str, Any]) -> dict[str, Any]:
@@ -170,7 +170,7 @@ def _text(content: Any, name: str) -> str:
 
 def _text_of_part(part: Any) -> str:
     kind = part.get("type") if isinstance(part, dict) else None
-    text = part.get(_PARTS[kind]) if kind in _PARTS else None
+    text = part.get(_PARTS[kind]) if isinstance(kind, str) and kind in _PARTS else None
     if not isinstance(text, str):
         raise refused(
             f"input has a part of type {str(kind)[:80]!r}, this model takes texts only ({', '.join(_PARTS)})",

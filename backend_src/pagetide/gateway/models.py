@@ -6,6 +6,7 @@ import asyncio
 import json
 import logging
 import time
+from collections import OrderedDict
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,7 +21,8 @@ log = logging.getLogger("pagetide.gateway")
 _KEPT_S = 10.0
 _ADAPTER_CONFIG = "adapter_config.json"
 _MOST_NAMED = 20
-_MOST_HABITS = 256
+_MOST_HABITS = 256  # models with variables of their templates
+_MOST_TOLD = 4096  # characters of such variables; what more would say of the habits is not asked
 _CALL = {
     "id": "abcdefghi",  # Mistral's templates take ids of nine characters only
     "type": "function",
@@ -56,13 +58,9 @@ class Habits:
 class _Known:
     """Habits, and until when they are taken to be so. asking: for what they are by now."""
 
-    habits: Habits
-    until: float
-    asking: asyncio.Future[None]
-
-    @property
-    def is_old(self) -> bool:
-        return time.monotonic() > self.until
+    habits: Habits | None = None
+    until: float = 0.0
+    asking: asyncio.Future[None] | None = None
 
 
 @dataclass(frozen=True)
@@ -87,11 +85,10 @@ class Models:
         self._call_format = call_format
         self._lora_dir = lora_dir
         self._names: list[str] = []
-        self._habits: dict[str, _Known] = {}
+        self._habits: OrderedDict[tuple[str, str], _Known] = OrderedDict()
         self._known_until = 0.0
-        self._nothing: asyncio.Future[None] = asyncio.get_running_loop().create_future()
-        self._nothing.set_result(None)
-        self._asking = self._nothing
+        self._asking: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+        self._asking.set_result(None)
 
     async def names(self) -> list[str]:
         if self._is_old:
@@ -180,26 +177,30 @@ class Models:
         """Of a model whose template is given these variables (chat_template_kwargs). What was true lately is
         taken to be true, and asked for again while the request goes on. Raises ApiError.
         """
-        key = f"{name} {json.dumps(variables, sort_keys=True)}"
-        known = self._habits.get(key)
-        if known is None:
-            await self._learn(key, name, variables)
-        elif known.is_old and known.asking.done():
-            known.asking = asyncio.ensure_future(self._learn_again(key, name, variables))
-        return self._habits[key].habits
+        told = json.dumps(variables, sort_keys=True) if variables else ""
+        if len(told) > _MOST_TOLD:
+            variables, told = None, ""
+        known = self._habits.setdefault((name, told), _Known())
+        self._habits.move_to_end((name, told))
+        while len(self._habits) > _MOST_HABITS:
+            self._habits.popitem(last=False)
+        if time.monotonic() > known.until and (known.asking is None or known.asking.done()):
+            known.asking = asyncio.ensure_future(self._learn(known, name, variables))
+            # Whoever has asked may have left.
+            known.asking.add_done_callback(lambda done: done.cancelled() or done.exception())
+        if known.habits is None and known.asking is not None:
+            await asyncio.shield(known.asking)
+        assert known.habits is not None
+        return known.habits
 
-    async def _learn(self, key: str, name: str, variables: Variables) -> None:
-        found = await self._ask(name, variables)
-        self._habits.pop(key, None)
-        while len(self._habits) >= _MOST_HABITS:
-            del self._habits[next(iter(self._habits))]
-        self._habits[key] = _Known(found, time.monotonic() + _KEPT_S, self._nothing)
-
-    async def _learn_again(self, key: str, name: str, variables: Variables) -> None:
+    async def _learn(self, known: _Known, name: str, variables: Variables) -> None:
         try:
-            await self._learn(key, name, variables)
+            known.habits = await self._ask(name, variables)
         except ApiError as error:  # the request itself will say so too
+            if known.habits is None:
+                raise
             log.warning("the habits of %s are the last ones known: %s", name, error)
+        known.until = time.monotonic() + _KEPT_S
 
     async def _ask(self, model: str, variables: Variables) -> Habits:
         """Renders small chats: the marker of a call, and whether old thoughts are left out, tell."""

@@ -12,7 +12,7 @@ from collections.abc import Iterator
 from typing import Any
 
 from pagetide.gateway.answers import Usage
-from pagetide.gateway.bodies import ChosenFunction, ResponsesBody, TextOptions
+from pagetide.gateway.bodies import ChosenFunction, ResponsesBody
 from pagetide.gateway.errors import ApiError
 from pagetide.gateway.shapes import event
 
@@ -31,6 +31,7 @@ class ResponseShape:
         self._usage = usage
         self._num_events = 0
         self._output: list[dict[str, Any]] = []
+        self._scored: list[dict[str, Any]] = []  # tokens whose text is still to come, if they have any
         self._is_cut = False
         self._told = _told(body, request_id, model)
 
@@ -60,17 +61,17 @@ class ResponseShape:
 
     def _grow(self, choice: dict[str, Any]) -> Iterator[Event]:
         """What a choice adds to the output, told event by event: each says how things are at its time."""
-        delta, logprobs = choice["delta"], (choice["logprobs"] or {}).get("content") or []
+        delta = choice["delta"]
+        self._scored += (choice["logprobs"] or {}).get("content") or []
         if thoughts := delta.get("reasoning_content"):
-            yield from self._add_text("reasoning", thoughts, [])
-        text = delta.get("content") or ""
-        if text or logprobs:
-            yield from self._add_text("message", text, logprobs)
+            yield from self._add_text("reasoning", thoughts)
+        if text := delta.get("content"):
+            yield from self._add_text("message", text)
         for call in delta.get("tool_calls", ()):
             yield from self._add_call(call)
         self._is_cut = self._is_cut or choice["finish_reason"] == "length"
 
-    def _add_text(self, kind: str, text: str, logprobs: list[dict[str, Any]]) -> Iterator[Event]:
+    def _add_text(self, kind: str, text: str) -> Iterator[Event]:
         if not self._is_open(kind):
             yield from self._open(_text_item(kind))
             part: dict[str, Any] = {"type": _PARTS[kind], "text": ""}
@@ -80,14 +81,15 @@ class ResponseShape:
             yield self._of_item("response.content_part.added", content_index=0, part=part)
         part = self._output[-1]["content"][0]
         part["text"] += text
+        scored, self._scored = self._scored, []
         more: dict[str, Any] = {}
         if kind == "message":
-            part["logprobs"] += logprobs
-            more["logprobs"] = logprobs
+            part["logprobs"] += scored
+            more["logprobs"] = scored
         yield self._of_item(f"response.{_PARTS[kind]}.delta", content_index=0, delta=text, **more)
 
     def _add_call(self, call: dict[str, Any]) -> Iterator[Event]:
-        function = call["function"]
+        function, self._scored = call["function"], []
         if "name" in function:
             item = {"type": "function_call", "call_id": call["id"], "name": function["name"], "arguments": ""}
             yield from self._open(item)
@@ -125,8 +127,9 @@ class ResponseShape:
         yield self._of_list("response.output_item.done")
 
     def _finish(self) -> Iterator[Event]:
+        self._scored = []
         if not self._output:
-            yield from self._add_text("message", "", [])
+            yield from self._add_text("message", "")
         yield from self._close("incomplete" if self._is_cut else "completed")
 
     def _of_list(self, kind: str) -> Event:
@@ -175,7 +178,8 @@ def _usage(usage: Usage) -> dict[str, Any]:
 
 def _told(body: ResponsesBody, request_id: str, model: str) -> dict[str, Any]:
     """What a response repeats of its request."""
-    text = (body.text or TextOptions()).model_dump(by_alias=True, exclude_none=True)
+    wanted = body.text and body.text.format
+    shown = wanted.model_dump(by_alias=True, exclude_none=True) if wanted else {"type": "text"}
     choice = body.tool_choice
     return {
         "id": request_id,
@@ -191,7 +195,7 @@ def _told(body: ResponsesBody, request_id: str, model: str) -> dict[str, Any]:
         "previous_response_id": None,
         "store": False,
         "temperature": body.temperature,
-        "text": text,
+        "text": {"format": shown},
         "tool_choice": choice.model_dump() if isinstance(choice, ChosenFunction) else choice or "auto",
         "tools": [tool.model_dump() for tool in body.tools or ()],
         "top_logprobs": body.top_logprobs,

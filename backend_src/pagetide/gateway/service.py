@@ -21,7 +21,7 @@ from pagetide.gateway.bodies import ChatBody, CompletionBody, GenerationBody, Re
 from pagetide.gateway.errors import ApiError, failed, named, refused
 from pagetide.gateway.fields import chat_prompt, fields_of, is_guided, prompts_of
 from pagetide.gateway.health import Health
-from pagetide.gateway.inputs import chat_of
+from pagetide.gateway.inputs import OF_RESPONSES, chat_of
 from pagetide.gateway.models import Chosen, Models
 from pagetide.gateway.responses import ResponseShape
 from pagetide.gateway.shapes import Chunks, Shape
@@ -52,12 +52,12 @@ class Gateway:
     async def respond(self, body: ResponsesBody, request: Request) -> Response:
         chat = chat_of(body)
         request_id = f"resp_{uuid.uuid4().hex}"
-        generation, answers, model = await self._begin_chat(chat, request, request_id)
-        shape = ResponseShape(body, request_id, model, answers.usage)
         try:
+            generation, answers, model = await self._begin_chat(chat, request, request_id)
+            shape = ResponseShape(body, request_id, model, answers.usage)
             return await self._answer(chat, request, answers, shape, [generation])
         except ApiError as error:
-            error.param = "input" if error.param == "messages" else error.param
+            error.param = OF_RESPONSES.get(error.param or "", error.param)
             raise
 
     async def _begin_chat(

@@ -28,6 +28,7 @@ log = logging.getLogger("pagetide.gateway")
 Answer = TypeVar("Answer")
 
 _PAUSES_S = (0.0, 0.5, 2.0, 8.0)  # before each word that a request is to end
+_LAST_WORDS_S = 1.0  # of a gateway that ends
 _ADMIN_HEADER = "triton-grpc-protocol-admin-token"
 _PIECE = (
     "text_output",
@@ -84,6 +85,8 @@ class Triton:
         self._endings: set[asyncio.Future[None]] = set()
 
     async def close(self) -> None:
+        if self._endings:
+            await asyncio.wait(self._endings, timeout=_LAST_WORDS_S)
         for ending in self._endings:
             ending.cancel()
         await self.servers.close()
