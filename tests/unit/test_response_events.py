@@ -168,6 +168,8 @@ def test_items_are_the_messages_of_a_chat():
     assert calling["content"] == "Wait." and told["role"] == "tool"
     assert told == {"role": "tool", "tool_call_id": "2", "content": "rain", "name": "g"}
     assert last["content"] == "It" and last["tool_calls"][0]["id"] == "3"
+    unnamed = {"format": {"type": "json_schema", "schema": {"type": "object"}}}
+    assert chat_of(ResponsesBody(input="Hi", text=unnamed)).response_format is not None
     assert chat_of(ResponsesBody(input="Hi")).messages == [{"role": "user", "content": "Hi"}]
 
 

@@ -91,7 +91,7 @@ def _format(body: ResponsesBody) -> dict[str, Any] | None:
         return {"type": wanted.type}
     if wanted.json_schema is None:
         raise refused("text.format of type json_schema needs schema", "text")
-    return {"type": wanted.type, "json_schema": {"name": wanted.name, "schema": wanted.json_schema}}
+    return {"type": wanted.type, "json_schema": {"name": wanted.name or "", "schema": wanted.json_schema}}
 
 
 def _messages(body: ResponsesBody) -> list[dict[str, Any]]:

@@ -16,7 +16,7 @@ from pagetide.gateway.bodies import ChosenFunction, ResponsesBody
 from pagetide.gateway.errors import ApiError
 from pagetide.gateway.shapes import event
 
-# Items whose content is one part of text: what they, the part, and their events are called.
+# By the type of an item: what its id begins with; what its content is called, a part of text.
 _PREFIXES = {"message": "msg", "reasoning": "rs", "function_call": "fc"}
 _PARTS = {"message": "output_text", "reasoning": "reasoning_text"}
 _FAILURES = {429: "rate_limit_exceeded", 400: "invalid_prompt"}
@@ -105,9 +105,7 @@ class ResponseShape:
         yield from self._close("completed")
         number = f"{_PREFIXES[item['type']]}_{uuid.uuid4().hex}"
         self._output.append({"id": number, **item, "status": "in_progress"})
-        yield self._event(
-            "response.output_item.added", output_index=len(self._output) - 1, item=self._output[-1]
-        )
+        yield self._of_list("response.output_item.added")
 
     def _close(self, status: str) -> Iterator[Event]:
         """Ends the last item, if there is any."""
@@ -116,9 +114,8 @@ class ResponseShape:
         item = self._output[-1]
         item["status"] = status
         if item["type"] == "function_call":
-            yield self._of_item(
-                "response.function_call_arguments.done", arguments=item["arguments"], name=item["name"]
-            )
+            told = {name: item[name] for name in ("name", "arguments")}
+            yield self._of_item("response.function_call_arguments.done", **told)
         else:
             part = item["content"][0]
             more = {"logprobs": part["logprobs"]} if item["type"] == "message" else {}
