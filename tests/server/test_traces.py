@@ -184,9 +184,7 @@ def test_an_error_is_told_by_its_kind(server, collector):
 
 
 def test_tritons_own_spans_are_between_the_gateways_and_the_engines(traced, collector):
-    """Of one streamed request in three Triton never sends the uppermost, `InferRequest`, and of one in some
-    hundred not even those below.
-    """
+    """Some are lost where a client cancels a stream behind its last response; the gateway does not."""
     traces = [f"{number:032x}" for number in range(0x500, 0x510)]
     gateway = Gateway(traced, "--otlp-traces-endpoint", collector.endpoint)
     try:
@@ -200,8 +198,7 @@ def test_tritons_own_spans_are_between_the_gateways_and_the_engines(traced, coll
         def num_with(count: int) -> int:
             return sum(len(collector.above(one)[0]) >= count for one in requests)
 
-        wait_for(lambda: num_with(2) >= len(requests) - 4, 30, "Triton's spans")
-        wait_for(lambda: num_with(3) >= 1, 30, "InferRequest")
+        wait_for(lambda: num_with(3) >= len(requests) - 2, 30, "Triton's spans")
         for spans in all_spans:
             names, top = collector.above(spans["llm_request"])
             assert names == ["llm", "ensemble", "InferRequest"][: len(names)]

@@ -29,6 +29,7 @@ Answer = TypeVar("Answer")
 
 _PAUSES_S = (0.0, 0.5, 2.0, 8.0)  # before each word that a request is to end
 _LAST_WORDS_S = 1.0  # of a gateway that ends
+_END_S = 5.0  # in which a stream ends behind its last response
 _ADMIN_HEADER = "triton-grpc-protocol-admin-token"
 _PIECE = (
     "text_output",
@@ -161,8 +162,10 @@ class Triton:
             is_whole = True
             raise of_triton(error.code(), error.details() or str(error.code())) from None
         finally:
-            call.cancel()
-            if not is_whole:
+            if is_whole:
+                await _let_end(call)
+            else:
+                call.cancel()
                 # On a task of its own: whoever leaves may be cancelled, and then could not wait for it.
                 ending = asyncio.ensure_future(self._end(stub, generation))
                 self._endings.add(ending)
@@ -241,6 +244,21 @@ def _prefix(config: Any) -> str | None:
         return None
     names = (step.model_name for step in config.ensemble_scheduling.step)
     return next((name.removesuffix("llm") for name in names if name == "llm" or name.endswith("_llm")), None)
+
+
+async def _let_end(call: Any) -> None:
+    """Reads a stream to its end: of those that are cancelled behind their last response Triton 2.51 loses
+    spans.
+    """
+
+    async def read() -> None:
+        async for _ in call:
+            pass
+
+    try:
+        await asyncio.wait_for(read(), _END_S)
+    except (grpc.aio.AioRpcError, asyncio.TimeoutError):
+        call.cancel()
 
 
 async def _once(request: Any) -> AsyncIterator[Any]:
