@@ -3,8 +3,10 @@ from __future__ import annotations
 from collections.abc import Iterator
 from pathlib import Path
 
+import openai
 import pytest
 from client import Streams, start, wait_until_idle
+from gateway import Gateway
 from parrot import TEXT, pieces_of, write_parrot
 from triton_server import TritonServer
 
@@ -57,3 +59,15 @@ def parrot(tmp_path_factory) -> Iterator[TritonServer]:
     yield server
     wait_until_idle(server)
     assert server.stop(), "the server did not stop by itself within its time-out"
+
+
+@pytest.fixture(scope="module")
+def gateway(real) -> Iterator[Gateway]:
+    gateway = Gateway(real)
+    yield gateway
+    gateway.stop()
+
+
+@pytest.fixture(scope="module")
+def client(gateway) -> openai.OpenAI:
+    return gateway.client()

@@ -14,9 +14,9 @@ import openai
 import pytest
 import torch
 from client import CACHE, Streams, generate, wait_until_idle
+from gateway import Gateway
 from models import expected_of, write_adapters
 from pagetide.models.source import find_model
-from test_openai import Gateway
 from transformers import AutoModelForCausalLM
 from triton_server import ROOT
 

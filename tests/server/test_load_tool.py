@@ -9,9 +9,9 @@ from collections.abc import Iterator
 
 import pytest
 from client import metric, wait_for, wait_until_idle
+from gateway import Gateway
 from load_test import knee
 from load_user import Answer, make_user
-from test_openai import Gateway
 from triton_server import ROOT
 
 HISTOGRAM_OF = {

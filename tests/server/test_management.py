@@ -20,9 +20,9 @@ import psutil
 import pytest
 import tritonclient.grpc as grpc
 from client import CACHE, Streams, generate, stream_one, wait_for, wait_until_idle
+from gateway import Gateway
 from parrot import pieces_of, write_parrot
 from test_faults import ask_health
-from test_openai import Gateway
 from triton_server import REPOSITORY, ROOT, ModelControl, TritonServer, free_address
 from tritonclient.utils import InferenceServerException
 

@@ -16,9 +16,9 @@ from typing import Any
 import pytest
 import yaml
 from client import Streams, generate, wait_for
+from gateway import Gateway
 from make_dashboard import queries
 from processes import answers
-from test_openai import Gateway
 from triton_server import ROOT, free_address
 
 PROMETHEUS = ROOT / "docker" / "prometheus"

@@ -5,13 +5,7 @@ from __future__ import annotations
 import asyncio
 import http.client
 import json
-import os
 import socket
-import subprocess
-import sys
-import urllib.error
-import urllib.request
-from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
@@ -19,6 +13,7 @@ import openai
 import psutil
 import pytest
 from client import generate, metric, start, wait_for
+from gateway import Gateway
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from pagetide.contract.fields import FIELDS as CONTRACT
@@ -27,7 +22,7 @@ from pagetide.gateway.bodies import ChatBody, CompletionBody, ResponsesBody
 from pagetide.gateway.errors import ApiError
 from pagetide.gateway.triton import Generation, Triton
 from parrot import write_parrot
-from triton_server import ROOT, TritonServer, free_address
+from triton_server import free_address
 
 FRANCE = [{"role": "user", "content": "What is the capital of France?"}]
 WEATHER = {
@@ -50,57 +45,6 @@ ODD_TOOL = {
     "tools": [{"type": "function", "function": {"name": "f", "parameters": {"$defs": []}}}],
     "tool_choice": "required",
 }
-
-
-class Gateway:
-    def __init__(self, server: TritonServer, *options: str, triton: str = "", admin_token: str = ""):
-        self.port = free_address().http_port
-        self.url = f"http://127.0.0.1:{self.port}"
-        command = [sys.executable, "-m", "pagetide.gateway", "--triton", triton or server.address.grpc]
-        command += ["--port", str(self.port), *options]
-        environment = {**os.environ, "ADMIN_TOKEN": admin_token}
-        self.process = subprocess.Popen(command, cwd=ROOT / "backend_src", env=environment)
-        try:
-            wait_for(lambda: self.status("/health") == 200, what="a healthy gateway")
-        except BaseException:
-            self.stop()
-            raise
-
-    def status(self, path: str) -> int:
-        return self.ask(path)[0]
-
-    def ask(self, path: str, body: Any = None, headers: dict[str, str] | None = None) -> tuple[int, Any]:
-        """Status and JSON. body: JSON, or bytes as they are."""
-        data = body if isinstance(body, bytes) or body is None else json.dumps(body).encode()
-        request = urllib.request.Request(
-            self.url + path, data, {"Content-Type": "application/json", **(headers or {})}
-        )
-        try:
-            with urllib.request.urlopen(request, timeout=60) as answer:
-                return answer.status, answer.read()
-        except urllib.error.HTTPError as error:
-            return error.code, json.loads(error.read())
-        except OSError:
-            return 0, None
-
-    def client(self, key: str = "none") -> openai.OpenAI:
-        return openai.OpenAI(base_url=f"{self.url}/v1", api_key=key, max_retries=0)
-
-    def stop(self) -> None:
-        self.process.terminate()
-        assert self.process.wait(20) in (0, -15)
-
-
-@pytest.fixture(scope="module")
-def gateway(real) -> Iterator[Gateway]:
-    gateway = Gateway(real)
-    yield gateway
-    gateway.stop()
-
-
-@pytest.fixture(scope="module")
-def client(gateway) -> openai.OpenAI:
-    return gateway.client()
 
 
 def chat(client: openai.OpenAI, messages: Any = FRANCE, **options: Any) -> Any:
@@ -536,6 +480,20 @@ def test_calls_and_thoughts_are_found_in_the_form_of_the_template(tmp_path, temp
     finally:
         gateway.stop()
         server.stop()
+
+
+def test_a_schema_goes_with_tools_that_need_not_be_called(real):
+    """Whatever the form of calls: those of Llama 3 and Mistral have markers that are special tokens."""
+    gateway = Gateway(real, "--tool-call-format", "llama3")
+    try:
+        (choice,) = chat(
+            gateway.client(),
+            tools=[WEATHER],
+            response_format={"type": "json_schema", "json_schema": {"name": "a", "schema": {"const": 1}}},
+        ).choices
+        assert choice.message.content == "1"
+    finally:
+        gateway.stop()
 
 
 OPENS = (

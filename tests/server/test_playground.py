@@ -15,8 +15,8 @@ from typing import Any
 import pytest
 from axe_core_python.sync_playwright import Axe
 from client import wait_for
+from gateway import Gateway
 from playwright.sync_api import Page, expect, sync_playwright
-from test_openai import Gateway
 
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
 pytestmark = pytest.mark.skipif(CHROMIUM is None, reason="no Chromium is installed here")

@@ -20,7 +20,7 @@ import pytest
 import tritonclient.grpc as grpc
 import trustme
 from client import CACHE, inputs, metric, start, wait_for
-from test_openai import Gateway
+from gateway import Gateway
 from triton_server import ROOT, TritonServer, free_address
 from tritonclient.utils import InferenceServerException
 

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
 from typing import Any
 
 import openai
 import pytest
 from client import metric, wait_for
 from pydantic import BaseModel
-from test_openai import FRANCE, Gateway, chat
+from test_openai import FRANCE, chat
 
 QUESTION = FRANCE[0]["content"]
 WEATHER = {
@@ -25,18 +24,6 @@ WEATHER = {
     },
     "strict": True,
 }
-
-
-@pytest.fixture(scope="module")
-def gateway(real) -> Iterator[Gateway]:
-    gateway = Gateway(real)
-    yield gateway
-    gateway.stop()
-
-
-@pytest.fixture(scope="module")
-def client(gateway) -> openai.OpenAI:
-    return gateway.client()
 
 
 def respond(client: openai.OpenAI, **asked: Any) -> Any:

@@ -12,9 +12,9 @@ from typing import Any
 import pytest
 import tritonclient.grpc as grpc
 from client import CACHE, generate, inputs, start, wait_for
+from gateway import Gateway
 from opentelemetry.proto.collector.trace.v1.trace_service_pb2 import ExportTraceServiceRequest
 from test_faults import ask_health
-from test_openai import Gateway
 from triton_server import TritonServer, free_address
 
 TRACE, PARENT = "0af7651916cd43dd8448eb211c80319c", "b7ad6b7169203331"

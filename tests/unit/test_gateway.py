@@ -3,21 +3,24 @@
 from __future__ import annotations
 
 import asyncio
+from types import SimpleNamespace
 from typing import Any
 
 import grpc
 import pytest
 from pagetide.engine.requests import internal_error
-from pagetide.gateway.answers import Answers, CompletionChoice, Echo
+from pagetide.gateway.answers import Answers, CompletionChoice, Echo, Usage
 from pagetide.gateway.bodies import StreamOptions
 from pagetide.gateway.door import Door, Rules
 from pagetide.gateway.errors import ApiError, of_text, of_triton
 from pagetide.gateway.logprobs import first_token
 from pagetide.gateway.models import Models
+from pagetide.gateway.service import _events
 from pagetide.gateway.shapes import Chunks
 from pagetide.gateway.status import summed
-from pagetide.gateway.triton import Piece
+from pagetide.gateway.triton import Generation, Piece, Triton
 from pagetide.serving.client import NOT_RUNNING
+from tritonclient.grpc import service_pb2 as pb
 
 FULL = "Exceeds maximum queue size: Maximum queue size of 5 requests reached"
 
@@ -196,3 +199,92 @@ def test_habits_are_asked_again_after_an_error_and_after_a_while():
         assert (await models.habits("m")).begins_thinking and triton.num_rendered >= 5
 
     asyncio.run(run())
+
+
+@pytest.mark.parametrize("name", ["m" * 300, "\ud800", "nobody"])
+def test_names_that_no_file_can_have_are_no_models(name, tmp_path):
+    async def run() -> None:
+        models = Models(Served(), lora_dir=tmp_path)
+        assert (await models.choose("ensemble")).triton == "ensemble"
+        with pytest.raises(ApiError) as refusal:
+            await models.choose(name)
+        assert (refusal.value.status, refusal.value.param) == (404, "model")
+
+    asyncio.run(run())
+
+
+class Served:
+    async def models(self) -> list[str]:
+        return ["ensemble"]
+
+
+class Call:
+    """A stream of Triton's; what is read of it, and whether it was cancelled."""
+
+    def __init__(self, responses: list[Any]):
+        self.left, self.is_cancelled = responses, False
+
+    def __aiter__(self) -> Call:
+        return self
+
+    async def __anext__(self) -> Any:
+        await asyncio.sleep(0)
+        if not self.left:
+            raise StopAsyncIteration
+        return self.left.pop(0)
+
+    def cancel(self) -> None:
+        self.is_cancelled = True
+
+
+def stub_of(call: Call) -> Any:
+    """num_ended: how often a request was ended by its name."""
+
+    async def end(request: Any, timeout: float) -> None:
+        stub.num_ended += 1
+
+    stub = SimpleNamespace(num_ended=0, ModelInfer=end, ModelStreamInfer=lambda requests, metadata: call)
+    return stub
+
+
+def last_response() -> Any:
+    response = pb.ModelStreamInferResponse()
+    response.infer_response.parameters["triton_final_response"].bool_param = True
+    return response
+
+
+async def answered(stub: Any) -> list[Piece]:
+    triton = Triton(["127.0.0.1:1"])
+    try:
+        return [
+            one async for one in triton._answer(stub, Generation("ensemble", "1", {"text_input": "x"}, {}))
+        ]
+    finally:
+        await triton.close()
+
+
+def test_a_stream_is_read_to_its_end_behind_its_last_response():
+    call = Call([last_response(), pb.ModelStreamInferResponse()])
+    assert asyncio.run(answered(stub := stub_of(call))) == []
+    assert not call.left and not call.is_cancelled and not stub.num_ended
+
+
+def test_a_stream_that_breaks_off_is_an_error_and_its_request_is_ended():
+    call = Call([pb.ModelStreamInferResponse()])
+    with pytest.raises(ApiError, match="before it was whole") as error:
+        asyncio.run(answered(stub := stub_of(call)))
+    assert error.value.status == 503 and call.is_cancelled and stub.num_ended
+
+
+def test_whatever_fails_in_the_midst_of_a_stream_is_told_in_it():
+    async def run() -> list[bytes]:
+        async def choices() -> Any:
+            yield {"index": 0, "text": "a", "logprobs": None, "finish_reason": None}
+            raise ValueError("which no client may see")
+
+        shape = Chunks("text_completion", "id", "m", Usage(), StreamOptions())
+        return [event async for event in _events(shape, None, choices())]
+
+    first, failure, done = asyncio.run(run())
+    assert b'"text":"a"' in first and b'"server_error"' in failure and b"no client" not in failure
+    assert done == b"data: [DONE]\n\n"
